@@ -1,0 +1,63 @@
+"""Prune diffusion pipelines in one shot and get pipelines back that diffusers loads.
+
+    pipe = obsdiff.load_pipeline("digits-sd3")
+    stats = obsdiff.calibrate(pipe, obsdiff.load_prompts("digits-train", num=64))
+    report = obsdiff.prune(pipe, "unstructured:0.5", statistics=stats)
+    obsdiff.save_pipeline(pipe, "out", report)
+
+Names are imported when they are first used, so that ``import obsdiff`` costs nothing; importing it also lets
+``diffusers.DiffusionPipeline.from_pretrained`` load structurally pruned pipelines.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from obsdiff.models.register import register
+
+if TYPE_CHECKING:
+    from obsdiff.data.prompts import load_prompts
+    from obsdiff.errors import UserError
+    from obsdiff.evaluation.sampling import sample
+    from obsdiff.export.pipelines import load_pipeline, save_pipeline
+    from obsdiff.obs.pattern import NM, Structured, Unstructured, parse_pattern
+    from obsdiff.pruning.calibrate import calibrate
+    from obsdiff.pruning.oneshot import PruneReport, prune
+
+_HOME = {
+    "NM": "obsdiff.obs.pattern",
+    "PruneReport": "obsdiff.pruning.oneshot",
+    "Structured": "obsdiff.obs.pattern",
+    "Unstructured": "obsdiff.obs.pattern",
+    "UserError": "obsdiff.errors",
+    "calibrate": "obsdiff.pruning.calibrate",
+    "load_pipeline": "obsdiff.export.pipelines",
+    "load_prompts": "obsdiff.data.prompts",
+    "parse_pattern": "obsdiff.obs.pattern",
+    "prune": "obsdiff.pruning.oneshot",
+    "sample": "obsdiff.evaluation.sampling",
+    "save_pipeline": "obsdiff.export.pipelines",
+}
+
+__all__ = [
+    "NM",
+    "PruneReport",
+    "Structured",
+    "Unstructured",
+    "UserError",
+    "calibrate",
+    "load_pipeline",
+    "load_prompts",
+    "parse_pattern",
+    "prune",
+    "sample",
+    "save_pipeline",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'obsdiff' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+register()
