@@ -1,0 +1,30 @@
+"""The pruning methods, one small file each, all with one signature; ``METHODS`` is the table."""
+
+from __future__ import annotations
+
+from obsdiff.criteria import admm, magnitude, obs, random, sparsegpt, wanda
+from obsdiff.criteria.base import Method, Problem, Solution
+from obsdiff.errors import UserError
+
+METHODS: dict[str, Method] = {
+    "obs": Method(obs.solve, refit=True, refit_steps=obs.REFIT_STEPS, structured="obs", centred=True),
+    "admm": Method(admm.solve, refit=True, centred=True),
+    "sparsegpt": Method(sparsegpt.solve, weighting="uniform"),
+    "wanda": Method(wanda.solve),
+    "magnitude": Method(magnitude.solve, needs_statistics=False, structured="magnitude"),
+    "random": Method(random.solve, needs_statistics=False, structured="random"),
+}
+
+
+def find_method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Method", "Problem", "Solution", "find_method"]

@@ -1,0 +1,69 @@
+"""What every method gets and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from obsdiff.obs.pattern import Pattern
+from obsdiff.obs.refit import STEPS
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The layers of one site, solved together.
+
+    Attributes:
+        weights: Dense weights, float32 (rows_k, columns) each; never changed.
+        patterns: Unstructured or N:M, one per layer.
+        hessian: H of the common input (or C, see :class:`Method`), float32 (columns, columns); None if nothing was
+            measured.
+        damping: Relative dampening of H.
+        seeds: One per layer, for methods that draw.
+    """
+
+    weights: Sequence[Tensor]
+    patterns: Sequence[Pattern]
+    hessian: Tensor | None
+    damping: float
+    seeds: Sequence[int]
+
+    @property
+    def measured(self) -> Tensor:
+        """H, for methods that need it."""
+        if self.hessian is None:
+            raise ValueError("this method needs the statistics of a calibration")
+        return self.hessian
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One pruned layer: ``weight`` float32 with exact zeros where ``mask`` (True = kept) is False."""
+
+    weight: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the driver may ask about a method.
+
+    Attributes:
+        solve: Prunes the layers of one site.
+        refit: Whether least squares on the kept weights follows by default.
+        refit_steps: Conjugate-gradient steps it needs at least; fewer where the start is already compensated.
+        needs_statistics: Whether it cannot do without a calibration.
+        structured: How it chooses heads and neurons ("obs", "magnitude", "random"), or None.
+        weighting: Timestep weights it asks of a calibration made for it.
+        centred: Whether it selects on centred inputs where the refit lets the biases take up the mean.
+    """
+
+    solve: Callable[[Problem], list[Solution]]
+    refit: bool = False
+    refit_steps: int = STEPS
+    needs_statistics: bool = True
+    structured: str | None = None
+    weighting: str = "log_decrease"
+    centred: bool = False

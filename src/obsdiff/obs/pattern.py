@@ -1,0 +1,143 @@
+"""Sparsity patterns: a small closed type, parsed once at the edge."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from obsdiff.errors import UserError
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any single weight may go; ``ratio`` in [0, 1) of each layer's weights is zero afterwards."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        _check_ratio("sparsity", self.ratio)
+
+    @property
+    def sparsity(self) -> float:
+        return self.ratio
+
+    def __str__(self) -> str:
+        return f"unstructured:{self.ratio:g}"
+
+
+@dataclass(frozen=True)
+class NM:
+    """``n`` of every ``m`` consecutive weights along the inputs stay, the other m - n are zero (2:4, 4:8, ...)."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise UserError(f"pattern {self.n}:{self.m} is impossible; N:M keeps N of every M weights, 1 <= N < M")
+
+    @property
+    def sparsity(self) -> float:
+        return float(1 - Fraction(self.n, self.m))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Structured:
+    """Whole attention heads and FFN neurons go, so that the tensors become smaller.
+
+    Attributes:
+        heads: Share of the heads to remove, in [0, 1); the count is rounded (half to even).
+        ffn: Share of the FFN neurons to remove, in [0, 1).
+        multiple_of: Kept FFN widths are the nearest multiple of this; None chooses 64 for layers of at least 1,024
+            neurons (unaligned widths are slow: OBS-Diff table 5) and 8 below.
+    """
+
+    heads: float
+    ffn: float
+    multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_ratio("share of heads", self.heads)
+        _check_ratio("share of FFN neurons", self.ffn)
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise UserError(f"multiple_of is {self.multiple_of}; it must be at least 1")
+
+    @property
+    def sparsity(self) -> float:
+        return max(self.heads, self.ffn)
+
+    def kept_heads(self, heads: int) -> int:
+        """Heads that stay of ``heads``, at least one."""
+        return max(1, heads - round(heads * self.heads))
+
+    def kept_neurons(self, width: int) -> int:
+        """FFN neurons that stay of ``width``, at least one multiple."""
+        multiple = self.multiple_of or (64 if width >= 1024 else 8)
+        if self.ffn == 0 or width < multiple:
+            return width if self.ffn == 0 else max(1, width - round(width * self.ffn))
+        return min(width, max(multiple, round(width * (1 - self.ffn) / multiple) * multiple))
+
+    def __str__(self) -> str:
+        if self.heads == self.ffn and self.multiple_of is None:
+            return f"structured:{self.heads:g}"
+        extra = "" if self.multiple_of is None else f",multiple_of={self.multiple_of}"
+        return f"structured:heads={self.heads:g},ffn={self.ffn:g}{extra}"
+
+
+Pattern = Unstructured | NM | Structured
+
+_SYNTAX = (
+    "use unstructured:RATIO (unstructured:0.5), N:M (2:4), structured:RATIO (structured:0.3) "
+    "or structured:heads=RATIO,ffn=RATIO[,multiple_of=WIDTH]"
+)
+
+
+def parse_pattern(text: str | Pattern) -> Pattern:
+    """The pattern that ``text`` names; a pattern object passes through.
+
+    Raises:
+        UserError: The text names no pattern, or one out of range.
+    """
+    if isinstance(text, Unstructured | NM | Structured):
+        return text
+    text = str(text).strip()
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    kind, _, value = text.partition(":")
+    if kind == "unstructured" and value:
+        return Unstructured(_number(value, text))
+    if kind == "structured" and value:
+        if "=" not in value:
+            ratio = _number(value, text)
+            return Structured(ratio, ratio)
+        return _parse_structured(value, text)
+    raise UserError(f"unknown pattern {text!r}; {_SYNTAX}")
+
+
+def _parse_structured(value: str, text: str) -> Structured:
+    fields: dict[str, float] = {}
+    for part in value.split(","):
+        key, _, number = part.partition("=")
+        if key not in ("heads", "ffn", "multiple_of") or key in fields:
+            raise UserError(f"cannot read {part!r} in pattern {text!r}; {_SYNTAX}")
+        fields[key] = _number(number, text)
+    multiple = fields.get("multiple_of")
+    if multiple is not None and multiple != int(multiple):
+        raise UserError(f"multiple_of is {multiple:g} in pattern {text!r}; it must be a whole number")
+    return Structured(fields.get("heads", 0.0), fields.get("ffn", 0.0), None if multiple is None else int(multiple))
+
+
+def _number(text: str, pattern: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"cannot read {text!r} as a number in pattern {pattern!r}; {_SYNTAX}") from None
+
+
+def _check_ratio(what: str, ratio: float) -> None:
+    if not 0 <= ratio < 1:  # also refuses NaN
+        raise UserError(f"{what} is {ratio:g}; it must be at least 0 and below 1")

@@ -1,0 +1,99 @@
+"""The OBS sweep of SparseGPT and OBS-Diff: columns left to right, each error pushed onto the columns to its right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from obsdiff.obs.pattern import NM, Pattern, Unstructured
+from obsdiff.obs.select import drop_lowest, drop_lowest_nm, split_count
+
+BLOCK = 128  # columns whose scores are compared jointly, as published; also those between two large products
+SUB_BLOCK = 32  # columns updated one by one before the rest of the block sees them in one product
+
+
+def sweep(
+    weights: Sequence[Tensor], factor: Tensor, patterns: Sequence[Pattern], compared: int = BLOCK
+) -> list[tuple[Tensor, Tensor]]:
+    """Prune layers that read the same input with one factor.
+
+    Dropping weight i of a row costs ``w_i² / U_ii²``; the error ``e = w_i / U_ii`` is compensated by
+    ``w_j −= e U_ij`` for all j > i (SparseGPT 2301.00774 alg. 1; OBS-Diff eq. 2 in fixed column order), where
+    ``U = R⁻¹``. All changes together are ``Δ = −E U``, that is ``Δ R = −E``: what earlier columns do to a block follows
+    from their changes and R alone, and only the diagonal blocks of R are ever inverted.
+    Unstructured: the lowest scores of each ``compared`` columns of a layer go, all rows jointly, at counts that add up
+    to the request. N:M: at the start of each group of M columns, from the weights as updated so far.
+
+    Args:
+        weights: Float32 (rows_k, columns) each, not changed.
+        factor: Upper R with ``H = R Rᵀ``, from :func:`obsdiff.obs.linalg.upper_factor`.
+        patterns: One per layer, unstructured or N:M.
+        compared: Columns whose scores are compared jointly, from the weights as updated so far.
+
+    Returns:
+        Per layer the pruned weight (float32) and the mask (True = kept).
+    """
+    rows = [len(weight) for weight in weights]
+    columns = factor.shape[0]
+    group = math.lcm(*(pattern.m for pattern in patterns if isinstance(pattern, NM)))
+    sub_block = group * max(1, SUB_BLOCK // group)
+    block = sub_block * max(1, BLOCK // sub_block)
+    compared = sub_block * max(1, compared // sub_block)
+    work = torch.cat([weight.T for weight in weights], dim=1).contiguous()  # (columns, rows): a column is contiguous
+    change = torch.empty_like(work)  # Δᵀ of the columns that are done
+    pivots = torch.zeros_like(work)  # R_ii where a weight goes, 0 where it stays: work · pivots are the errors
+    parts = list(zip(work.split(rows, dim=1), pivots.split(rows, dim=1), patterns, strict=True))
+    nm_parts = [(part, part[2].m) for part in parts if isinstance(part[2], NM)]
+    diagonal = factor.diagonal()[:, None]
+    errors = torch.zeros_like(work[:block])
+    # views of single columns, made once: the innermost loop is bound by their number, not by arithmetic
+    work_at, pivots_at, errors_at = work.unbind(), pivots.unbind(), errors.unbind()
+
+    def drop(part: tuple[Tensor, Tensor, Pattern], span: slice) -> None:
+        """Choose what goes of the columns ``span`` of one layer, from its weights as they are now."""
+        weight, pivot, pattern = part
+        scores = (weight[span] * diagonal[span]).square()
+        if isinstance(pattern, NM):
+            gone = drop_lowest_nm(scores.T, pattern).T
+        else:
+            assert isinstance(pattern, Unstructured)
+            before = span.start * weight.shape[1]
+            count = split_count(pattern.ratio, weight.numel(), before, before + scores.numel())
+            gone = drop_lowest(scores, count)
+        pivot[span] = gone * diagonal[span]
+
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        size = end - start
+        dense = work[start:end].clone()
+        identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        local = torch.linalg.solve_triangular(factor[start:end, start:end], identity, upper=True)  # U's diagonal block
+        if start > 0:
+            work[start:end].addmm_(local.T, factor[:start, start:end].T @ change[:start], alpha=-1)
+        local_at = local.unbind()
+        for first in range(0, size, sub_block):
+            last = min(first + sub_block, size)
+            if (start + first) % compared == 0:
+                for part in parts:
+                    if isinstance(part[2], Unstructured):
+                        drop(part, slice(start + first, min(start + first + compared, columns)))
+            for i in range(first, last):
+                for part, m in nm_parts:
+                    if (start + i) % m == 0:
+                        drop(part, slice(start + i, start + i + m))
+                error = torch.mul(work_at[start + i], pivots_at[start + i], out=errors_at[i])
+                if i + 1 < last:
+                    work[start + i + 1 : start + last].addr_(local_at[i][i + 1 : last], error, alpha=-1)
+            if last < size:
+                work[start + last : end].addmm_(local[first:last, last:].T, errors[first:last], alpha=-1)
+        work[start:end].mul_(pivots[start:end] == 0)  # exact zeros
+        torch.sub(work[start:end], dense, out=change[start:end])
+
+    kept = pivots == 0
+    return [
+        (part.T.contiguous(), mask.T.contiguous())
+        for part, mask in zip(work.split(rows, dim=1), kept.split(rows, dim=1), strict=True)
+    ]

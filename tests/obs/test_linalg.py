@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from obsdiff.obs.linalg import SingularHessian, damped, inverse, upper_factor
+
+
+def test_factor_is_the_upper_factor_of_the_hessian():
+    x = torch.randn(100, 30, generator=torch.Generator().manual_seed(0))
+    hessian = x.T @ x
+    factor, used = upper_factor(hessian)
+    assert used == 0.01
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor @ factor.T, damped(hessian, 0.01), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inverse(hessian)[0], torch.linalg.inv(damped(hessian, 0.01)), rtol=1e-4, atol=1e-7)
+
+
+def test_a_failed_factorisation_is_retried_and_says_so():
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, -0.05]))
+    with pytest.warns(RuntimeWarning, match="not positive definite"):
+        _, used = upper_factor(indefinite)
+    assert used == pytest.approx(0.1)
+
+
+def test_a_hopeless_hessian_is_an_error():
+    with pytest.warns(RuntimeWarning), pytest.raises(SingularHessian):
+        upper_factor(torch.full((2, 2), float("nan")))
+
+
+def test_rank_deficient_statistics_factorise():
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    factor, used = upper_factor(x.T @ x)
+    assert used == 0.01
+    assert bool(torch.isfinite(factor).all())

@@ -1,0 +1,38 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from obsdiff.obs.pattern import Unstructured
+from obsdiff.obs.select import SAMPLE, drop_lowest, keep_best_per_row
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.sampled_from([1, 10, 4 * SAMPLE, 4 * SAMPLE + 1, 70_000]),
+    share=st.floats(0, 1),
+    kind=st.sampled_from(["normal", "heavy", "few values", "constant", "sorted", "periodic"]),
+    seed=st.integers(0, 100),
+)
+def test_drops_exactly_the_lowest(size, share, kind, seed):
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    scores = {
+        "normal": scores,
+        "heavy": scores.pow(9),
+        "few values": scores.round(),
+        "constant": torch.ones(size),
+        "sorted": scores.sort().values,
+        "periodic": torch.arange(size) % (size // SAMPLE + 1) + 0.0,  # the strided sample sees one value only
+    }[kind]
+    count = round(share * size)
+    dropped = drop_lowest(scores, count)
+    assert int(dropped.sum()) == count
+    if 0 < count < size:
+        assert float(scores[dropped].max()) <= float(scores[~dropped].min())
+
+
+@pytest.mark.parametrize("columns", [10, 37])
+def test_rows_give_up_the_same_share(columns):
+    kept = keep_best_per_row(torch.rand(13, columns), Unstructured(0.3))
+    counts = (~kept).sum(1)
+    assert int(counts.sum()) == round(13 * columns * 0.3) and int(counts.max() - counts.min()) <= 1
