@@ -1,0 +1,1 @@
+"""Numerics of diffusion, torch only: objectives and the Fréchet distance."""

@@ -1,0 +1,59 @@
+import pandas
+import pytest
+import torch
+from PIL import Image
+
+from obsdiff.data.digits import DigitsDataModule
+from obsdiff.data.images import ImageCaptionDataModule
+from obsdiff.errors import UserError
+from obsdiff.evaluation.digits import DIGIT_WORDS, load_digits
+
+
+def make_folder(folder, count=5):
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (40, 30), (i * 50, 0, 255)).save(folder / f"{i}.png")
+    pandas.DataFrame(
+        {"file_name": [f"{i}.png" for i in range(count)], "caption": [f"image {i}" for i in range(count)]}
+    ).to_csv(folder / "metadata.csv", index=False)
+
+
+def test_image_folder_and_parquet(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    make_folder(tmp_path / "images")
+    import datasets
+
+    table = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "images"), split="train")
+    table.to_parquet(tmp_path / "t.parquet")
+    for source in (tmp_path / "images", tmp_path / "t.parquet"):
+        module = ImageCaptionDataModule(str(source), size=16, batch_size=2, num_workers=0)
+        module.setup("fit")
+        batches = list(module.train_dataloader())
+        assert len(batches) == 2 and batches[0]["image"].shape == (2, 3, 16, 16)
+        assert float(batches[0]["image"][:, 2].min()) == 1.0 and batches[0]["prompt"][0].startswith("image ")
+
+
+def test_bad_images(tmp_path):
+    make_folder(tmp_path / "images")
+    for options, word in (
+        ({"caption_column": "words"}, "no column 'words'"),
+        ({"batch_size": 6}, "fewer than one batch"),
+    ):
+        with pytest.raises(UserError, match=word):
+            ImageCaptionDataModule(str(tmp_path / "images"), size=16, num_workers=0, **options).setup("fit")
+    with pytest.raises(UserError, match="cannot load images"):
+        ImageCaptionDataModule(str(tmp_path / "nothing.parquet")).setup("fit")
+
+
+def test_digits_batches():
+    module = DigitsDataModule(batch_size=32)
+    module.setup("fit")
+    batch = next(iter(module.train_dataloader()))
+    assert batch["image"].shape == (32, 1, 16, 16) and float(batch["image"].abs().max()) <= 1
+    assert all(DIGIT_WORDS[label] in prompt for label, prompt in zip(batch["label"], batch["prompt"], strict=True))
+
+
+def test_digit_splits_are_fixed_and_disjoint():
+    (train, _), (test, labels) = load_digits("train"), load_digits("test")
+    assert len(train) + len(test) == 1797 and len(labels) == 360
+    assert torch.equal(load_digits("test")[0], test)
