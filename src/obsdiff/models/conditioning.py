@@ -1,0 +1,90 @@
+"""Prompts encoded once, with a mask of the tokens that are not padding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obsdiff.models.families import Family, find_family
+from obsdiff.models.wiring import denoiser_of
+
+ENCODE_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told about each prompt; first dimension = prompts throughout, on the CPU.
+
+    Attributes:
+        embeds: The pipeline's call arguments that replace the prompts.
+        text_mask: Bool (prompts, text tokens), True = a real token; None if padding is unknown.
+        negative_text_mask: The same for the negative prompt (bool (text tokens,)).
+    """
+
+    embeds: dict[str, Tensor]
+    text_mask: Tensor | None = None
+    negative_text_mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.embeds.values())))
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> Conditioning:
+    """Run the text encoders once over ``prompts`` (negative prompt "", as when a user gives none).
+
+    Args:
+        pipe: The pipeline.
+        prompts: The prompts.
+        call: The pipeline's call arguments, for the sequence length.
+    """
+    family = find_family(denoiser_of(pipe))
+    accepted = inspect.signature(pipe.encode_prompt).parameters
+    extra = {key: value for key, value in call.items() if key in accepted}
+    extra |= {key: None for key in ("prompt_2", "prompt_3") if key in accepted}
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(prompts), ENCODE_BATCH):
+        batch = list(prompts[start : start + ENCODE_BATCH])
+        encoded = pipe.encode_prompt(prompt=batch, do_classifier_free_guidance=True, **extra)
+        parts.append(tuple(tensor.cpu() for tensor in encoded))
+    embeds = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(family.embeds)}
+    text_mask = token_mask(pipe, family, prompts, call)
+    negative = token_mask(pipe, family, [""], call)
+    return Conditioning(embeds, text_mask, None if negative is None else negative[0])
+
+
+def segment_lengths(pipe: Any, family: Family, call: Mapping[str, Any]) -> list[int]:
+    """Tokens of each text segment in the denoiser's prompt sequence."""
+    lengths = []
+    for segment in family.text:
+        tokenizer = getattr(pipe, segment.tokenizers[0], None)
+        if segment.length_argument is not None:
+            lengths.append(int(call.get(segment.length_argument, segment.default_length)))
+        else:
+            lengths.append(segment.default_length if tokenizer is None else int(tokenizer.model_max_length))
+    return lengths
+
+
+def token_mask(pipe: Any, family: Family, prompts: Sequence[str], call: Mapping[str, Any]) -> Tensor | None:
+    """Bool (prompts, text tokens): which positions hold a real token for any of their tokenizers.
+
+    None if a segment has no tokenizer (then nothing is known of padding).
+    """
+    masks = []
+    for segment, length in zip(family.text, segment_lengths(pipe, family, call), strict=True):
+        found = torch.zeros(len(prompts), length, dtype=torch.bool)
+        for name in segment.tokenizers:
+            tokenizer = getattr(pipe, name, None)
+            if tokenizer is None:
+                return None
+            tokens = tokenizer(
+                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            found |= tokens.attention_mask.bool()
+        masks.append(found)
+    return torch.cat(masks, dim=1) if masks else None
