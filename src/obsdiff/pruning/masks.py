@@ -1,0 +1,60 @@
+"""Bit-packed masks in safetensors: one bit per weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from obsdiff.errors import UserError
+
+BITS = 2 ** torch.arange(8, dtype=torch.uint8)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Bool of any shape -> uint8 (⌈n / 8⌉,), the lowest bit first."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    padded = nn.functional.pad(flat, (0, -len(flat) % 8))
+    return (padded.view(-1, 8) * BITS).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...] | list[int]) -> Tensor:
+    """The inverse of :func:`pack`."""
+    bits = (packed[:, None] & BITS).ne(0).reshape(-1)
+    return bits[: torch.Size(shape).numel()].view(*shape)
+
+
+def save_masks(masks: Mapping[str, Tensor], path: Path) -> None:
+    """Write masks by name; their shapes stand in the metadata."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    save_file({name: pack(mask) for name, mask in masks.items()}, path, {"shapes": json.dumps(shapes)})
+
+
+def load_masks(path: Path) -> dict[str, Tensor]:
+    """Read masks by name.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = json.loads(file.metadata()["shapes"])
+            return {name: unpack(file.get_tensor(name), shape) for name, shape in shapes.items()}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot read masks from {path}: {error}") from error
+
+
+def broken_masks(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
+    """Layers with a weight that is not exactly zero where its mask says so."""
+    broken = []
+    for name, mask in masks.items():
+        weight = denoiser.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        if weight.shape != mask.shape or bool(weight.detach().cpu()[~mask].any()):
+            broken.append(name)
+    return broken

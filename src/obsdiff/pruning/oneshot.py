@@ -1,0 +1,247 @@
+"""One-shot pruning: the plain function behind ``prune.py`` and behind the setup of a training run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obsdiff.criteria import find_method
+from obsdiff.errors import UserError
+from obsdiff.models.wiring import Wiring, denoiser_of, wire
+from obsdiff.obs.hessian import SiteStatistics
+from obsdiff.obs.linalg import DAMPING
+from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
+from obsdiff.obs.structured import FUSIONS
+from obsdiff.progress import track
+from obsdiff.pruning.plan import Plan, make_plan, packages_of
+from obsdiff.pruning.solve import SolveOptions, solve_groups, solve_site
+from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.surgery import (
+    Edits,
+    become_shrunk,
+    shrink_groups,
+    shrunk_shapes,
+    undone_on_error,
+    zero_share,
+)
+
+Calibrate = Callable[[set[str]], Statistics]
+Read = Callable[[str, torch.device], SiteStatistics]
+
+
+@dataclass
+class PruneReport:
+    """What a prune did, in values.
+
+    Attributes:
+        pattern, method, refit, seed: What was asked for.
+        plan: Pattern by layer, or by attention and feed-forward module.
+        masks: Bool by layer (True = kept) for unstructured and N:M; by module over heads or neurons for structured.
+        sparsity_per_layer: Share of zeros by layer, or share of heads or neurons removed by module.
+        parameters: Of the denoiser: "dense", "pruned" (what is left), "nonzero".
+        layer_error: Relative weighted output error by layer; empty if nothing was measured.
+        time_s: Seconds: "calibrate", "forward_only", "solve", "total".
+        fingerprint: Of the statistics, or None.
+        shrunk: New shapes, or None.
+        packages: Calibration passes.
+    """
+
+    pattern: Pattern
+    method: str
+    refit: bool
+    seed: int
+    plan: Plan
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    sparsity_per_layer: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    layer_error: dict[str, float] = field(default_factory=dict)
+    time_s: dict[str, float] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] | None = None
+    shrunk: Mapping[str, Any] | None = None
+    packages: int = 1
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the pruned layers' weights that is zero, or of the denoiser's parameters that is gone."""
+        if isinstance(self.pattern, Structured):
+            return 1 - self.parameters["pruned"] / self.parameters["dense"]
+        kept = sum(int(mask.sum()) for mask in self.masks.values())
+        return 1 - kept / sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def mean_layer_error(self) -> float | None:
+        """Mean of :attr:`layer_error`, or None."""
+        return sum(self.layer_error.values()) / len(self.layer_error) if self.layer_error else None
+
+
+def prune(
+    pipe: Any,
+    pattern: str | Pattern,
+    *,
+    method: str = "obs",
+    statistics: Statistics | Calibrate | None = None,
+    refit: bool | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    spare_blocks: Sequence[int] | None = None,
+    packages: int = 1,
+    seed: int = 0,
+    damping: float = DAMPING,
+    fusion: str = "reciprocal_rank",
+    prune_again: bool = False,
+    quiet: bool = True,
+) -> PruneReport:
+    """Prune a pipeline's denoiser in place.
+
+    Args:
+        pipe: A diffusers pipeline of a supported family. If anything fails, no weight has changed.
+        pattern: Such as "unstructured:0.5", "2:4", "structured:0.3", or a pattern object.
+        method: One of :data:`obsdiff.criteria.METHODS`.
+        statistics: From :func:`obsdiff.calibrate`; or a function that calibrates the sites it is given, called once
+            per package. Methods that look at weights alone (magnitude, random) need none; with it their layer errors
+            are reported.
+        refit: Least squares on what is kept; None takes the method's default (on for obs and admm).
+        include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`.
+        packages: Calibration passes; later layers are calibrated with earlier ones pruned (OBS-Diff §4.2). Needs a
+            function as ``statistics``.
+        seed: For methods that draw.
+        damping: Dampening relative to mean diag(H).
+        fusion: "reciprocal_rank" (as published) or "relative_error", for heads of joint attention.
+        prune_again: Allow a pipeline that is pruned already.
+        quiet: No progress bar.
+
+    Returns:
+        What was done; hand it to :func:`obsdiff.save_pipeline`.
+
+    Raises:
+        UserError: The request cannot be met.
+    """
+    started = time.perf_counter()
+    pattern = parse_pattern(pattern)
+    options = SolveOptions(method, refit, seed, damping, fusion)
+    _check(pattern, options, statistics, packages)
+    wiring = wire(denoiser_of(pipe))
+    plan = make_plan(wiring, pattern, include, exclude, spare_blocks)
+    if not prune_again:
+        refuse_pruned(wiring)
+    report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages)
+    report.parameters["dense"] = sum(p.numel() for p in wiring.denoiser.parameters())
+    with undone_on_error() as edits:
+        job = _Job(edits, wiring, plan, options, report, quiet)
+        for package in packages_of(wiring, plan, packages):
+            found = statistics(set(package)) if callable(statistics) else statistics
+            # statistics made for this prune are let go site by site as they are used
+            read = None if found is None else found.take if callable(statistics) else found.site
+            if found is not None:
+                report.fingerprint = found.fingerprint
+                _add(report.time_s, found.time_s)
+            solve_started = time.perf_counter()
+            (_shrink_modules if plan.structured else _mask_sites)(job, package, read)
+            _add(report.time_s, {"solve": time.perf_counter() - solve_started})
+        if plan.structured:
+            report.shrunk = shrunk_shapes(wiring, set(plan.entries))
+            become_shrunk(edits, wiring.denoiser, report.shrunk)
+        _count(wiring, report)
+    report.time_s["total"] = time.perf_counter() - started
+    return report
+
+
+def refuse_pruned(wiring: Wiring) -> None:
+    """Refuse a denoiser that is pruned already: shrunk, or with a share of exact zeros that training never leaves.
+
+    Raises:
+        UserError: It is.
+    """
+    hint = "pass --prune_again true to prune it further"
+    if wiring.denoiser.config.get("shrunk") is not None:  # type: ignore[operator, union-attr]
+        raise UserError(f"this pipeline is pruned already (its {type(wiring.denoiser).__name__} is shrunk); {hint}")
+    for layer in wiring.site_of:
+        if (share := zero_share(wiring.weight(layer))) > 0.01:
+            raise UserError(f"this pipeline is pruned already ({share:.0%} of {layer} is zero); {hint}")
+
+
+def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int) -> None:
+    method = find_method(options.method)
+    if isinstance(pattern, Structured) and method.structured is None:
+        raise UserError(
+            f"method {options.method} cannot prune heads and neurons; use obs, magnitude or random with {pattern}"
+        )
+    if options.fusion not in FUSIONS:
+        raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
+    if not 0 <= options.damping < float("inf"):
+        raise UserError(f"calibration.damping is {options.damping:g}; it must be a finite number, at least 0")
+    if packages < 1:
+        raise UserError(f"calibration.packages is {packages}; it must be at least 1")
+    if packages > 1 and not callable(statistics):
+        raise UserError("several packages calibrate with earlier layers pruned; stored statistics cannot serve them")
+    if statistics is None and (method.needs_statistics or options.refits):
+        raise UserError(f"method {options.method}{' with refit' if options.refits else ''} needs statistics; calibrate")
+
+
+def _add(times: dict[str, float], more: Mapping[str, float]) -> None:
+    for key, value in more.items():
+        times[key] = times.get(key, 0.0) + value
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What solving a package needs to know and where it leaves its results."""
+
+    edits: Edits
+    wiring: Wiring
+    plan: Plan
+    options: SolveOptions
+    report: PruneReport
+    quiet: bool
+
+
+def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
+    """Solve the sites of a package and write the pruned weights."""
+    wiring, entries, report = job.wiring, job.plan.entries, job.report
+    chosen = [site for site in wiring.sites if site.name in package]
+    for site in track(chosen, len(chosen), "solving", job.quiet):
+        layers = [layer for layer in site.layers if layer in entries]
+        found = None if read is None else read(site.name, wiring.weight(layers[0]).device)
+        results = solve_site(wiring, layers, [entries[layer] for layer in layers], found, job.options)
+        for name, result in results.items():
+            assert result.mask is not None
+            job.edits.set_weight(wiring.layer(name), result.weight)
+            job.edits.shift_bias(wiring.layer(name), result.bias_shift)
+            report.masks[name] = result.mask.cpu()
+            report.sparsity_per_layer[name] = 1 - float(result.mask.sum()) / result.mask.numel()
+            if result.error is not None:
+                report.layer_error[name] = result.error
+
+
+def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
+    """Choose the heads and neurons of a package's modules and cut the others out."""
+    wiring, entries, report = job.wiring, job.plan.entries, job.report
+    chosen = [
+        groups
+        for groups in wiring.groups
+        if groups.name in entries and wiring.site_of[groups.consumers[0]].name in package
+    ]
+    for groups in track(chosen, len(chosen), "solving", job.quiet):
+        pattern = entries[groups.name]
+        assert isinstance(pattern, Structured)
+        found = None
+        if read is not None:
+            device = wiring.weight(groups.consumers[0]).device
+            found = {layer: read(wiring.site_of[layer].name, device) for layer in groups.consumers}
+        kept, results = solve_groups(wiring, groups, pattern, found, job.options)
+        consumers = {name: (result.weight, result.bias_shift) for name, result in results.items()}
+        shrink_groups(job.edits, wiring, groups, kept, consumers)
+        report.masks[groups.name] = kept.cpu()
+        report.sparsity_per_layer[groups.name] = 1 - float(kept.sum()) / len(kept)
+        report.layer_error |= {name: result.error for name, result in results.items() if result.error is not None}
+
+
+def _count(wiring: Wiring, report: PruneReport) -> None:
+    parameters = list(wiring.denoiser.parameters())
+    report.parameters["pruned"] = sum(p.numel() for p in parameters)
+    report.parameters["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)

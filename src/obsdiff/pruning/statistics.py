@@ -1,0 +1,174 @@
+"""The statistics of a calibration, and their store on disk.
+
+A store is a folder: ``statistics.json`` (fingerprint, sums, checksums) and one safetensors file per site. It is
+written whole or not at all, and read site by site, so that memory holds one Hessian at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from obsdiff.errors import UserError
+from obsdiff.files import read_json, whole_folder, write_json
+from obsdiff.obs.hessian import SiteStatistics
+
+INDEX = "statistics.json"
+FORMAT = 1
+
+
+@dataclass
+class Statistics:
+    """What a calibration leaves.
+
+    Attributes:
+        fingerprint: Everything that the numbers depend on, JSON-able.
+        sites: Statistics by site name, in memory; or
+        folder: the store they are read from, one at a time.
+        prompts_done: Prompts that are in the sums.
+        time_s: Seconds spent: "calibrate" in all, "forward_only" in the denoiser itself.
+    """
+
+    fingerprint: dict[str, Any]
+    sites: dict[str, SiteStatistics] = field(default_factory=dict)
+    folder: Path | None = None
+    prompts_done: int = 0
+    time_s: dict[str, float] = field(default_factory=dict)
+    index: dict[str, Any] = field(default_factory=dict)
+
+    def __contains__(self, site: str) -> bool:
+        return site in self.sites or site in self.index
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.sites if self.folder is None else self.index
+
+    def site(self, name: str, device: torch.device | str = "cpu") -> SiteStatistics:
+        """The statistics of one site.
+
+        Raises:
+            UserError: The store has no such site, or its file is damaged.
+        """
+        if name in self.sites:
+            return self.sites[name]
+        if self.folder is None or name not in self.index:
+            raise UserError(f"the statistics hold no site {name}; calibrate again with the layers you want to prune")
+        return _read_site(self.folder, name, self.index[name], device)
+
+    def take(self, name: str, device: torch.device | str = "cpu") -> SiteStatistics:
+        """Like :meth:`site`, and forget it: for statistics that serve one prune only."""
+        found = self.site(name, device)
+        self.sites.pop(name, None)
+        return found
+
+
+def model_hash(denoiser: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and values of the denoiser's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in denoiser.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a store that was made with anything else than what is asked for now.
+
+    Raises:
+        UserError: Naming what differs.
+    """
+    differences = [
+        f"{key} ({_short(found.get(key))} there, {_short(value)} now)"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
+    if differences:
+        raise UserError(
+            f"statistics in {folder} belong to another model or other settings: {', '.join(differences)}; "
+            "use the same settings or another folder"
+        )
+
+
+def save_statistics(statistics: Statistics, folder: Path) -> None:
+    """Write a store, whole or not at all; an older one in its place is replaced."""
+    with whole_folder(folder, replace=True) as temporary:
+        (temporary / "sites").mkdir()
+        index = {}
+        for number, (name, site) in enumerate(statistics.sites.items()):
+            content = save({"hessian_sum": site.hessian_sum.cpu(), "input_sum": site.input_sum.cpu()})
+            file = f"sites/{number:05d}.safetensors"
+            (temporary / file).write_bytes(content)
+            index[name] = {
+                "file": file,
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "weight_sum": site.weight_sum,
+                "num_tokens": site.num_tokens,
+            }
+        write_json(
+            temporary / INDEX,
+            {
+                "format": FORMAT,
+                "fingerprint": statistics.fingerprint,
+                "prompts_done": statistics.prompts_done,
+                "time_s": statistics.time_s,
+                "sites": index,
+            },
+        )
+
+
+def open_statistics(folder: Path) -> Statistics:
+    """Open a store; the sites are read when they are asked for.
+
+    Raises:
+        UserError: The folder holds no store, or a damaged one.
+    """
+    folder = Path(folder)
+    what = "a statistics store"
+    content = read_json(folder / INDEX, what)
+    try:
+        if content["format"] != FORMAT:
+            raise UserError(f"{folder} was written in format {content['format']}; this version reads {FORMAT}")
+        statistics = Statistics(
+            dict(content["fingerprint"]),
+            folder=folder,
+            prompts_done=int(content["prompts_done"]),
+            time_s=dict(content["time_s"]),
+            index=dict(content["sites"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder / INDEX} is not {what}: {error!r}; delete the folder and calibrate again") from None
+    return statistics
+
+
+def _read_site(folder: Path, name: str, entry: Mapping[str, Any], device: torch.device | str) -> SiteStatistics:
+    path = folder / str(entry["file"])
+    damaged = f"{path} (site {name}) is missing or damaged; delete {folder} and calibrate again"
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry["sha256"]:
+            raise UserError(damaged)
+        tensors = load_file(path)
+        return SiteStatistics(
+            tensors["hessian_sum"].to(device),
+            tensors["input_sum"].to(device),
+            float(entry["weight_sum"]),
+            int(entry["num_tokens"]),
+        )
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(damaged) from error
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:18] + "…" + text[-18:]

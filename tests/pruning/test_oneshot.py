@@ -1,0 +1,235 @@
+"""The whole driver on a tiny pipeline."""
+
+import pytest
+import torch
+
+import obsdiff
+from obsdiff.criteria import METHODS
+from obsdiff.models.wiring import wire
+from obsdiff.pruning.plan import make_plan, packages_of
+
+
+def state(pipe):
+    return {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+
+
+def unchanged(pipe, before):
+    now = pipe.transformer.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "unstructured:0.7", "2:4", "4:8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_and_pattern(pipe, prompts, method, pattern):
+    before = state(pipe)
+    report = obsdiff.prune(pipe, pattern, method=method, statistics=obsdiff.calibrate(pipe, prompts))
+    assert report.sparsity == pytest.approx(report.pattern.sparsity, abs=1e-3)
+    assert len(report.masks) == len(wire(pipe.transformer).site_of) == 3 * 12 - 3
+    for name, mask in report.masks.items():
+        weight = pipe.transformer.get_submodule(name).weight
+        assert bool((weight[~mask] == 0).all())
+        assert report.sparsity_per_layer[name] == pytest.approx(report.pattern.sparsity, abs=2e-3)
+    touched = {name + ".weight" for name in report.masks}
+    touched |= {name + ".bias" for name in report.masks if report.refit}
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert name in touched or torch.equal(tensor, before[name])
+    assert set(report.layer_error) == set(report.masks)
+
+
+@pytest.mark.parametrize("method", ["obs", "magnitude", "random"])
+def test_structured(dual_pipe, prompts, images, method):
+    pipe = dual_pipe
+    dense = sum(p.numel() for p in pipe.transformer.parameters())
+    report = obsdiff.prune(pipe, "structured:0.5", method=method, statistics=obsdiff.calibrate(pipe, prompts))
+    assert set(report.plan.entries) == {f"transformer_blocks.1.{m}" for m in ("attn", "attn2", "ff", "ff_context")}
+    attention = pipe.transformer.transformer_blocks[1].attn
+    assert attention.heads == 2 and attention.to_q.weight.shape == (8, 16) and attention.inner_dim == 8
+    assert attention.to_add_out.weight.shape == (16, 8) and attention.add_k_proj.bias.shape == (8,)
+    assert pipe.transformer.transformer_blocks[1].attn2.heads == 2
+    assert pipe.transformer.transformer_blocks[1].ff.net[2].weight.shape == (16, 32)
+    assert pipe.transformer.transformer_blocks[0].attn.heads == 4
+    assert report.parameters["pruned"] == sum(p.numel() for p in pipe.transformer.parameters()) < dense
+    assert bool(torch.isfinite(images(pipe)).all())
+
+
+@pytest.mark.parametrize("method", ["obs", "magnitude"])
+def test_shrunk_model_equals_masked_model(prompts, images, method):
+    """Same function as the dense shapes with the removed rows and columns zeroed."""
+    from tests.conftest import make_pipe
+
+    shrunk, masked = make_pipe(), make_pipe()
+    report = obsdiff.prune(shrunk, "structured:0.5", method=method, statistics=obsdiff.calibrate(shrunk, prompts))
+    wiring = wire(masked.transformer)
+    with torch.no_grad():
+        for groups in wiring.groups:
+            if groups.name in report.masks:
+                channels = report.masks[groups.name].repeat_interleave(groups.size)
+                for name in groups.consumers:
+                    weight = masked.transformer.get_submodule(name).weight
+                    weight.zero_()
+                    weight[:, channels] = shrunk.transformer.get_submodule(name).weight
+                    masked.transformer.get_submodule(name).bias.copy_(shrunk.transformer.get_submodule(name).bias)
+                for name in groups.producers:
+                    layer = masked.transformer.get_submodule(name)
+                    layer.weight[~channels] = 0
+                    layer.bias[~channels] = 0
+    torch.testing.assert_close(images(shrunk), images(masked), rtol=1e-4, atol=1e-5)
+
+
+def test_obs_beats_the_others_in_layer_error(pipe, prompts):
+    from tests.conftest import make_pipe
+
+    statistics = obsdiff.calibrate(pipe, prompts)
+    error = {
+        method: obsdiff.prune(make_pipe(), "unstructured:0.5", method=method, statistics=statistics).mean_layer_error
+        for method in METHODS
+    }
+    assert error["admm"] < error["obs"] < error["sparsegpt"] < error["wanda"] < error["random"]
+
+
+def test_refit_is_an_option_for_every_method(prompts):
+    from tests.conftest import make_pipe
+
+    for method in METHODS:
+        reports = []
+        for refit in (False, True):
+            pipe = make_pipe()
+            statistics = obsdiff.calibrate(pipe, prompts)
+            reports.append(obsdiff.prune(pipe, "unstructured:0.5", method=method, refit=refit, statistics=statistics))
+        off, on = reports
+        assert METHODS[method].centred or all(torch.equal(off.masks[name], on.masks[name]) for name in off.masks)
+        assert on.mean_layer_error < off.mean_layer_error
+
+
+def test_packages_recalibrate_with_earlier_layers_pruned(prompts):
+    from tests.conftest import make_pipe
+
+    pipe = make_pipe()
+    passes = []
+
+    def calibrate(sites):
+        zeros = sum(int((p == 0).sum()) for p in pipe.transformer.parameters())
+        passes.append((sites, zeros))
+        return obsdiff.calibrate(pipe, prompts, sites=sites)
+
+    report = obsdiff.prune(pipe, "unstructured:0.5", statistics=calibrate, packages=3)
+    assert len(passes) == 3 and passes[0][1] == 0 < passes[1][1] < passes[2][1]
+    sites = [site.name for site in wire(pipe.transformer).sites]
+    assert set().union(*(found for found, _ in passes)) == set(sites)
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_packages_are_contiguous_and_near_equal(pipe):
+    wiring = wire(pipe.transformer)
+    plan = make_plan(wiring, obsdiff.Unstructured(0.5))
+    cut = packages_of(wiring, plan, 4)
+    assert [name for package in cut for name in package] == [site.name for site in wiring.sites]
+    assert [len(package) for package in cut] == [6, 6, 5, 4] or max(map(len, cut)) - min(map(len, cut)) <= 1
+    assert len(packages_of(wiring, plan, 1000)) == len(wiring.sites)
+
+
+def test_same_seed_same_masks_whatever_the_batch(prompts):
+    from tests.conftest import make_pipe
+
+    masks = []
+    for batch_size in (1, 3):
+        pipe = make_pipe()
+        statistics = obsdiff.calibrate(pipe, prompts, batch_size=batch_size)
+        masks.append(obsdiff.prune(pipe, "unstructured:0.5", statistics=statistics).masks)
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_include_exclude_and_spared_blocks(pipe, prompts):
+    report = obsdiff.prune(
+        pipe,
+        "unstructured:0.5",
+        method="magnitude",
+        include=["*.ff.*"],
+        exclude=["*.net.2"],
+        spare_blocks=[0],
+    )
+    assert set(report.masks) == {f"transformer_blocks.{i}.ff.net.0.proj" for i in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"pattern": "unstructured:1.5"}, "below 1"),
+        ({"pattern": "3:7"}, "multiple of 7"),
+        ({"method": "nope"}, "nope"),
+        ({"method": "wanda", "pattern": "structured:0.3"}, "cannot prune heads"),
+        ({"include": ["nothing*"]}, "matches none"),
+        ({"exclude": ["*"]}, "matches no layer"),
+        ({"spare_blocks": [7]}, "block 7"),
+        ({"spare_blocks": [0, 1, 2]}, "matches no layer"),
+        ({"packages": 0}, "packages"),
+        ({"packages": 2}, "packages"),
+        ({"damping": float("nan")}, "damping"),
+        ({"fusion": "mean"}, "fusion"),
+        ({"statistics": None}, "needs statistics"),
+    ],
+)
+def test_bad_requests_change_nothing(pipe, prompts, options, word):
+    before = state(pipe)
+    given = {"pattern": "unstructured:0.5", "statistics": obsdiff.calibrate(pipe, prompts[:1]), **options}
+    with pytest.raises(obsdiff.UserError, match=word):
+        obsdiff.prune(pipe, **given)
+    assert unchanged(pipe, before)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
+def test_a_failure_half_way_takes_everything_back(pipe, prompts, images, monkeypatch, pattern):
+    """Interrupted at the second last solve: weights, shapes, head counts, class and config are as before."""
+    from obsdiff.pruning import oneshot
+
+    before, drawn, kind = state(pipe), images(pipe), type(pipe.transformer)
+    config = dict(pipe.transformer.config)
+    statistics = obsdiff.calibrate(pipe, prompts)
+    name = "solve_groups" if "structured:" in pattern[:11] else "solve_site"
+    real, calls = getattr(oneshot, name), []
+
+    def fail_late(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(oneshot, name, fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        obsdiff.prune(pipe, pattern, statistics=statistics)
+    assert unchanged(pipe, before) and type(pipe.transformer) is kind and dict(pipe.transformer.config) == config
+    assert torch.equal(images(pipe), drawn)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "2:4", "structured:0.5"])
+def test_pruning_twice_needs_to_be_asked_for(pipe, prompts, images, pattern):
+    obsdiff.prune(pipe, pattern, statistics=obsdiff.calibrate(pipe, prompts))
+    before = state(pipe)
+    again = obsdiff.calibrate(pipe, prompts)
+    with pytest.raises(obsdiff.UserError, match="pruned already"):
+        obsdiff.prune(pipe, pattern, statistics=again)
+    assert unchanged(pipe, before)
+    report = obsdiff.prune(pipe, "unstructured:0.7", statistics=again, prune_again=True)
+    assert report.sparsity == pytest.approx(0.7, abs=2e-3)
+    assert bool(torch.isfinite(images(pipe)).all())
+
+
+def test_structured_twice_describes_all_shapes(prompts, images, tmp_path):
+    from tests.conftest import make_pipe
+
+    pipe = make_pipe()
+    obsdiff.prune(pipe, "structured:heads=0.5,ffn=0", method="magnitude")
+    report = obsdiff.prune(pipe, "structured:heads=0,ffn=0.5", method="magnitude", prune_again=True)
+    obsdiff.save_pipeline(pipe, tmp_path / "out", report)
+    assert torch.equal(images(obsdiff.load_pipeline(tmp_path / "out")), images(pipe))
+
+
+def test_unsupported_denoisers_are_named():
+    from types import SimpleNamespace
+
+    from torch import nn
+
+    with pytest.raises(obsdiff.UserError, match="Identity is not supported; supported: SD3Transformer2DModel"):
+        obsdiff.prune(SimpleNamespace(transformer=nn.Identity()), "2:4", method="magnitude")
+    with pytest.raises(obsdiff.UserError, match="neither a transformer nor a unet"):
+        obsdiff.prune(SimpleNamespace(), "2:4", method="magnitude")

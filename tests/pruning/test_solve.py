@@ -1,0 +1,76 @@
+"""One site solved: the bias takes up the mean, and a convolution's groups are solved each on its own Hessian."""
+
+import pytest
+import torch
+from torch import nn
+
+from obsdiff.criteria import METHODS
+from obsdiff.models.families import SD3
+from obsdiff.models.wiring import WiredSite, Wiring
+from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
+from obsdiff.obs.pattern import Unstructured
+from obsdiff.pruning.solve import SolveOptions, solve_site
+
+
+def measured(layer, x):
+    matrices = activation_matrices(layer, x)
+    statistics = SiteStatistics.empty(matrices.shape[-1], matrices.shape[0])
+    statistics.add(matrices, 1.0)
+    return statistics
+
+
+def solved(layer, x, method, **options):
+    wiring = Wiring(nn.ModuleDict({"layer": layer}), SD3, (WiredSite(("layer",), False, 0),), (), 1)
+    options = SolveOptions(method, **options)
+    return solve_site(wiring, ["layer"], [Unstructured(0.5)], measured(layer, x), options)["layer"]
+
+
+def output_error(layer, x, result):
+    """The relative output error by running both layers; the power is that of the weights alone."""
+    bias = None if layer.bias is None else layer.bias + (0 if result.bias_shift is None else result.bias_shift)
+    weight = result.weight.view_as(layer.weight)
+
+    def run(weight, bias):
+        if isinstance(layer, nn.Conv2d):
+            return nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return nn.functional.linear(x, weight, bias)
+
+    power = run(layer.weight, None).square().sum()
+    return float((run(weight, bias) - run(layer.weight, layer.bias)).square().sum() / power)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", ["obs", "admm", "sparsegpt", "wanda"])
+def test_reported_error_is_the_real_output_error(method, bias):
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 10, bias=bias)
+    x = torch.randn(500, 24) @ torch.randn(24, 24) + 3.0
+    result = solved(layer, x, method)
+    assert (result.bias_shift is not None) is (bias and METHODS[method].refit)
+    assert result.error == pytest.approx(output_error(layer, x, result), rel=1e-2)
+
+
+def test_the_bias_helps_where_inputs_have_a_mean():
+    torch.manual_seed(0)
+    x = torch.randn(500, 24) @ torch.randn(24, 24) + 5 * torch.randn(24)
+    with_bias, without = nn.Linear(24, 10), nn.Linear(24, 10, bias=False)
+    without.weight = with_bias.weight
+    assert solved(with_bias, x, "obs").error < solved(without, x, "obs").error
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"padding": 1, "groups": 2}, {"stride": 2, "groups": 4, "bias": False}]
+)
+def test_convolutions(options):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 8, 3, **options)
+    x = torch.randn(6, 8, 9, 9) + 1.0
+    result = solved(layer, x, "obs")
+    assert result.weight.shape == layer.weight.shape
+    kept = result.mask.view(weight_matrices(layer).shape)
+    assert all(int(group.sum()) == group.numel() - round(0.5 * group.numel()) for group in kept)
+    # with several groups the reported error is the mean of each group's own share
+    if layer.groups == 1:
+        assert result.error == pytest.approx(output_error(layer, x, result), rel=1e-2)
+    assert 0 < result.error < 0.5
+    assert output_error(layer, x, result) < output_error(layer, x, solved(layer, x, "magnitude"))
