@@ -1,0 +1,1 @@
+"""Measuring pipelines: samples, fidelity to dense, alignment, Fréchet distance, FLOPs."""

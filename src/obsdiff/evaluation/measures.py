@@ -1,0 +1,72 @@
+"""Fidelity to the dense model, alignment with the prompt, and intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obsdiff.diffusion.frechet import frechet_distance
+from obsdiff.errors import UserError
+from obsdiff.evaluation.classifier import load_classifier
+from obsdiff.evaluation.digits import digit_of_prompt, load_digits
+
+BOOTSTRAPS = 2000
+
+
+def bootstrap_interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of per-image values (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(values), (BOOTSTRAPS, len(values)), generator=generator)
+    means = values.double()[draws].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(low), float(high)
+
+
+def fidelity(dense: Tensor, pruned: Tensor) -> dict[str, Any]:
+    """How far pruned images (n, c, h, w) in [0, 1] are from the dense ones of the same prompts and seeds.
+
+    Returns:
+        ``mse`` (mean over images) with ``mse_interval`` (95 % bootstrap over images), ``psnr`` in dB of that mse
+        (None for identical images), ``ssim`` (None for images below 11 pixels).
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    per_image = (dense.double() - pruned.double()).square().flatten(1).mean(1)
+    mse = float(per_image.mean())
+    ssim = None
+    if min(dense.shape[-2:]) >= 11:
+        ssim = float(structural_similarity_index_measure(pruned, dense, data_range=1.0))
+    return {
+        "mse": mse,
+        "mse_interval": list(bootstrap_interval(per_image)),
+        "psnr": None if mse == 0 else -10 * math.log10(mse),
+        "ssim": ssim,
+    }
+
+
+def digit_hits(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """1.0 where the embedded classifier reads the digit the prompt asks for, 0.0 elsewhere, (n,).
+
+    Raises:
+        UserError: A prompt asks for no digit.
+    """
+    wanted = []
+    for prompt in prompts:
+        digit = digit_of_prompt(prompt)
+        if digit is None:
+            raise UserError(f"cannot measure alignment: prompt {prompt!r} names no digit (zero to nine)")
+        wanted.append(digit)
+    with torch.no_grad():
+        read = load_classifier()(images * 2 - 1).argmax(1)
+    return (read == torch.tensor(wanted)).float()
+
+
+def digit_frechet(images: Tensor) -> float:
+    """Fréchet distance of images in [0, 1] to the held-out scans, on the embedded classifier's 64 features."""
+    classifier = load_classifier()
+    with torch.no_grad():
+        return frechet_distance(classifier.features(images * 2 - 1), classifier.features(load_digits("test")[0]))
