@@ -1,0 +1,53 @@
+"""What was done to a pruned pipeline, as text, read from its files without loading the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from obsdiff.errors import UserError
+from obsdiff.export.pipelines import run_folder
+from obsdiff.pruning.manifest import read_manifest
+
+
+def inspect_run(source: str | Path) -> str:
+    """A header and one row per pruned layer or module: pattern, share removed, error, new shape.
+
+    Raises:
+        UserError: ``source`` is not the folder of a prune run.
+    """
+    folder = run_folder(source)
+    if folder is None:
+        raise UserError(f"{source} is not the folder of a prune run (no pruning.json beside a pipeline/)")
+    manifest = read_manifest(folder)
+    parameters = manifest["parameters"]
+    header = [
+        f"{folder}: {manifest['pipeline']} ({manifest['denoiser']}), {manifest['pattern']} by {manifest['method']}"
+        + (" with refit" if manifest["refit"] else ""),
+        f"parameters {parameters['dense']:,} -> {parameters['pruned']:,}, {parameters['nonzero']:,} not zero; "
+        f"sparsity {manifest['sparsity']:.4%}; seed {manifest['seed']}",
+    ]
+    if statistics := manifest["statistics"]:
+        header.append(
+            f"calibrated on {statistics['num_prompts']} prompts, {statistics['steps']} steps, guidance "
+            f"{statistics['guidance_scale']}, {statistics['weighting']} weights, {manifest['packages']} pass(es)"
+        )
+    return "\n".join([*header, "", *_table(manifest)])
+
+
+def _table(manifest: dict[str, Any]) -> list[str]:
+    shapes = (manifest["shrunk"] or {}).get("layers", {})
+    rows = [("name", "pattern", "removed", "error", "shape")]
+    for name, pattern in manifest["plan"].items():
+        removed = f"{manifest['sparsity_per_layer'][name]:.2%}"
+        rows.append((name, pattern, removed, _error(manifest, name), ""))
+        for layer, shape in shapes.items():
+            if layer.startswith(name + "."):
+                rows.append(("  " + layer, "", "", _error(manifest, layer), f"{shape[0]} x {shape[1]}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _error(manifest: dict[str, Any], name: str) -> str:
+    error = manifest["layer_error"].get(name)
+    return "" if error is None else f"{error:.5f}"

@@ -1,0 +1,115 @@
+"""``report.json`` for programs, ``report.md`` and ``samples.png`` for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The report as a page: what was done, the figures, the layers that lost most."""
+    sparsity, parameters, flops = report["sparsity"], report["parameters"], report["flops"]
+    rows = [
+        ("pipeline", report["pipeline"]),
+        ("pattern", f"{report['pattern']} by {report['method']}{' with refit' if report['refit'] else ''}"),
+        ("sparsity achieved", f"{sparsity['achieved']:.4%} (requested {sparsity['requested']:.4%})"),
+        (
+            "denoiser parameters",
+            f"{parameters['dense']:,} -> {parameters['pruned']:,}, {parameters['nonzero']:,} of them not zero",
+        ),
+        ("FLOPs per denoiser call", f"{flops['dense'] / 1e9:.4g} G -> {flops['pruned'] / 1e9:.4g} G"),
+        ("mean layer error", _number(report["layer_error"]["mean"])),
+    ]
+    fidelity, alignment, frechet = report["fidelity"], report["alignment"], report["frechet"]
+    if fidelity is not None:
+        low, high = fidelity["mse_interval"]
+        rows.append(
+            (
+                f"fidelity to dense, n = {fidelity['n']}",
+                f"MSE {fidelity['mse']:.5f} (95 % {low:.5f} to {high:.5f}), PSNR {_number(fidelity['psnr'])} dB, "
+                f"SSIM {_number(fidelity['ssim'])}",
+            )
+        )
+    if alignment is not None:
+        rows.append(
+            (
+                f"alignment ({alignment['measure']}), n = {alignment['n']}",
+                f"{alignment['dense']:.1%} -> {alignment['pruned']:.1%}",
+            )
+        )
+    if frechet is not None:
+        rows.append(
+            (
+                f"Fréchet distance ({frechet['features']}), n = {frechet['n']}",
+                f"{frechet['dense']:.3f} -> {frechet['pruned']:.3f} (can fall while images get worse)",
+            )
+        )
+    rows += [
+        ("time", ", ".join(f"{key} {value:.1f} s" for key, value in report["time_s"].items())),
+        ("peak memory", f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB on {report['device']}"),
+        ("versions", ", ".join(f"{key} {value}" for key, value in report["versions"].items())),
+    ]
+    lines = [f"# {report['pipeline']} pruned to {report['pattern']}", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in rows]
+    errors = report["layer_error"]["per_layer"]
+    if errors:
+        lines += ["", "## Layers that lost most", "", "| layer | relative output error |", "|---|---|"]
+        worst = sorted(errors.items(), key=lambda item: -item[1])[:10]
+        lines += [f"| `{name}` | {error:.5f} |" for name, error in worst]
+    if fidelity is not None:
+        lines += ["", "![dense and pruned, same prompts and seeds](samples.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.5g}"
+
+
+def draw_samples(
+    path: Path, dense: Tensor, pruned: Tensor, prompts: Sequence[str], seeds: Sequence[int], title: str
+) -> None:
+    """A grid of pairs: each prompt's dense image above its pruned one, images (n, c, h, w) in [0, 1]."""
+    from matplotlib.figure import Figure
+
+    count = len(prompts)
+    figure = Figure(figsize=(1.5 * count + 0.8, 4.0), dpi=110, layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False)
+    for row, (name, images) in enumerate((("dense", dense), ("pruned", pruned))):
+        for column in range(count):
+            axis = axes[row][column]
+            image = images[column].permute(1, 2, 0).numpy()
+            gray = image.shape[-1] == 1
+            axis.imshow(image[..., 0] if gray else image, cmap="gray" if gray else None, vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column == 0:
+                axis.set_ylabel(name, fontsize=11)
+            if row == 0:
+                axis.set_title(_wrapped(f"{prompts[column]} (seed {seeds[column]})"), fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, format="png")
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, 22)[:4])
+
+
+def summary(report: Mapping[str, Any], output: str) -> str:
+    """A few lines for the terminal."""
+    parameters = report["parameters"]
+    lines = [
+        f"{report['pipeline']}: {report['pattern']} by {report['method']}, "
+        f"sparsity {report['sparsity']['achieved']:.2%}, "
+        f"parameters {parameters['dense']:,} -> {parameters['pruned']:,} ({parameters['nonzero']:,} not zero)"
+    ]
+    if report["fidelity"] is not None:
+        lines.append(f"fidelity to dense: MSE {report['fidelity']['mse']:.5f} over {report['fidelity']['n']} images")
+    if report["alignment"] is not None:
+        lines.append(f"alignment: {report['alignment']['dense']:.1%} -> {report['alignment']['pruned']:.1%}")
+    lines.append(f"{output}: pipeline/ report.md report.json samples.png pruning.json masks.safetensors")
+    return "\n".join(lines)
