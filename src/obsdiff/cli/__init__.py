@@ -1,0 +1,1 @@
+"""Command lines: argument objects in, one call out, no logic of their own."""

@@ -1,0 +1,169 @@
+"""What ``obsdiff prune`` accepts. The fields are the schema of command line and YAML alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class CalibrationOptions:
+    """How layer inputs are measured.
+
+    Args:
+        prompts: Prompt set: a .txt, .csv, .tsv or .parquet file, a Hugging Face dataset (owner/name), or an embedded
+            one (digits-train, digits-heldout). Default: the pipeline's own set, if it has one.
+        column: Caption column of a table or dataset.
+        num_prompts: Prompts to draw.
+        steps: Denoising steps; default: the pipeline's own.
+        guidance_scale: Classifier-free guidance; default: the pipeline's own.
+        batch_size: Prompts per pipeline call; changes speed and memory only.
+        packages: Calibration passes; later layers are measured with earlier ones pruned.
+        tokens: Tokens drawn of each sequence at each call; default: all.
+        weighting: Timestep weights: log_decrease, log_increase, linear_decrease, linear_increase or uniform.
+            Default: that of the stored statistics, else the method's own (uniform for sparsegpt, log_decrease for
+            the others).
+        damping: Dampening relative to the mean of a Hessian's diagonal.
+    """
+
+    prompts: str | None = None
+    column: str | None = None
+    num_prompts: int = 100
+    steps: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 4
+    packages: int = 1
+    tokens: int | None = None
+    weighting: str | None = None
+    damping: float = 0.01
+
+
+@dataclass
+class EvaluationOptions:
+    """How the result is measured, dense against pruned on the same prompts and seeds.
+
+    Args:
+        num_images: Images of each; 0 skips the evaluation.
+        prompts: Prompt set, as for the calibration. Default: the pipeline's own, else the calibration prompts.
+        column: Caption column of a table or dataset.
+        seed: Noise seed of the first image; the others count up.
+        batch_size: Images per pipeline call.
+    """
+
+    num_images: int = 64
+    prompts: str | None = None
+    column: str | None = None
+    seed: int = 1000
+    batch_size: int = 32
+
+
+@dataclass
+class PruneOptions:
+    """Prune a pipeline in one shot.
+
+    Args:
+        pipeline: An embedded pipeline (digits-sd3), a folder, or a hub id (owner/name).
+        output: Folder for the results; must be new, empty, or (with overwrite) an earlier run.
+        pattern: unstructured:RATIO, N:M, structured:RATIO, or structured:heads=R,ffn=R[,multiple_of=W].
+        method: obs, admm, sparsegpt, wanda, magnitude or random.
+        seed: Seed of calibration noise and of random methods.
+        device: Such as cpu or cuda.
+        dtype: float32, bfloat16 or float16; statistics and solves are float32 always. Default: as saved by an earlier
+            run, else float32.
+        refit: Least squares on the kept weights; default: on for obs and admm.
+        include: Names of layers (structured: of attention and feed-forward modules) to prune, as shell patterns.
+        exclude: Names to leave alone, as shell patterns.
+        spare_blocks: Blocks to leave alone, negative from the end. Default: first and last for structured patterns.
+        fusion: Ranking of heads over the two streams of joint attention: reciprocal_rank or relative_error.
+        statistics: Folder to keep the calibration in; an existing one is used instead of calibrating again.
+        overwrite: Replace an earlier run in the output folder.
+        prune_again: Allow a pipeline that is pruned already.
+        calibration: How layer inputs are measured.
+        evaluation: How the result is measured.
+    """
+
+    pipeline: str
+    output: str
+    pattern: str = "unstructured:0.5"
+    method: str = "obs"
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str | None = None
+    refit: bool | None = None
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    spare_blocks: list[int] | None = None
+    fusion: str = "reciprocal_rank"
+    statistics: str | None = None
+    overwrite: bool = False
+    prune_again: bool = False
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+
+@dataclass
+class SampleOptions:
+    """Draw images.
+
+    Args:
+        pipeline: A prune run's folder, an embedded pipeline, any diffusers folder, or a hub id.
+        prompt: What to draw; a YAML list for several images.
+        output: PNG file (one prompt) or folder (several).
+        seed: Noise seed of the first image; the others count up.
+        steps: Denoising steps; default: the pipeline's own.
+        guidance_scale: Classifier-free guidance; default: the pipeline's own.
+        device: Such as cpu or cuda.
+        dtype: float32, bfloat16 or float16.
+        overwrite: Replace existing files.
+    """
+
+    pipeline: str
+    prompt: list[str] | str
+    output: str = "sample.png"
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class InspectOptions:
+    """Show what was done to a pipeline, layer by layer.
+
+    Args:
+        folder: A prune run's folder.
+    """
+
+    folder: str
+
+
+@dataclass
+class BenchOptions:
+    """Measure the speed of pruning on a model with random weights; prints one JSON line.
+
+    Args:
+        preset: sd3-tiny-cpu, sd3-medium or sd35-large.
+        pattern: As for prune.
+        method: As for prune.
+        packages: Calibration passes.
+        device: Such as cpu or cuda; default: the preset's.
+        dtype: Default: the preset's.
+        num_prompts: Default: the preset's.
+        steps: Default: the preset's.
+        batch_size: Default: the preset's.
+        threads: CPU threads; default: torch's own choice.
+        statistics: Folder to keep the calibration in; a second run then times pruning from stored statistics.
+    """
+
+    preset: str = "sd3-tiny-cpu"
+    pattern: str = "unstructured:0.5"
+    method: str = "obs"
+    packages: int = 1
+    device: str | None = None
+    dtype: str | None = None
+    num_prompts: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    threads: int | None = None
+    statistics: str | None = None
