@@ -60,3 +60,24 @@ def test_a_full_mask_returns_the_dense_weight():
     full = torch.ones_like(dense, dtype=torch.bool)
     found, error = refit(dense, dense, full, hessian)
     assert torch.equal(found, dense) and error == 0
+
+
+def test_a_singular_hessian_is_solved_and_measured_rightly():
+    """Five samples for twelve columns: most rows are solved exactly within the steps, and further steps must not stray."""
+    for seed in range(200):
+        dense, hessian, mask = problem(7, 12, 5, seed)
+        found, error = refit(dense * mask, dense, mask, hessian, steps=40, tolerance=0.0)
+        power = quadratic_error(dense, hessian)
+        assert error == pytest.approx(quadratic_error(found - dense, hessian), rel=1e-2, abs=1e-4 * power)
+        best = quadratic_error(exact_lstsq(dense, mask, hessian) - dense.double(), hessian.double())
+        assert error <= best + 1e-3 * power
+
+
+def exact_lstsq(dense, mask, hessian):
+    """Like :func:`exact`, for a singular H."""
+    result = torch.zeros_like(dense, dtype=torch.float64)
+    for row, s in enumerate(mask):
+        if s.any():
+            target = dense[row].double() @ hessian[:, s].double()
+            result[row, s] = torch.linalg.pinv(hessian[s][:, s].double(), hermitian=True, rtol=1e-6) @ target
+    return result

@@ -28,17 +28,21 @@ def brute_force_obs(weight, hessian, kept):
     return w * kept
 
 
-def brute_force_selection(weight, hessian, ratio, block):
+def brute_force_selection(weight, hessian, ratio, block, even=True):
     """SparseGPT's mask: scores w² / [H⁻¹]_qq with earlier columns frozen, compared over a block of columns."""
     rows, columns = weight.shape
     kept = torch.ones(rows, columns, dtype=torch.bool)
     total = round(ratio * rows * columns)
+    lowest = (weight**2 * hessian.diagonal()).flatten().argsort()[:total]
+    uncompensated = torch.zeros(rows * columns).index_fill_(0, lowest, 1).view(rows, columns)
     for start in range(0, columns, block):
         end = min(start + block, columns)
         w = brute_force_obs(weight, hessian, kept)  # columns before start are pruned, later ones are updated
         diagonal = torch.stack([torch.linalg.inv(hessian.double()[q:, q:])[0, 0] for q in range(start, end)])
         scores = (w[:, start:end] ** 2 / diagonal).flatten()
         count = round(total * end / columns) - round(total * start / columns)
+        if not even:
+            count = int(uncompensated[:, start:end].sum())
         dropped = torch.zeros(len(scores), dtype=torch.bool)
         dropped[scores.argsort()[:count]] = True
         kept[:, start:end] = ~dropped.view(rows, end - start)
@@ -56,12 +60,13 @@ def test_unstructured_equals_brute_force(ratio):
     torch.testing.assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-3)  # float32 against float64
 
 
+@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("compared", [128, 64, 32])
-def test_selection_over_several_blocks_equals_brute_force(compared):
+def test_selection_over_several_blocks_equals_brute_force(compared, even):
     weight, hessian = problem(rows=4, columns=160, samples=600, seed=3)
     factor, damping = upper_factor(hessian)
-    [(_, mask)] = sweep([weight], factor, [Unstructured(0.5)], compared)
-    assert torch.equal(mask, brute_force_selection(weight, damped(hessian, damping), 0.5, compared))
+    [(_, mask)] = sweep([weight], factor, [Unstructured(0.5)], compared, even)
+    assert torch.equal(mask, brute_force_selection(weight, damped(hessian, damping), 0.5, compared, even))
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 5)])
@@ -76,9 +81,10 @@ def test_nm_keeps_n_of_every_m_and_compensates_as_brute_force(pattern):
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 300), (3, 129), (1, 1)])
 @pytest.mark.parametrize("ratio", [0.0, 0.37, 0.5, 0.999])
-def test_sparsity_is_exact_over_blocks(rows, columns, ratio):
+@pytest.mark.parametrize("even", [True, False])
+def test_sparsity_is_exact_over_blocks(rows, columns, ratio, even):
     weight, hessian = problem(rows, columns, samples=2 * columns + 2)
-    [(pruned, mask)] = sweep([weight], upper_factor(hessian)[0], [Unstructured(ratio)])
+    [(pruned, mask)] = sweep([weight], upper_factor(hessian)[0], [Unstructured(ratio)], even=even)
     assert int((~mask).sum()) == round(ratio * rows * columns)
     assert bool((pruned[~mask] == 0).all())
 

@@ -6,4 +6,4 @@ from obsdiff.obs.sweep import BLOCK
 
 
 def solve(problem: Problem) -> list[Solution]:
-    return obs.solve(problem, compared=BLOCK)
+    return obs.solve(problem, compared=BLOCK, even=True)

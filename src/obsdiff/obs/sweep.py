@@ -16,7 +16,11 @@ SUB_BLOCK = 32  # columns updated one by one before the rest of the block sees t
 
 
 def sweep(
-    weights: Sequence[Tensor], factor: Tensor, patterns: Sequence[Pattern], compared: int = BLOCK
+    weights: Sequence[Tensor],
+    factor: Tensor,
+    patterns: Sequence[Pattern],
+    compared: int = BLOCK,
+    even: bool = True,
 ) -> list[tuple[Tensor, Tensor]]:
     """Prune layers that read the same input with one factor.
 
@@ -24,14 +28,16 @@ def sweep(
     ``w_j −= e U_ij`` for all j > i (SparseGPT 2301.00774 alg. 1; OBS-Diff eq. 2 in fixed column order), where
     ``U = R⁻¹``. All changes together are ``Δ = −E U``, that is ``Δ R = −E``: what earlier columns do to a block follows
     from their changes and R alone, and only the diagonal blocks of R are ever inverted.
-    Unstructured: the lowest scores of each ``compared`` columns of a layer go, all rows jointly, at counts that add up
-    to the request. N:M: at the start of each group of M columns, from the weights as updated so far.
+    Unstructured: the lowest scores of each ``compared`` columns of a layer go, all rows jointly, at counts (see
+    ``even``) that add up to the request. N:M: at the start of each group of M columns, from the weights as updated so far.
 
     Args:
         weights: Float32 (rows_k, columns) each, not changed.
         factor: Upper R with ``H = R Rᵀ``, from :func:`obsdiff.obs.linalg.upper_factor`.
         patterns: One per layer, unstructured or N:M.
         compared: Columns whose scores are compared jointly, from the weights as updated so far.
+        even: All stretches of ``compared`` columns lose the same share, as published; otherwise each loses as many
+            as it holds of the layer's lowest ``w_i² H_ii``, what dropping them costs uncompensated.
 
     Returns:
         Per layer the pruned weight (float32) and the mask (True = kept).
@@ -49,19 +55,18 @@ def sweep(
     nm_parts = [(part, part[2].m) for part in parts if isinstance(part[2], NM)]
     diagonal = factor.diagonal()[:, None]
     errors = torch.zeros_like(work[:block])
+    power = None if even else factor.square().sum(dim=1)  # diag H
+    counts = [_counts(weight, pattern, compared, power) for weight, _, pattern in parts]
     # views of single columns, made once: the innermost loop is bound by their number, not by arithmetic
     work_at, pivots_at, errors_at = work.unbind(), pivots.unbind(), errors.unbind()
 
-    def drop(part: tuple[Tensor, Tensor, Pattern], span: slice) -> None:
+    def drop(part: tuple[Tensor, Tensor, Pattern], span: slice, count: int) -> None:
         """Choose what goes of the columns ``span`` of one layer, from its weights as they are now."""
         weight, pivot, pattern = part
         scores = (weight[span] * diagonal[span]).square()
         if isinstance(pattern, NM):
             gone = drop_lowest_nm(scores.T, pattern).T
         else:
-            assert isinstance(pattern, Unstructured)
-            before = span.start * weight.shape[1]
-            count = split_count(pattern.ratio, weight.numel(), before, before + scores.numel())
             gone = drop_lowest(scores, count)
         pivot[span] = gone * diagonal[span]
 
@@ -77,13 +82,14 @@ def sweep(
         for first in range(0, size, sub_block):
             last = min(first + sub_block, size)
             if (start + first) % compared == 0:
-                for part in parts:
-                    if isinstance(part[2], Unstructured):
-                        drop(part, slice(start + first, min(start + first + compared, columns)))
+                for part, goals in zip(parts, counts, strict=True):
+                    if goals:
+                        at = slice(start + first, min(start + first + compared, columns))
+                        drop(part, at, goals[at.start // compared])
             for i in range(first, last):
                 for part, m in nm_parts:
                     if (start + i) % m == 0:
-                        drop(part, slice(start + i, start + i + m))
+                        drop(part, slice(start + i, start + i + m), 0)
                 error = torch.mul(work_at[start + i], pivots_at[start + i], out=errors_at[i])
                 if i + 1 < last:
                     work[start + i + 1 : start + last].addr_(local_at[i][i + 1 : last], error, alpha=-1)
@@ -97,3 +103,21 @@ def sweep(
         (part.T.contiguous(), mask.T.contiguous())
         for part, mask in zip(work.split(rows, dim=1), kept.split(rows, dim=1), strict=True)
     ]
+
+
+def _counts(weight: Tensor, pattern: Pattern, compared: int, power: Tensor | None) -> list[int]:
+    """How many weights each stretch of ``compared`` columns gives up; empty for N:M.
+
+    Args:
+        weight: (columns, rows).
+        power: diag H, (columns,), to share the layer's count by ``w_i² H_ii``; None: evenly.
+    """
+    if not isinstance(pattern, Unstructured):
+        return []
+    columns, rows = weight.shape
+    starts = range(0, columns, compared)
+    if power is None:
+        ends = [min(start + compared, columns) * rows for start in starts]
+        return [split_count(pattern.ratio, weight.numel(), at * rows, end) for at, end in zip(starts, ends, strict=True)]
+    gone = drop_lowest(weight.square().mul_(power[:, None]), round(pattern.ratio * weight.numel())).sum(dim=1)
+    return [int(part.sum()) for part in gone.split(compared)]
