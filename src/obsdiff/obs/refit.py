@@ -7,7 +7,7 @@ from torch import Tensor
 
 STEPS = 8
 TOLERANCE = 0.004  # stop when a step lowers the error by less than this share of it
-SOLVED = 1e-10  # a row whose squared residual fell to this share of its start is at float32 rounding
+SOLVED = 1e-8  # a row whose squared residual fell to this share of its start is near float32 rounding
 
 
 def refit(
