@@ -9,7 +9,7 @@ from obsdiff.obs.linalg import upper_factor
 from obsdiff.obs.sweep import sweep
 
 COMPARED = 32
-REFIT_STEPS = 3  # at least; docs/method.md has the error by steps
+REFIT_STEPS = 2  # at least; docs/method.md has the error by steps
 
 
 def solve(problem: Problem, compared: int = COMPARED, even: bool = False) -> list[Solution]:

@@ -42,6 +42,7 @@ def upper_factor(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, flo
         flipped = hessian.flip(0, 1)
         flipped.diagonal().add_(tried * flipped.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(flipped)
+        del flipped  # a wide site's matrices decide the peak of memory
         if not failed:
             return factor.flip(0, 1), tried
         warnings.warn(

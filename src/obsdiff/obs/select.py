@@ -13,34 +13,34 @@ SAMPLE = 4096  # scores looked at to bracket the threshold of a large selection
 def drop_lowest(scores: Tensor, count: int) -> Tensor:
     """A bool mask, True on exactly ``count`` of the lowest scores, however many are equal."""
     flat = scores.reshape(-1)
-    dropped = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    if count > 0:
-        sure, candidates = _bracket(flat, count) if flat.numel() > 4 * SAMPLE else (dropped, None)
-        dropped = sure
-        if candidates is None:
-            dropped[flat.topk(count, largest=False, sorted=False).indices] = True
-        else:
-            rest = count - int(sure.sum())
-            dropped[candidates[flat[candidates].topk(rest, largest=False, sorted=False).indices]] = True
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = _kth_lowest(flat, count)
+    dropped = flat <= threshold  # comparing all is several times faster than writing at the indices of the lowest
+    if int(dropped.sum()) != count:
+        dropped = flat < threshold
+        equal = (~(dropped | (flat > threshold))).nonzero().squeeze(1)
+        dropped[equal[: count - int(dropped.sum())]] = True
     return dropped.view(scores.shape)
 
 
-def _bracket(flat: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-    """Split a large selection: a mask of what certainly goes, and the indices that hold the threshold.
+def _kth_lowest(flat: Tensor, count: int) -> Tensor:
+    """The ``count``-th lowest value.
 
-    A sorted sample brackets the threshold within four standard deviations; selecting among the few scores inside is
-    several times faster than among all. If the bracket misses (or a NaN hides it), the indices are None.
+    Among many values a sorted sample brackets it within four standard deviations, and only the few inside the bracket
+    are selected from; if the bracket misses, all are.
     """
-    sample = flat[:: flat.numel() // SAMPLE].sort().values
-    share, last = count / flat.numel(), len(sample) - 1
-    margin = 4 * (share * (1 - share) / len(sample)) ** 0.5 + 1 / last
-    low, high = (sample[round(min(max(at, 0.0), 1.0) * last)] for at in (share - margin, share + margin))
-    below = flat < low
-    candidates = ((flat >= low) & (flat <= high)).nonzero().squeeze(1)
-    certain = int(below.sum())
-    if certain <= count <= certain + len(candidates):
-        return below, candidates
-    return torch.zeros_like(below), None
+    among, rest = flat, count
+    if flat.numel() > 4 * SAMPLE:
+        sample = flat[:: flat.numel() // SAMPLE].sort().values
+        share, last = count / flat.numel(), len(sample) - 1
+        margin = 4 * (share * (1 - share) / len(sample)) ** 0.5 + 1 / last
+        low, high = (sample[round(min(max(at, 0.0), 1.0) * last)] for at in (share - margin, share + margin))
+        inside = flat[(flat >= low) & (flat <= high)]
+        below = int((flat < low).sum())
+        if below < count <= below + len(inside):
+            among, rest = inside, count - below
+    return among.topk(rest, largest=False, sorted=False).values.max()
 
 
 def drop_lowest_nm(scores: Tensor, pattern: NM) -> Tensor:

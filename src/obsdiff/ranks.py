@@ -1,0 +1,94 @@
+"""Several processes: who am I, and what do the others hold. Everything works alone as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Processes that work together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def own_share(count: int, unit: int = 1) -> slice:
+    """This process's contiguous share of ``count`` items, cut at multiples of ``unit``; shares differ by one unit."""
+    units = -(-count // unit)
+    first, last = (min(units * at // world_size() * unit, count) for at in (rank(), rank() + 1))
+    return slice(first, last)
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
+def from_rank(value: T, source: int = 0) -> T:
+    """The ``value`` of process ``source``, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, source)
+    return box[0]
+
+
+def from_all(value: T) -> list[T]:
+    """The values of all processes, in their order, on every process."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[T | None] = [None] * world_size()
+    distributed.all_gather_object(gathered, value)
+    return gathered  # type: ignore[return-value]  # all are filled now
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded over the processes (each of them must ask)."""
+    whole = getattr(tensor, "full_tensor", None)
+    return tensor if whole is None else whole()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded: the same memory."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
+
+
+def sharded_like(whole: Tensor, example: Tensor) -> Tensor:
+    """This process's part of ``whole``, cut as ``example`` is."""
+    if not hasattr(example, "device_mesh"):
+        return whole.to(example.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    cut = distribute_tensor(whole.to(example.device), example.device_mesh, example.placements)  # type: ignore[attr-defined]
+    return cut.to_local()
+
+
+def seed_for(*parts: int) -> int:
+    """One seed out of several counters, well mixed."""
+    mixed = 0
+    for part in parts:
+        mixed = (mixed * 6_364_136_223_846_793_005 + part * 1_442_695_040_888_963_407 + 1) % 2**63
+    return mixed
+
+
+def keyed_generator(*parts: int) -> torch.Generator:
+    """A CPU generator that depends on these numbers alone: on no state, so that a resumed run draws the same."""
+    return torch.Generator().manual_seed(seed_for(*parts))
