@@ -29,7 +29,8 @@ def sweep(
     ``U = R⁻¹``. All changes together are ``Δ = −E U``, that is ``Δ R = −E``: what earlier columns do to a block follows
     from their changes and R alone, and only the diagonal blocks of R are ever inverted.
     Unstructured: the lowest scores of each ``compared`` columns of a layer go, all rows jointly, at counts (see
-    ``even``) that add up to the request. N:M: at the start of each group of M columns, from the weights as updated so far.
+    ``even``) that add up to the request. N:M: at the start of each group of M columns, from the weights as updated so
+    far.
 
     Args:
         weights: Float32 (rows_k, columns) each, not changed.
@@ -64,10 +65,7 @@ def sweep(
         """Choose what goes of the columns ``span`` of one layer, from its weights as they are now."""
         weight, pivot, pattern = part
         scores = (weight[span] * diagonal[span]).square()
-        if isinstance(pattern, NM):
-            gone = drop_lowest_nm(scores.T, pattern).T
-        else:
-            gone = drop_lowest(scores, count)
+        gone = drop_lowest_nm(scores.T, pattern).T if isinstance(pattern, NM) else drop_lowest(scores, count)
         pivot[span] = gone * diagonal[span]
 
     for start in range(0, columns, block):
