@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from obsdiff.data.prompts import load_prompts
     from obsdiff.errors import UserError
     from obsdiff.evaluation.sampling import sample
-    from obsdiff.export.pipelines import load_pipeline, save_pipeline
     from obsdiff.obs.pattern import NM, Structured, Unstructured, parse_pattern
     from obsdiff.pruning.calibrate import calibrate
+    from obsdiff.pruning.folder import load_pipeline, save_pipeline
     from obsdiff.pruning.oneshot import PruneReport, prune
 
 _HOME = {
@@ -30,12 +30,12 @@ _HOME = {
     "Unstructured": "obsdiff.obs.pattern",
     "UserError": "obsdiff.errors",
     "calibrate": "obsdiff.pruning.calibrate",
-    "load_pipeline": "obsdiff.export.pipelines",
+    "load_pipeline": "obsdiff.pruning.folder",
     "load_prompts": "obsdiff.data.prompts",
     "parse_pattern": "obsdiff.obs.pattern",
     "prune": "obsdiff.pruning.oneshot",
     "sample": "obsdiff.evaluation.sampling",
-    "save_pipeline": "obsdiff.export.pipelines",
+    "save_pipeline": "obsdiff.pruning.folder",
 }
 
 __all__ = [

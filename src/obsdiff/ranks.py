@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
+from obsdiff.errors import UserError
+
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def world_size() -> int:
@@ -51,6 +54,29 @@ def from_all(value: T) -> list[T]:
     gathered: list[T | None] = [None] * world_size()
     distributed.all_gather_object(gathered, value)
     return gathered  # type: ignore[return-value]  # all are filled now
+
+
+def solved_in_turn(items: Sequence[T], solve: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """``solve`` every item, each on one process, and give every process all results in the order of the items.
+
+    Raises:
+        UserError: Some process raised it; then all do.
+    """
+    for start in range(0, len(items), world_size()):
+        part = items[start : start + world_size()]
+        found: R | None = None
+        failed: UserError | None = None
+        if rank() < len(part):
+            try:
+                found = solve(part[rank()])
+            except UserError as error:
+                if world_size() == 1:
+                    raise
+                failed = error
+        for item, (result, error) in zip(part, from_all((found, failed)), strict=False):
+            if error is not None:
+                raise error
+            yield item, result  # type: ignore[misc]  # no error, so there is a result
 
 
 def wait_for_all() -> None:

@@ -16,12 +16,13 @@ SOURCES = {
     "obsdiff.data": ROOT / "data",
 }
 RANKS = [
-    {"errors", "files", "versions", "progress", "memory"},
+    {"errors", "files", "versions", "progress", "memory", "ranks"},
     {"obs", "criteria", "diffusion"},
     {"models"},
     {"pruning", "evaluation"},
+    {"data"},
     {"training"},
-    {"callbacks", "data", "compare", "export"},
+    {"callbacks", "compare", "export"},
     {"cli"},
 ]
 NUMERICS = RANKS[1]

@@ -15,10 +15,10 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse_options(PruneOptions, "obsdiff prune", args)
     with clear_errors("obsdiff prune"):
         from obsdiff.criteria import find_method
-        from obsdiff.export.pipelines import check_output, load_pipeline
         from obsdiff.export.report import summary
         from obsdiff.export.run import prune_run
         from obsdiff.obs.pattern import parse_pattern
+        from obsdiff.pruning.folder import check_output, load_pipeline
 
         check_output(Path(options.output), options.overwrite)  # cheap mistakes before costly loading
         parse_pattern(options.pattern)

@@ -13,7 +13,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse_options(SampleOptions, "obsdiff sample", args, positional=True)
     with clear_errors("obsdiff sample"):
         from obsdiff.evaluation.sampling import image_files, sample, save_images
-        from obsdiff.export.pipelines import load_pipeline
+        from obsdiff.pruning.folder import load_pipeline
 
         prompts = [options.prompt] if isinstance(options.prompt, str) else options.prompt
         files = image_files(options.output, len(prompts), options.overwrite)

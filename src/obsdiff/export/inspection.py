@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.errors import UserError
-from obsdiff.export.pipelines import run_folder
+from obsdiff.pruning.folder import run_folder
 from obsdiff.pruning.manifest import read_manifest
 
 

@@ -16,7 +16,6 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
 from obsdiff.evaluation.sampling import cycle_prompts, sample
-from obsdiff.export.pipelines import check_output, write_pipeline
 from obsdiff.export.report import draw_samples, render_markdown
 from obsdiff.files import whole_folder, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
@@ -26,6 +25,7 @@ from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.pattern import Pattern, parse_pattern
 from obsdiff.pruning.calibrate import calibrate
+from obsdiff.pruning.folder import check_output, write_pipeline
 from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
 from obsdiff.pruning.plan import Plan, describe, make_plan, packages_of
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics

@@ -66,6 +66,8 @@ class Family:
         embeds: What ``encode_prompt`` returns, by the pipeline's call argument.
         text: Segments of the prompt token sequence.
         inputs: The denoiser's tensor arguments; each dimension a config key, "text_length", or nothing but the batch.
+        sample, time: Which of them are the noisy latents and the time.
+        conditions: The others, with the entry of ``embeds`` each is given.
     """
 
     denoiser: str
@@ -77,6 +79,9 @@ class Family:
     embeds: tuple[str, ...]
     text: tuple[TextSegment, ...]
     inputs: tuple[tuple[str, tuple[str, ...]], ...]
+    sample: str
+    time: str
+    conditions: tuple[tuple[str, str], ...]
 
 
 SD3 = Family(
@@ -123,6 +128,9 @@ SD3 = Family(
         ("pooled_projections", ("pooled_projection_dim",)),
         ("timestep", ()),
     ),
+    sample="hidden_states",
+    time="timestep",
+    conditions=(("encoder_hidden_states", "prompt_embeds"), ("pooled_projections", "pooled_prompt_embeds")),
 )
 
 FAMILIES: tuple[Family, ...] = (SD3,)

@@ -30,6 +30,7 @@ from obsdiff.pruning.statistics import (
     save_statistics,
 )
 from obsdiff.pruning.trajectories import CallCounter, counted_calls, noise_seeds, run_trajectories
+from obsdiff.ranks import add_up, from_all, own_share, rank, wait_for_all, world_size
 
 SAVE_EVERY_S = 300.0
 PARTIAL = "partial"
@@ -96,20 +97,25 @@ def calibrate(
     wiring = wire(denoiser_of(pipe))
     fingerprint = fingerprint_of(pipe, prompts, settings)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0})
+    partial_store = None
     if store is not None:
         store = Path(store)
         if (store / "statistics.json").exists():
             found = open_statistics(store)
             check_fingerprint(found.fingerprint, fingerprint, store)
             return found
-        statistics = _continue_partial(store, fingerprint) or statistics
+        partial_store = store / (PARTIAL if world_size() == 1 else f"{PARTIAL}-{rank()}-of-{world_size()}")
+        statistics = _continue_partial(partial_store, fingerprint) or statistics
     chosen = [site for site in wiring.sites if sites is None or site.name in sites]
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, call)
-    _measure(pipe, wiring, chosen, conditioning, settings, statistics, store, quiet)
+    _measure(pipe, wiring, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
+    _add_up_processes(statistics, chosen)
     _check_measured(chosen, statistics)
     if store is None:
         return statistics
-    save_statistics(statistics, store)
+    if rank() == 0:
+        save_statistics(statistics, store)
+    wait_for_all()
     return open_statistics(store)  # read back site by site, so that memory holds one Hessian at a time
 
 
@@ -157,9 +163,8 @@ def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
         raise UserError(f"calibration.steps is {steps}; it must be at least 1")
 
 
-def _continue_partial(store: Path, fingerprint: Mapping[str, Any]) -> Statistics | None:
+def _continue_partial(folder: Path, fingerprint: Mapping[str, Any]) -> Statistics | None:
     """The sums of a calibration that was cut off, if they fit."""
-    folder = store / PARTIAL
     if not (folder / "statistics.json").exists():
         return None
     found = open_statistics(folder)
@@ -174,17 +179,19 @@ def _measure(
     conditioning: Conditioning,
     settings: Settings,
     statistics: Statistics,
-    store: Path | None,
+    partial_store: Path | None,
     quiet: bool,
 ) -> None:
-    """Run the trajectories that are not in ``statistics`` yet and add them."""
+    """Run this process's share of the trajectories, as far as they are not in ``statistics`` yet, and add them."""
     started = saved = time.perf_counter()
     before = dict(statistics.time_s)
-    first = statistics.prompts_done
-    seeds = noise_seeds(settings.seed, len(conditioning))
+    share = own_share(len(conditioning), settings.batch_size)
+    first = share.start + statistics.prompts_done
+    left = slice(first, share.stop)
+    seeds = noise_seeds(settings.seed, len(conditioning))[left]
     rest = Conditioning(
-        {name: tensor[first:] for name, tensor in conditioning.embeds.items()},
-        None if conditioning.text_mask is None else conditioning.text_mask[first:],
+        {name: tensor[left] for name, tensor in conditioning.embeds.items()},
+        None if conditioning.text_mask is None else conditioning.text_mask[left],
         conditioning.negative_text_mask,
     )
     with (
@@ -194,10 +201,10 @@ def _measure(
         batches = run_trajectories(
             pipe,
             rest,
-            seeds[first:],
+            seeds,
             settings.batch_size,
             settings.call,
-            partial(collector.begin, rest, seeds[first:]),
+            partial(collector.begin, rest, seeds),
         )
         for part, latents in track(batches, -(-len(rest) // settings.batch_size), "calibrating", quiet):
             if not bool(torch.isfinite(latents).all()):
@@ -205,15 +212,30 @@ def _measure(
                     f"calibration gave non-finite latents at prompts {first + part.start} to {first + part.stop - 1}; "
                     "the pipeline itself fails there, try another dtype"
                 )
-            statistics.prompts_done = first + part.stop
+            statistics.prompts_done = left.start - share.start + part.stop
             now = time.perf_counter()
             statistics.time_s = {
                 "calibrate": before["calibrate"] + now - started,
                 "forward_only": before["forward_only"] + collector.forward_s,
             }
-            if store is not None and now - saved > SAVE_EVERY_S and statistics.prompts_done < len(conditioning):
-                save_statistics(statistics, store / PARTIAL)
+            if partial_store is not None and now - saved > SAVE_EVERY_S and part.stop < len(rest):
+                save_statistics(statistics, partial_store)
                 saved = time.perf_counter()
+
+
+def _add_up_processes(statistics: Statistics, sites: Sequence[WiredSite]) -> None:
+    """Replace every process's sums by those over all of them, so that they all know the same."""
+    if world_size() == 1:
+        return
+    for site in sites:
+        found = statistics.sites[site.name]
+        counts = torch.tensor([found.weight_sum, float(found.num_tokens)], dtype=torch.float64)
+        counts = counts.to(found.hessian_sum.device)
+        add_up([found.hessian_sum, found.input_sum, counts])
+        found.weight_sum, found.num_tokens = float(counts[0]), int(counts[1])
+    everyone = from_all((statistics.prompts_done, statistics.time_s))
+    statistics.prompts_done = sum(done for done, _ in everyone)
+    statistics.time_s = {key: max(times[key] for _, times in everyone) for key in statistics.time_s}
 
 
 def _check_measured(sites: Sequence[WiredSite], statistics: Statistics) -> None:

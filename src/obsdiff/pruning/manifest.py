@@ -39,6 +39,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "sparsity_per_layer": report.sparsity_per_layer,
         "layer_error": report.layer_error,
         "parameters": report.parameters,
+        "time_s": report.time_s,
         "statistics": report.fingerprint,
         "shrunk": report.shrunk,
         "versions": versions(),

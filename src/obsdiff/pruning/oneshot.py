@@ -12,14 +12,14 @@ from torch import Tensor
 
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
-from obsdiff.models.wiring import Wiring, denoiser_of, wire
+from obsdiff.models.wiring import WiredGroups, WiredSite, Wiring, denoiser_of, wire
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
 from obsdiff.pruning.plan import Plan, make_plan, packages_of
-from obsdiff.pruning.solve import SolveOptions, solve_groups, solve_site
+from obsdiff.pruning.solve import LayerResult, SolveOptions, portable, solve_groups, solve_site
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.surgery import (
     Edits,
@@ -29,6 +29,7 @@ from obsdiff.pruning.surgery import (
     undone_on_error,
     zero_share,
 )
+from obsdiff.ranks import solved_in_turn
 
 Calibrate = Callable[[set[str]], Statistics]
 Read = Callable[[str, torch.device], SiteStatistics]
@@ -204,10 +205,13 @@ def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
     """Solve the sites of a package and write the pruned weights."""
     wiring, entries, report = job.wiring, job.plan.entries, job.report
     chosen = [site for site in wiring.sites if site.name in package]
-    for site in track(chosen, len(chosen), "solving", job.quiet):
+
+    def solve(site: WiredSite) -> dict[str, LayerResult]:
         layers = [layer for layer in site.layers if layer in entries]
         found = None if read is None else read(site.name, wiring.weight(layers[0]).device)
-        results = solve_site(wiring, layers, [entries[layer] for layer in layers], found, job.options)
+        return portable(solve_site(wiring, layers, [entries[layer] for layer in layers], found, job.options))
+
+    for _, results in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
         for name, result in results.items():
             assert result.mask is not None
             job.edits.set_weight(wiring.layer(name), result.weight)
@@ -226,7 +230,8 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
         for groups in wiring.groups
         if groups.name in entries and wiring.site_of[groups.consumers[0]].name in package
     ]
-    for groups in track(chosen, len(chosen), "solving", job.quiet):
+
+    def solve(groups: WiredGroups) -> tuple[Tensor, dict[str, LayerResult]]:
         pattern = entries[groups.name]
         assert isinstance(pattern, Structured)
         found = None
@@ -234,6 +239,10 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
             device = wiring.weight(groups.consumers[0]).device
             found = {layer: read(wiring.site_of[layer].name, device) for layer in groups.consumers}
         kept, results = solve_groups(wiring, groups, pattern, found, job.options)
+        return kept.cpu(), portable(results)
+
+    for groups, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
+        kept = kept.to(wiring.weight(groups.consumers[0]).device)
         consumers = {name: (result.weight, result.bias_shift) for name, result in results.items()}
         shrink_groups(job.edits, wiring, groups, kept, consumers)
         report.masks[groups.name] = kept.cpu()

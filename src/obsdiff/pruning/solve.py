@@ -20,6 +20,7 @@ from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.obs.refit import STEPS, refit
 from obsdiff.obs.structured import Consumer, compensate
 from obsdiff.pruning.plan import kept_groups
+from obsdiff.ranks import world_size
 
 # A refit step costs 2 · rows products per entry of H, measuring cost one per token: spend at most this share of it, so
 # that a small calibration is not followed by a long solve.
@@ -64,6 +65,19 @@ class LayerResult:
     mask: Tensor | None
     error: float | None
     bias_shift: Tensor | None = None
+
+
+def portable(results: dict[str, LayerResult]) -> dict[str, LayerResult]:
+    """The results on the CPU where another process is to have them; otherwise where they are."""
+    if world_size() == 1:
+        return results
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.cpu()
+
+    return {
+        name: LayerResult(r.weight.cpu(), moved(r.mask), r.error, moved(r.bias_shift)) for name, r in results.items()
+    }
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_nothing_behind(pipe, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("obsdiff.export.pipelines.save_masks", full)
+    monkeypatch.setattr("obsdiff.pruning.folder.save_masks", full)
     with pytest.raises(obsdiff.UserError, match="No space left"):
         obsdiff.save_pipeline(pipe, tmp_path / "new", report)
     with pytest.raises(obsdiff.UserError, match="No space left"):
