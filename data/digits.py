@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import lightning
-import torch
 from torch.utils.data import DataLoader, Dataset
 
+from obsdiff.data.loader import ResumableLoader, batches_done
 from obsdiff.evaluation.digits import DIGIT_WORDS, HELD_OUT_WORDINGS, TRAIN_WORDINGS, load_digits
 
 
 class DigitsDataset(Dataset[dict[str, object]]):
-    """Pairs of a scan and a prompt for its digit; the wording changes with every access in training."""
+    """Pairs of a scan and a prompt for its digit: every scan with every wording in training, else one wording each."""
 
     def __init__(self, split: str, wordings: tuple[str, ...]) -> None:
         self.images, self.labels = load_digits(split)
         self.wordings = wordings
-        self.shuffle_wordings = split == "train"
+        self.wordings_per_scan = len(wordings) if split == "train" else 1
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels) * self.wordings_per_scan
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        which = int(torch.randint(len(self.wordings), ())) if self.shuffle_wordings else index % len(self.wordings)
-        label = int(self.labels[index])
-        return {
-            "image": self.images[index],
-            "label": label,
-            "prompt": self.wordings[which].format(DIGIT_WORDS[label]),
-        }
+        scan = index // self.wordings_per_scan
+        label = int(self.labels[scan])
+        prompt = self.wordings[index % len(self.wordings)].format(DIGIT_WORDS[label])
+        return {"image": self.images[scan], "label": label, "prompt": prompt}
 
 
 class DigitsDataModule(lightning.LightningDataModule):
@@ -37,19 +34,24 @@ class DigitsDataModule(lightning.LightningDataModule):
     Args:
         batch_size: Images per optimizer step and process.
         num_workers: Loader processes; the set is tiny, so 0 is fastest.
+        seed: Of the shuffling.
     """
 
-    def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.num_workers = num_workers
-
-    def setup(self, stage: str) -> None:
+        self.seed = seed
         self.train = DigitsDataset("train", TRAIN_WORDINGS)
-        self.test = DigitsDataset("test", HELD_OUT_WORDINGS)
 
-    def train_dataloader(self) -> DataLoader[dict[str, object]]:
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers)
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(
+            self.train, self.batch_size, self.seed, batches_done(self.trainer), self.num_workers, "the digits"
+        )
+
+
+class DigitsWithHeldOut(DigitsDataModule):
+    """The same with the held-out scans for validation, for pretraining (a recovery brings its own evaluation)."""
 
     def val_dataloader(self) -> DataLoader[dict[str, object]]:
-        return DataLoader(self.test, self.batch_size, num_workers=self.num_workers)
+        return DataLoader(DigitsDataset("test", HELD_OUT_WORDINGS), self.batch_size, num_workers=self.num_workers)

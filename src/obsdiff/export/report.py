@@ -69,15 +69,15 @@ def _number(value: float | None) -> str:
 
 
 def draw_samples(
-    path: Path, dense: Tensor, pruned: Tensor, prompts: Sequence[str], seeds: Sequence[int], title: str
+    path: Path, rows: Mapping[str, Tensor], prompts: Sequence[str], seeds: Sequence[int], title: str
 ) -> None:
-    """A grid of pairs: each prompt's dense image above its pruned one, images (n, c, h, w) in [0, 1]."""
+    """A grid: named rows of images (n, c, h, w) in [0, 1], one column per prompt and seed."""
     from matplotlib.figure import Figure
 
     count = len(prompts)
-    figure = Figure(figsize=(1.5 * count + 0.8, 4.0), dpi=110, layout="constrained")
-    axes = figure.subplots(2, count, squeeze=False)
-    for row, (name, images) in enumerate((("dense", dense), ("pruned", pruned))):
+    figure = Figure(figsize=(1.5 * count + 0.8, 0.8 + 1.6 * len(rows)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for row, (name, images) in enumerate(rows.items()):
         for column in range(count):
             axis = axes[row][column]
             image = images[column].permute(1, 2, 0).numpy()

@@ -152,7 +152,8 @@ def prune_run(pipe: Any, request: Request) -> dict[str, Any]:
         if images is not None:
             title = f"{report['pipeline']}, {report['pattern']}, {report['method']}"
             shown = min(SHOWN, len(prompts))
-            draw_samples(folder / "samples.png", images.dense, images.pruned, prompts[:shown], seeds[:shown], title)
+            rows = {"dense": images.dense, "pruned": images.pruned}
+            draw_samples(folder / "samples.png", rows, prompts[:shown], seeds[:shown], title)
     return report
 
 

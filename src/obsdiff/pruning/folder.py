@@ -57,20 +57,25 @@ def check_output(output: Path, overwrite: bool) -> None:
 def write_pipeline(pipe: Any, folder: Path, report: PruneReport) -> None:
     """The files of :func:`save_pipeline`, into a folder that is there."""
     wiring = wire(denoiser_of(pipe))
-    info = info_of(pipe)
+    write_pipeline_files(pipe, folder)
+    save_masks(report.masks, folder / MASKS)
+    manifest = manifest_of(report, info_of(pipe).source, wiring.family.component, wiring.family.denoiser)
+    manifest |= {"denoiser_sha256": model_hash(wiring.denoiser), "dtype": _dtype(wiring.denoiser)}
+    write_json(folder / FILE, manifest)
+
+
+def write_pipeline_files(pipe: Any, folder: Path) -> None:
+    """``pipeline/``: what diffusers loads, with obsdiff's information, and the code of a shrunk denoiser."""
+    wiring = wire(denoiser_of(pipe))
     target = folder / PIPELINE
     pipe.save_pretrained(target, safe_serialization=True)
-    write_json(target / INFO_FILE, info.to_json())
+    write_json(target / INFO_FILE, info_of(pipe).to_json())
     component = wiring.family.component
     if wiring.denoiser.config.get("shrunk") is not None:  # type: ignore[operator, union-attr]
         shutil.copyfile(str(obsdiff_shrunk.__file__), target / component / f"{LIBRARY}.py")
         index = read_json(target / "model_index.json", "a pipeline's index")
         index[component] = [LIBRARY, type(wiring.denoiser).__name__]
         write_json(target / "model_index.json", index)
-    save_masks(report.masks, folder / MASKS)
-    manifest = manifest_of(report, info.source, component, wiring.family.denoiser)
-    manifest |= {"denoiser_sha256": model_hash(wiring.denoiser), "dtype": _dtype(wiring.denoiser)}
-    write_json(folder / FILE, manifest)
 
 
 def load_pipeline(source: Any, *, dtype: str | None = None, device: str = "cpu") -> Any:

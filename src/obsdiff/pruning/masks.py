@@ -58,3 +58,8 @@ def broken_masks(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
         if weight.shape != mask.shape or bool(weight.detach().cpu()[~mask].any()):
             broken.append(name)
     return broken
+
+
+def nonzero_outside(named: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """Names of the weights that are not exactly zero (or not finite) somewhere their mask (True = kept) is False."""
+    return [name for name, (weight, kept) in named.items() if bool((weight.ne(0) & ~kept).any())]

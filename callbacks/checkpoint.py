@@ -1,0 +1,49 @@
+"""Checkpoints that are there when they are needed, and are good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+from obsdiff.errors import UserError
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt`` up to date, replaced in one piece; nothing else, unless asked for.
+
+    Args:
+        dirpath: Folder of the checkpoints.
+        every_n_train_steps: Optimizer steps between two.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 100) -> None:
+        super().__init__(dirpath=dirpath, save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+            self._keep(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._keep(trainer)
+
+    def _keep(self, trainer: lightning.Trainer) -> None:
+        if trainer.global_step > 0 and self._last_global_step_saved != trainer.global_step:
+            path = str(Path(str(self.dirpath)) / "last.ckpt")
+            self._save_checkpoint(trainer, path)
+            self.last_model_path = path
+
+
+class CrashCheckpoint(OnExceptionCheckpoint):
+    """A checkpoint of where an exception struck, beside the last regular one; none for errors that the user can mend,
+    such as weights about to become NaN."""
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException, *_: Any) -> None:
+        if not isinstance(exception, UserError) and trainer.global_step > 0:
+            super().on_exception(trainer, pl_module, exception)
+
+    def teardown(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
+        if Path(self.ckpt_path).exists():
+            super().teardown(trainer)

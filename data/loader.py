@@ -1,0 +1,95 @@
+"""A training loader whose order depends on (seed, epoch) alone and that goes on in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from obsdiff.errors import UserError
+from obsdiff.ranks import keyed_generator, rank, world_size
+
+
+class EpochSampler(Sampler[int]):
+    """This process's share of a shuffled epoch; every process gets the same number of whole batches.
+
+    Args:
+        count: Items in all.
+        batch_size: Items per batch and process.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.epoch = 0
+        self.skipped_batches = 0
+        self.num_batches = count // (batch_size * world_size())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning says which epoch begins."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.count, generator=keyed_generator(self.seed, self.epoch))
+        own = order[rank() :: world_size()][: self.num_batches * self.batch_size]
+        first, self.skipped_batches = self.skipped_batches, 0
+        yield from own[first * self.batch_size :].tolist()
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+
+class ResumableLoader(DataLoader[Any]):
+    """Batches in an order of its own, resumable through Lightning's checkpoints.
+
+    Args:
+        dataset: Map-style.
+        batch_size: Items per batch and process; the last short batch is dropped.
+        seed: Of the shuffling.
+        batches_done: Tells how many batches of this epoch are trained on (prefetched ones do not count).
+        num_workers: Loader processes.
+        what: What the dataset is called in errors.
+
+    Raises:
+        UserError: There are fewer items than one batch on every process.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        seed: int,
+        batches_done: Callable[[], int],
+        num_workers: int = 0,
+        what: str = "the data set",
+    ) -> None:
+        count = len(dataset)  # type: ignore[arg-type]  # map-style datasets have a length
+        if count < batch_size * world_size():
+            raise UserError(
+                f"{what} has {count} items, fewer than one batch of {batch_size} on {world_size()} processes; "
+                "lower the batch size"
+            )
+        self.batches_done = batches_done
+        super().__init__(
+            dataset,
+            batch_size,
+            sampler=EpochSampler(count, batch_size, seed),
+            num_workers=num_workers,
+            drop_last=True,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """Where this epoch stands."""
+        return {"batches_done": self.batches_done()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on there."""
+        assert isinstance(self.sampler, EpochSampler)
+        self.sampler.skipped_batches = state["batches_done"] % self.sampler.num_batches
+
+
+def batches_done(trainer: Any) -> Callable[[], int]:
+    """How far Lightning's trainer is in its epoch."""
+    return lambda: int(trainer.fit_loop.epoch_loop.batch_progress.current.processed)

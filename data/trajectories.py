@@ -1,0 +1,117 @@
+"""Lightning data module of the dense pipeline's own trajectories: distillation that needs prompts but no images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch.utils.data import Dataset
+
+from obsdiff.data.loader import ResumableLoader, batches_done
+from obsdiff.data.prompts import load_prompts
+from obsdiff.errors import UserError
+from obsdiff.pruning.folder import load_pipeline
+from obsdiff.pruning.record import INDEX, Trajectories, open_trajectories, record_trajectories, recording_request
+
+
+class TrajectoryDataset(Dataset[dict[str, Any]]):
+    """One denoiser call of one trajectory each."""
+
+    def __init__(self, trajectories: Trajectories) -> None:
+        self.trajectories = trajectories
+
+    def __len__(self) -> int:
+        return len(self.trajectories.latents) * len(self.trajectories.times)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        found = self.trajectories
+        prompt, call = divmod(index, len(found.times))
+        embeds = {name: tensor[prompt] for name, tensor in found.embeds.items()}
+        return {"latents": found.latents[prompt, call], "time": found.times[call], "embeds": embeds}
+
+
+class TrajectoryDataModule(lightning.LightningDataModule):
+    """Batches of ``latents`` (b, ...), ``time`` (b,) and ``embeds`` (by name, (b, ...), negative ones included).
+
+    The trajectories are recorded once, by the first process, and kept in ``folder``.
+
+    Args:
+        pipeline: The dense pipeline: an embedded name, a folder, or a hub id.
+        folder: Where the recording is kept; one of the same settings is used again.
+        prompts: Prompt set, as for the calibration.
+        column: Caption column of a table or dataset.
+        num_prompts: Prompts to draw; default: all.
+        steps: Denoising steps; default: the pipeline's own.
+        guidance_scale: Classifier-free guidance; default: the pipeline's own.
+        seed: Of prompts, noise and shuffling.
+        batch_size: Latents per optimizer step and process.
+        record_batch_size: Prompts per pipeline call while recording.
+        num_workers: Loader processes.
+    """
+
+    def __init__(
+        self,
+        pipeline: str,
+        folder: str,
+        prompts: str,
+        column: str | None = None,
+        num_prompts: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        record_batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.pipeline, self.folder = pipeline, Path(folder)
+        self.prompts = load_prompts(prompts, column, num_prompts, seed)
+        self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
+        self.batch_size, self.record_batch_size, self.num_workers = batch_size, record_batch_size, num_workers
+        self.trajectories: Trajectories | None = None
+
+    def prepare_data(self) -> None:
+        """Record, unless it was done before."""
+        wanted = recording_request(self.pipeline, self.prompts, self.steps, self.guidance_scale, self.seed)
+        if (self.folder / INDEX).exists():
+            found = open_trajectories(self.folder).request
+            different = [
+                f"{key} ({found.get(key)} there, {now} now)" for key, now in wanted.items() if found.get(key) != now
+            ]
+            if different:
+                raise UserError(
+                    f"trajectories in {self.folder} were recorded for other settings: {', '.join(different)}; "
+                    "use the same settings or another folder"
+                )
+            return
+        pipe = load_pipeline(self.pipeline)
+        if self.trainer is not None:
+            pipe.to(self.trainer.strategy.root_device)
+        record_trajectories(
+            pipe,
+            self.prompts,
+            self.folder,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed,
+            batch_size=self.record_batch_size,
+            quiet=False,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Open the recording, for training only."""
+        if stage == "fit":
+            self.trajectories = open_trajectories(self.folder)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Calls of all trajectories in a new order every epoch."""
+        assert self.trajectories is not None
+        return ResumableLoader(
+            TrajectoryDataset(self.trajectories),
+            self.batch_size,
+            self.seed,
+            batches_done(self.trainer),
+            self.num_workers,
+            str(self.folder),
+        )

@@ -1,0 +1,130 @@
+"""What a recovery is judged by: the same prompts and seeds drawn by the dense and the pruned pipeline, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
+from obsdiff.evaluation.sampling import sample
+from obsdiff.ranks import from_all, rank, wait_for_all, world_size
+
+UNGUIDED = {"guidance_scale": 1.0}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (n, c, h, w) in [0, 1] of the evaluation's prompts and seeds.
+
+    Attributes:
+        guided: At the pipeline's own guidance.
+        unguided: Without, where the Fréchet distance shows a loss of quality that guidance hides; can be empty.
+    """
+
+    guided: Tensor
+    unguided: Tensor
+
+
+@dataclass(frozen=True)
+class References:
+    """The evaluation's fixed part.
+
+    Attributes:
+        prompts, seeds: One per image.
+        dense, pruned: The images of the dense and of the freshly pruned pipeline.
+        alignment: "digits", or None.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    dense: Images
+    pruned: Images
+    alignment: str | None
+
+
+def sample_shared(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, **call: Any) -> Tensor:
+    """All images on every process, each process drawing its share; an image depends on its own seed only.
+
+    Every process draws equally many (the last image again where they do not divide), since a sharded denoiser runs on
+    all processes at once.
+    """
+    count = -(-len(prompts) // world_size())
+    chosen = [min(rank() * count + i, len(prompts) - 1) for i in range(count)]
+    mine = sample(pipe, [prompts[i] for i in chosen], [seeds[i] for i in chosen], batch_size=batch_size, call=call)
+    return torch.cat(from_all(mine))[: len(prompts)]
+
+
+def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, alignment: str | None) -> Images:
+    """The images of one pipeline, without guidance too where they can be measured."""
+    guided = sample_shared(pipe, prompts, seeds, batch_size)
+    unguided = sample_shared(pipe, prompts, seeds, batch_size, **UNGUIDED) if alignment else guided[:0]
+    return Images(guided, unguided)
+
+
+def references(
+    file: Path,
+    key: dict[str, Any],
+    prompts: list[str],
+    seeds: list[int],
+    batch_size: int,
+    alignment: str | None,
+    dense: Callable[[], Any],
+    pruned: Any,
+) -> References:
+    """The references kept in ``file``, drawn now if they are not there or were drawn for something else.
+
+    Args:
+        file: A safetensors file.
+        key: What they depend on besides prompts and seeds.
+        prompts, seeds: One per image.
+        batch_size: Images per pipeline call.
+        alignment: "digits", or None.
+        dense: Loads the dense pipeline.
+        pruned: The freshly pruned pipeline.
+    """
+    digest = hashlib.sha256(json.dumps([key, prompts, seeds], sort_keys=True, default=str).encode()).hexdigest()
+    found = _read(file, digest)
+    if found is None:
+        images = {"dense": draw(dense(), prompts, seeds, batch_size, alignment)}
+        images["pruned"] = draw(pruned, prompts, seeds, batch_size, alignment)
+        found = {f"{name}.{kind}": t for name, pair in images.items() for kind, t in vars(pair).items()}
+        if rank() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.tmp")
+            save_file({name: t.contiguous() for name, t in found.items()}, temporary, {"key": digest})
+            temporary.replace(file)
+        wait_for_all()
+    dense_images, pruned_images = (Images(found[f"{n}.guided"], found[f"{n}.unguided"]) for n in ("dense", "pruned"))
+    return References(prompts, seeds, dense_images, pruned_images, alignment)
+
+
+def _read(file: Path, digest: str) -> dict[str, Tensor] | None:
+    try:
+        with safe_open(file, framework="pt") as content:
+            if content.metadata().get("key") != digest:
+                return None
+            return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  # not a dict
+    except (OSError, SafetensorError):
+        return None
+
+
+def measure(refs: References, images: Images) -> dict[str, Any]:
+    """Fidelity to the dense images; alignment and Fréchet distances where there is an extractor for them."""
+    measured: dict[str, Any] = {"fidelity": fidelity(refs.dense.guided, images.guided)}
+    if refs.alignment == "digits":
+        measured["alignment"] = float(digit_hits(images.guided, refs.prompts).mean())
+        if len(refs.prompts) > 1:
+            measured["frechet"] = digit_frechet(images.guided)
+            if len(images.unguided):
+                measured["alignment_unguided"] = float(digit_hits(images.unguided, refs.prompts).mean())
+                measured["frechet_unguided"] = digit_frechet(images.unguided)
+    return measured

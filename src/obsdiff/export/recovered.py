@@ -1,0 +1,187 @@
+"""The result of a recovery on disk: what a prune run leaves, with what training did and cost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from obsdiff.errors import UserError
+from obsdiff.evaluation.references import Images, References, measure
+from obsdiff.export.report import draw_samples
+from obsdiff.files import whole_folder, write_json, write_text
+from obsdiff.memory import peak_memory_bytes
+from obsdiff.models.wiring import denoiser_of
+from obsdiff.pruning.folder import MASKS, load_pipeline, write_pipeline_files
+from obsdiff.pruning.manifest import FILE
+from obsdiff.pruning.masks import broken_masks, load_masks
+from obsdiff.pruning.statistics import model_hash
+from obsdiff.versions import versions
+
+RESULT = "recovered"
+SHOWN = 8
+
+
+def write_recovered(
+    module: Any,
+    state: Mapping[str, Tensor],
+    images: Images | None,
+    steps: int,
+    loss: float | None,
+    budget: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Write the recovered pipeline into ``recovered`` under the module's output, whole or not at all.
+
+    Args:
+        module: The :class:`obsdiff.training.recovery.Recovery`.
+        state: Its denoiser's whole state, adapters included, on the CPU.
+        images: The evaluation's images with these weights.
+        steps, loss: Optimizer steps, and the last loss.
+        budget: Limits and costs.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        UserError: The place cannot be written, or a masked weight is not zero.
+    """
+    start = module.start
+    pipe = load_pipeline(start.folder or start.dense, dtype="float32")
+    denoiser = denoiser_of(pipe)
+    load_trained(denoiser, state, module)
+    masks = load_masks(start.folder / MASKS) if start.masks else {}
+    if broken := broken_masks(denoiser, masks):
+        raise UserError(
+            f"{len(broken)} layers, such as {broken[0]}, are not zero where masked; not exported"
+        )
+    report = recovered_report(module, denoiser, images, steps, loss, budget)
+    with whole_folder(module.output / RESULT, replace=True) as folder:
+        write_pipeline_files(pipe, folder)
+        if start.folder is not None:
+            shutil.copyfile(start.folder / MASKS, folder / MASKS)
+            manifest = {**start.manifest, "denoiser_sha256": model_hash(denoiser), "dtype": "float32"}
+            manifest["recovery"] = {"steps": steps, "objective": module.weights, "trained": vars(module.trained)}
+            write_json(folder / FILE, manifest)
+        write_json(folder / "report.json", report)
+        write_text(folder / "report.md", render_recovery(report))
+        if images is not None:
+            _draw(folder / "samples.png", module.frozen.refs, images, report)
+    return report
+
+
+def load_trained(denoiser: Any, state: Mapping[str, Tensor], module: Any) -> None:
+    """Give a freshly loaded denoiser the trained weights, adapters merged."""
+    if module.trained.lora_rank is None:
+        denoiser.load_state_dict(state)
+        return
+    from obsdiff.training.adapters import add_adapters, merge_adapters
+
+    adapted = [name.removesuffix(".base_layer.weight") for name in state if name.endswith(".base_layer.weight")]
+    add_adapters(denoiser, adapted, module.start.masks, module.trained.lora_rank, module.trained.lora_alpha)
+    denoiser.load_state_dict(state)
+    merge_adapters(denoiser)
+
+
+def recovered_report(
+    module: Any, denoiser: Any, images: Images | None, steps: int, loss: float | None, budget: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The figures: those of the prune, then ``recovery`` and ``budget``."""
+    manifest, refs = module.start.manifest, module.frozen.refs
+    flops, dense_flops = module.frozen.flops
+    parameters = list(denoiser.parameters())
+    counts = {
+        "dense": manifest.get("parameters", {}).get("dense", sum(p.numel() for p in parameters)),
+        "pruned": sum(p.numel() for p in parameters),
+        "nonzero": sum(int(p.count_nonzero()) for p in parameters),
+    }
+    errors = manifest.get("layer_error", {})
+    report: dict[str, Any] = {
+        "pipeline": module.start.dense,
+        **{key: manifest.get(key) for key in ("method", "pattern", "refit", "seed")},
+        "device": str(module.device),
+        "versions": versions(),
+        "calibration": manifest.get("statistics"),
+        "sparsity": {"achieved": manifest.get("sparsity"), "per_layer": manifest.get("sparsity_per_layer")},
+        "parameters": counts,
+        "flops": {"dense": dense_flops, "pruned": flops},
+        "layer_error": {"mean": sum(errors.values()) / len(errors) if errors else None, "per_layer": errors},
+        "time_s": manifest.get("time_s"),
+        "peak_memory_bytes": peak_memory_bytes(module.device),
+        "objective": module.weights,
+        "recovery": {"steps": steps, "loss": loss},
+        "budget": budget,
+    }
+    if refs is not None and images is not None:
+        before, after = measure(refs, refs.pruned), measure(refs, images)
+        dense = measure(refs, refs.dense)
+        report["evaluation"] = {"n": len(refs.prompts), "seed": refs.seeds[0]}
+        report["dense"] = {key: value for key, value in dense.items() if key != "fidelity"}
+        report["fidelity"] = after["fidelity"]
+        for key in after:
+            report["recovery"] |= {f"{key}_before": before[key], f"{key}_after": after[key]}
+    return report
+
+
+def _draw(path: Path, refs: References, images: Images, report: Mapping[str, Any]) -> None:
+    shown = min(SHOWN, len(refs.prompts))
+    rows = {"dense": refs.dense.guided, "pruned": refs.pruned.guided, "recovered": images.guided}
+    title = (
+        f"{report['pipeline']}, {report['pattern'] or 'not pruned'}, recovered in {report['recovery']['steps']} steps"
+    )
+    draw_samples(path, rows, refs.prompts[:shown], refs.seeds[:shown], title)
+
+
+def render_recovery(report: Mapping[str, Any]) -> str:
+    """The report as a page."""
+    recovery, budget, parameters = report["recovery"], report["budget"], report["parameters"]
+    terms = ", ".join(f"{weight:g} x {name}" for name, weight in report["objective"].items())
+    lines = [
+        f"# {report['pipeline']} pruned to {report['pattern'] or 'nothing'} and recovered",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| steps | {recovery['steps']:,}, objective {terms} |",
+        f"| denoiser parameters | {parameters['dense']:,} -> {parameters['pruned']:,}, "
+        f"{parameters['nonzero']:,} of them not zero |",
+        f"| versions | {', '.join(f'{key} {value}' for key, value in report['versions'].items())} |",
+    ]
+    if "fidelity_after" in recovery:
+        lines += ["", "| | dense | pruned | recovered |", "|---|---|---|---|"]
+        before, after = recovery["fidelity_before"], recovery["fidelity_after"]
+        lines.append(f"| MSE to dense (95 %) | 0 | {_with_interval(before)} | {_with_interval(after)} |")
+        for key, name in (
+            ("alignment", "alignment"),
+            ("alignment_unguided", "alignment without guidance"),
+            ("frechet", "Fréchet distance (can fall while images get worse)"),
+            ("frechet_unguided", "Fréchet distance without guidance"),
+        ):
+            if f"{key}_after" in recovery:
+                values = (report["dense"].get(key), recovery[f"{key}_before"], recovery[f"{key}_after"])
+                shown = ["" if v is None else f"{v:.1%}" if key.startswith("alignment") else f"{v:.3f}" for v in values]
+                lines.append(f"| {name} | {' | '.join(shown)} |")
+        lines.append(f"\nn = {report['evaluation']['n']}, first noise seed {report['evaluation']['seed']}.")
+    if budget is not None:
+        limits = ", ".join(f"{limit:g} {name}" for name, limit in budget["limit"].items()) or "none"
+        lines += [
+            "",
+            f"Budget: {limits}.",
+            "",
+            "| spent on | steps | images | denoiser FLOPs | wall s |",
+            "|---|---|---|---|---|",
+        ]
+        for stage, cost in budget["used"].items():
+            lines.append(
+                f"| {stage} | {cost['steps']:,.0f} | {cost['images']:,.0f} | {cost['denoiser_flops']:.3g} | "
+                f"{cost['wall_s']:.1f} |"
+            )
+    if "fidelity_after" in recovery:
+        lines += ["", "![dense, pruned and recovered, same prompts and seeds](samples.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _with_interval(fidelity: Mapping[str, Any]) -> str:
+    low, high = fidelity["mse_interval"]
+    return f"{fidelity['mse']:.5f} ({low:.5f} to {high:.5f})"

@@ -1,0 +1,98 @@
+"""The terms of a recovery's loss: one pass of the student, and of the teacher where a term asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from obsdiff.diffusion.distill import feature_loss, jacobian_gain, jacobian_loss, output_loss, unit_directions
+from obsdiff.errors import UserError
+from obsdiff.models.calling import call_denoiser
+from obsdiff.models.families import find_family
+from obsdiff.training.options import Objective
+
+TEACHER_TERMS = ("distill_output", "distill_features", "distill_jacobian")
+
+
+def check_objective(objective: Objective) -> dict[str, float]:
+    """The weights that are not zero.
+
+    Raises:
+        UserError: There is none, or one is negative.
+    """
+    weights = {name: float(weight) for name, weight in vars(objective).items() if weight}
+    if not weights or min(weights.values()) < 0:
+        raise UserError(f"model.objective needs at least one positive weight and none negative, not {vars(objective)}")
+    return weights
+
+
+def loss_terms(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    weights: Mapping[str, float],
+    latents: Tensor,
+    times: Tensor,
+    embeds: Mapping[str, Tensor],
+    target: Tensor | None,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Each term of the objective, unweighted, as a float32 scalar.
+
+    Args:
+        student: The denoiser in training.
+        teacher: The dense one, frozen; None if no term asks for it.
+        weights: Terms and their weights, from :func:`check_objective`.
+        latents, times, embeds: What both are given.
+        target: What the denoiser should answer, for ``denoise``; None if the batch holds no images.
+        generator: For the directions of ``distill_jacobian``.
+    """
+    second_order = "distill_jacobian" in weights
+    features = "distill_features" in weights
+    latents = latents.detach().requires_grad_(second_order)
+    # fused attention has no second derivative
+    with sdpa_kernel(SDPBackend.MATH) if second_order else nullcontext():
+        with _block_outputs(student, features) as mine:
+            answer = call_denoiser(student, latents, times, embeds)
+        terms = {}
+        if "denoise" in weights:
+            if target is None:
+                raise UserError("objective denoise needs images; choose a data module that has them, or distil alone")
+            terms["denoise"] = output_loss(answer, target)
+        if set(weights) & set(TEACHER_TERMS):
+            assert teacher is not None
+            with torch.set_grad_enabled(second_order), _block_outputs(teacher, features) as wanted:
+                aim = call_denoiser(teacher, latents, times, embeds)
+            if "distill_output" in weights:
+                terms["distill_output"] = output_loss(answer, aim.detach())
+            if features:
+                terms["distill_features"] = feature_loss(mine, [tensor.detach() for tensor in wanted])
+            if second_order:
+                direction = unit_directions(answer, generator)
+                gain = jacobian_gain(answer, latents, direction, create_graph=True)
+                terms["distill_jacobian"] = jacobian_loss(
+                    gain, jacobian_gain(aim, latents, direction, create_graph=False)
+                )
+    return terms
+
+
+@contextmanager
+def _block_outputs(denoiser: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Every tensor the denoiser's blocks give, in order, while it runs once (not again when checkpoints recompute)."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        found.extend(t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor))
+
+    hook: Callable[..., None] = keep
+    blocks: Any = denoiser.get_submodule(find_family(denoiser).blocks) if wanted else ()
+    handles = [block.register_forward_hook(hook) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
