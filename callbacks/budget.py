@@ -60,9 +60,7 @@ class Budget(lightning.Callback):
         self._before = pl_module.cost_before()
         for name, limit in self.limits.items():
             if (spent := getattr(self.before, name)) >= limit:
-                raise UserError(
-                    f"the budget of {limit:g} {name} is less than what pruning already cost ({spent:.4g})"
-                )
+                raise UserError(f"the budget of {limit:g} {name} is less than what pruning already cost ({spent:.4g})")
         self._marked = time.perf_counter()
         self._apply(trainer, pl_module)
 

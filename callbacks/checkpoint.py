@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from obsdiff.errors import UserError
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt`` up to date, replaced in one piece; nothing else, unless asked for.
+    """Keeps ``last.ckpt`` up to date, replaced in one piece: every so many steps, at the end, and on an exception.
+
+    Not for errors that the user can mend, such as a gradient that became NaN: the last good checkpoint stays then. And
+    not between the batches of one step, whose gradients a checkpoint does not hold.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -29,21 +32,13 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._keep(trainer)
 
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if trainer.training and not isinstance(exception, UserError) and done % trainer.accumulate_grad_batches == 0:
+            self._keep(trainer)
+
     def _keep(self, trainer: lightning.Trainer) -> None:
         if trainer.global_step > 0 and self._last_global_step_saved != trainer.global_step:
             path = str(Path(str(self.dirpath)) / "last.ckpt")
             self._save_checkpoint(trainer, path)
             self.last_model_path = path
-
-
-class CrashCheckpoint(OnExceptionCheckpoint):
-    """A checkpoint of where an exception struck, beside the last regular one; none for errors that the user can mend,
-    such as weights about to become NaN."""
-
-    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException, *_: Any) -> None:
-        if not isinstance(exception, UserError) and trainer.global_step > 0:
-            super().on_exception(trainer, pl_module, exception)
-
-    def teardown(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
-        if Path(self.ckpt_path).exists():
-            super().teardown(trainer)

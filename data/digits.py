@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import lightning
 from torch.utils.data import DataLoader, Dataset
 
-from obsdiff.data.loader import ResumableLoader, batches_done
+from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done
 from obsdiff.evaluation.digits import DIGIT_WORDS, HELD_OUT_WORDINGS, TRAIN_WORDINGS, load_digits
 
 
@@ -27,7 +26,7 @@ class DigitsDataset(Dataset[dict[str, object]]):
         return {"image": self.images[scan], "label": label, "prompt": prompt}
 
 
-class DigitsDataModule(lightning.LightningDataModule):
+class DigitsDataModule(RecoveryData):
     """Batches of ``image`` (b, 1, 16, 16), ``label`` (b,) and ``prompt`` (list of b); the last short batch is dropped
     in training.
 

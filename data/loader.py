@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -88,6 +89,24 @@ class ResumableLoader(DataLoader[Any]):
         """Go on there."""
         assert isinstance(self.sampler, EpochSampler)
         self.sampler.skipped_batches = state["batches_done"] % self.sampler.num_batches
+
+
+class RecoveryData(lightning.LightningDataModule):
+    """Base of data modules for training; what is validated, tested and predicted is the recovery's own evaluation.
+
+    Lightning asks the data module alone for its loaders, although prompts and seeds of an evaluation belong to the run.
+    """
+
+    def val_dataloader(self) -> Any:
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        return module.evaluation_loader()
+
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Any:
+        return self.val_dataloader()
 
 
 def batches_done(trainer: Any) -> Callable[[], int]:

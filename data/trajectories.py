@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning
 from torch.utils.data import Dataset
 
-from obsdiff.data.loader import ResumableLoader, batches_done
+from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.pruning.folder import load_pipeline
@@ -31,7 +30,7 @@ class TrajectoryDataset(Dataset[dict[str, Any]]):
         return {"latents": found.latents[prompt, call], "time": found.times[call], "embeds": embeds}
 
 
-class TrajectoryDataModule(lightning.LightningDataModule):
+class TrajectoryDataModule(RecoveryData):
     """Batches of ``latents`` (b, ...), ``time`` (b,) and ``embeds`` (by name, (b, ...), negative ones included).
 
     The trajectories are recorded once, by the first process, and kept in ``folder``.
@@ -72,7 +71,9 @@ class TrajectoryDataModule(lightning.LightningDataModule):
         self.trajectories: Trajectories | None = None
 
     def prepare_data(self) -> None:
-        """Record, unless it was done before."""
+        """Record, unless it was done before or nothing is trained."""
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
         wanted = recording_request(self.pipeline, self.prompts, self.steps, self.guidance_scale, self.seed)
         if (self.folder / INDEX).exists():
             found = open_trajectories(self.folder).request

@@ -10,9 +10,7 @@ from obsdiff.cli.parse import clear_errors
 def main(args: list[str] | None = None) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``; see ``train.py fit --help``."""
     with clear_errors("obsdiff train"):
-        command_line()(
-            save_config_kwargs={"overwrite": True}, trainer_defaults={"num_sanity_val_steps": 0}, args=args
-        )
+        command_line()(save_config_kwargs={"overwrite": True}, trainer_defaults={"num_sanity_val_steps": 0}, args=args)
 
 
 def command_line() -> Any:
@@ -47,13 +45,13 @@ def complete(trainer: Any, module: Any, subcommand: str, asked: list[Any]) -> No
     from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from obsdiff.callbacks.checkpoint import CrashCheckpoint, LastCheckpoint
+    from obsdiff.callbacks.checkpoint import LastCheckpoint
     from obsdiff.callbacks.export import Export
     from obsdiff.callbacks.mask import MaskEnforcement
     from obsdiff.callbacks.samples import SampleGrid, SampleWriter
 
     folder = module.output / "checkpoints"
-    standard: list[Any] = [MaskEnforcement(), *asked, SampleGrid(), CrashCheckpoint(folder), Export()]
+    standard: list[Any] = [MaskEnforcement(), *asked, SampleGrid(), Export()]
     if subcommand == "predict":
         standard.append(SampleWriter(module.output / "predictions"))
     standard.append(LastCheckpoint(folder))

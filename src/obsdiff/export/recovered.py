@@ -54,9 +54,7 @@ def write_recovered(
     load_trained(denoiser, state, module)
     masks = load_masks(start.folder / MASKS) if start.masks else {}
     if broken := broken_masks(denoiser, masks):
-        raise UserError(
-            f"{len(broken)} layers, such as {broken[0]}, are not zero where masked; not exported"
-        )
+        raise UserError(f"{len(broken)} layers, such as {broken[0]}, are not zero where masked; not exported")
     report = recovered_report(module, denoiser, images, steps, loss, budget)
     with whole_folder(module.output / RESULT, replace=True) as folder:
         write_pipeline_files(pipe, folder)

@@ -258,11 +258,10 @@ class Recovery(lightning.LightningModule):
 
     # ---- evaluation: Lightning's validation loop draws the images, each process its share
 
-    def val_dataloader(self) -> Any:
+    def evaluation_loader(self) -> Any:
+        """Numbers of the evaluation's images, in batches; the data modules hand it to Lightning."""
         refs = self.frozen.refs
         return DataLoader(range(len(refs.prompts)), self.evaluation.batch_size) if refs is not None else []  # type: ignore[arg-type]
-
-    test_dataloader = predict_dataloader = val_dataloader
 
     def _draw(self, indices: Tensor) -> Tensor:
         refs = self.frozen.refs
