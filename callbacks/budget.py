@@ -62,7 +62,7 @@ class Budget(lightning.Callback):
             if (spent := getattr(self.before, name)) >= limit:
                 raise UserError(f"the budget of {limit:g} {name} is less than what pruning already cost ({spent:.4g})")
         self._marked = time.perf_counter()
-        self._apply(trainer, pl_module)
+        self._apply(trainer, pl_module, at_step=True)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -76,16 +76,15 @@ class Budget(lightning.Callback):
         self.recovery = self.recovery + cost
         each = trainer.accumulate_grad_batches  # a step is only worth starting if all its batches fit
         self._step_cost = Cost(1, images * each, cost.denoiser_flops * each, cost.device_s * each, cost.wall_s * each)
-        self._apply(trainer, pl_module)
+        self._apply(trainer, pl_module, at_step=steps > 0)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Evaluating is not recovering: its time does not count."""
         self._marked = time.perf_counter()
 
-    def _apply(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+    def _apply(self, trainer: lightning.Trainer, pl_module: Any, at_step: bool) -> None:
         spent = self.before + self.recovery
         pl_module.budget_fraction = fraction_used(self.limits, self.before, spent)
-        at_step = trainer.fit_loop.epoch_loop._accumulated_batches_reached() or self._step_cost == Cost()
         if at_step and exhausted(self.limits, spent, self._step_cost):
             trainer.should_stop = True
 

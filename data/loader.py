@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from obsdiff.errors import UserError
 from obsdiff.ranks import keyed_generator, rank, world_size
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(DistributedSampler[int]):
     """This process's share of a shuffled epoch; every process gets the same number of whole batches.
 
     Args:
@@ -23,19 +23,17 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.epoch = 0
-        self.skipped_batches = 0
+        # one of torch's own, so that Lightning leaves it alone on several processes
+        super().__init__(range(count), world_size(), rank(), seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self.count, self.batch_size = count, batch_size
+        self.skipped = (0, 0)  # in this epoch, so many batches are done already
         self.num_batches = count // (batch_size * world_size())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch begins."""
-        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.count, generator=keyed_generator(self.seed, self.epoch))
         own = order[rank() :: world_size()][: self.num_batches * self.batch_size]
-        first, self.skipped_batches = self.skipped_batches, 0
+        epoch, done = self.skipped
+        first = done if epoch == self.epoch else 0
         yield from own[first * self.batch_size :].tolist()
 
     def __len__(self) -> int:
@@ -83,12 +81,15 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """Where this epoch stands."""
-        return {"batches_done": self.batches_done()}
+        assert isinstance(self.sampler, EpochSampler)
+        return {"epoch": self.sampler.epoch, "batches_done": self.batches_done()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on there."""
         assert isinstance(self.sampler, EpochSampler)
-        self.sampler.skipped_batches = state["batches_done"] % self.sampler.num_batches
+        done = state["batches_done"]
+        self.sampler.epoch = state["epoch"]
+        self.sampler.skipped = (state["epoch"], done if done < self.sampler.num_batches else 0)
 
 
 class RecoveryData(lightning.LightningDataModule):

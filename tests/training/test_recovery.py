@@ -63,17 +63,32 @@ def test_gradient_checkpointing_changes_memory_only(pipe_folder, tmp_path):
         torch.testing.assert_close(saving[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("images", [True, False])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_resumed_run_equals_an_uninterrupted_one(pipe_folder, tmp_path, pattern):
-    extra = (*EMA, *ALL_LOSSES, "--trainer.accumulate_grad_batches=2")
-    fit(pipe_folder, tmp_path / "whole", *extra, "--model.optimization.schedule=constant", pattern=pattern)
-    # the first half ends as if the trainer had been told to stop; the second goes on from its checkpoint
-    parts = (*extra, "--model.optimization.schedule=constant", "--model.overwrite=true")
-    fit(pipe_folder, tmp_path / "parts", *parts, steps=3, pattern=pattern)
-    fit(pipe_folder, tmp_path / "parts", *parts, "--ckpt_path=last", pattern=pattern)
+def test_a_resumed_run_equals_an_uninterrupted_one(pipe_folder, tmp_path, pattern, images, monkeypatch):
+    from obsdiff.training import recovery
+
+    options = {"pattern": pattern, "images": images, "folder": tmp_path / "traj"}
+    extra = (*EMA, *ALL_LOSSES[not images :], "--trainer.accumulate_grad_batches=2")
+    fit(pipe_folder, tmp_path / "whole", *extra, **options)
+    calls = []
+    real = recovery.loss_terms
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 8:  # in the middle of the fourth step
+            raise RuntimeError("power cut")
+        return real(*args)
+
+    monkeypatch.setattr(recovery, "loss_terms", interrupted)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(pipe_folder, tmp_path / "parts", *extra, **options)
+    fit(pipe_folder, tmp_path / "parts", *extra, "--ckpt_path=last", **options)
     assert_same(result(tmp_path / "parts"), result(tmp_path / "whole"))
-    report = json.loads((tmp_path / "parts" / "recovered" / "report.json").read_text())
-    assert report["budget"]["used"]["recovery"]["images"] == 48
+    assert len(calls) > 8
+    reports = [json.loads((tmp_path / run / "recovered" / "report.json").read_text()) for run in ("parts", "whole")]
+    seen, wanted = (report["budget"]["used"]["recovery"] for report in reports)
+    assert seen["steps"] == wanted["steps"] == 6 and seen["images"] == wanted["images"]
 
 
 def test_lora_respects_the_mask_and_merging_changes_nothing(pipe_folder, tmp_path, images):

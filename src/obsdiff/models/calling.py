@@ -68,11 +68,11 @@ class PromptEncoder:
         """Embeds of ``prompts``, negative ones included, on the CPU."""
         from obsdiff.models.conditioning import encode_prompts
 
-        if new := sorted({prompt for prompt in prompts if prompt not in self._known}):
-            if len(self._known) + len(new) > self.keep:
-                self._known.clear()
-                new = sorted(set(prompts))
-            encoded = encode_prompts(self.pipe, new, call_arguments(self.pipe)).embeds
-            self._known |= {p: {name: tensor[i] for name, tensor in encoded.items()} for i, p in enumerate(new)}
+        if len(self._known) + len(set(prompts)) > self.keep:
+            self._known.clear()
+        for prompt in set(prompts) - self._known.keys():
+            # one at a time: in a batch the last bit would depend on which others are new, and a resumed run on its start
+            encoded = encode_prompts(self.pipe, [prompt], call_arguments(self.pipe)).embeds
+            self._known[prompt] = {name: tensor[0] for name, tensor in encoded.items()}
         names = self._known[prompts[0]]
         return {name: torch.stack([self._known[prompt][name] for prompt in prompts]) for name in names}

@@ -261,7 +261,7 @@ class Recovery(lightning.LightningModule):
     def evaluation_loader(self) -> Any:
         """Numbers of the evaluation's images, in batches; the data modules hand it to Lightning."""
         refs = self.frozen.refs
-        return DataLoader(range(len(refs.prompts)), self.evaluation.batch_size) if refs is not None else []  # type: ignore[arg-type]
+        return DataLoader(range(len(refs.prompts)), batch_size=self.evaluation.batch_size) if refs is not None else []  # type: ignore[arg-type]
 
     def _draw(self, indices: Tensor) -> Tensor:
         refs = self.frozen.refs
