@@ -1,6 +1,7 @@
 """The curve goes through what was measured and follows the solves in between."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_it_goes_through_the_measurements_and_keeps_the_amplification_between():
 
 def test_it_never_falls_and_is_zero_for_a_layer_without_effect():
     curve = error_curve({0.2: 0.1, 0.5: 0.05, 0.8: 0.2}, {0.2: 0.1, 0.8: 0.2}, [i / 20 for i in range(20)])
-    assert all(a <= b for a, b in zip(curve, curve[1:], strict=False))
+    assert all(a <= b for a, b in pairwise(curve))
     assert error_curve(SOLVED, {0.5: 0.0, 0.9: 0.0}, [0.0, 0.5, 0.98]) == [0, 0, 0]
 
 

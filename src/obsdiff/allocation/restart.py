@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obsdiff.allocation.probe import BATCH_ROWS, Probe, output_power
+from obsdiff.allocation.probe import BATCH_ROWS, Probe, power
 from obsdiff.models.wiring import Wiring
 
 
@@ -33,6 +33,7 @@ class Restart:
 
     def __init__(self, wiring: Wiring, probe: Probe, rows: int = BATCH_ROWS) -> None:
         self.wiring = wiring
+        self.probe = probe
         self.chain = wiring.family.chain
         batches = list(probe.batches(rows))
         self.arguments = [arguments for arguments, _ in batches]
@@ -41,7 +42,7 @@ class Restart:
         self._given: list[Any] = []
         self.blocks_run = 0  # blocks that have run on the whole probe, for the cost
         self.dense = list(self._outputs())
-        self.power = output_power(self.dense, self.weights)
+        self.power = power(self.dense, self.weights)
 
     def advance(self, block: int) -> None:
         """From now on all changes are in ``block`` or behind it. The denoiser must be dense now."""
@@ -59,9 +60,9 @@ class Restart:
         self._given, self.first = seen, block
 
     def error(self) -> float:
-        """``Σ α_t ‖now − dense‖² / Σ α_t ‖dense‖²`` of the denoiser's output as it is now."""
-        differences = [now - dense for now, dense in zip(self._outputs(), self.dense, strict=True)]
-        error = output_power(differences, self.weights) / self.power
+        """``Σ α_t ‖now − dense‖² / Σ α_t ‖dense‖²`` of the guided output of the denoiser as it is now."""
+        differences = (now - dense for now, dense in zip(self._outputs(), self.dense, strict=True))
+        error = power(differences, self.weights) / self.power
         return error if error == error else float("inf")  # NaN: the change broke the model
 
     @torch.no_grad()
@@ -71,7 +72,7 @@ class Restart:
             for i, arguments in enumerate(self.arguments):
                 given.value = self._given[i] if self._given else None
                 output = self.wiring.denoiser(**arguments)
-                yield output[0] if isinstance(output, tuple) else output.sample
+                yield self.probe.guided(output[0] if isinstance(output, tuple) else output.sample)
 
     @contextmanager
     def _shortened(self) -> Iterator[_Given]:

@@ -77,6 +77,7 @@ def scan(
     statistics: Statistics,
     options: SolveOptions,
     probe: Probe,
+    prompts: str,
     *,
     levels: Sequence[float] | None = None,
     store: Path | None = None,
@@ -92,6 +93,7 @@ def scan(
         statistics: Of the calibration.
         options: How layers are pruned.
         probe: Where to measure.
+        prompts: Hash of the prompts that the probe was drawn from.
         levels: Shares to measure at; None: :data:`MEASURED`.
         store: Folder to keep the results in; what it holds of the same settings is not measured again.
         quiet: No progress bar.
@@ -99,7 +101,7 @@ def scan(
     Raises:
         UserError: The store was made with other statistics or settings.
     """
-    fingerprint = _fingerprint(statistics, options, len(probe), levels)
+    fingerprint = _fingerprint(statistics, options, len(probe), prompts, levels)
     found = (_open(store, fingerprint) if store is not None else None) or Sensitivity(fingerprint, triples=len(probe))
     rank, world = _place()
     missing = [unit for unit in units if unit.name not in found.measured]
@@ -146,7 +148,7 @@ def _measure(unit: Unit, restart: Restart, solver: Solver, found: Sensitivity, l
 
 
 def _fingerprint(
-    statistics: Statistics, options: SolveOptions, triples: int, levels: Sequence[float] | None
+    statistics: Statistics, options: SolveOptions, triples: int, prompts: str, levels: Sequence[float] | None
 ) -> dict[str, Any]:
     return {
         "statistics": dict(statistics.fingerprint),
@@ -156,6 +158,7 @@ def _fingerprint(
         "damping": options.damping,
         "fusion": options.fusion,
         "triples": triples,
+        "prompts": prompts,
         "levels": None if levels is None else list(levels),
     }
 

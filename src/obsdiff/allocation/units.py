@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from obsdiff.errors import UserError
@@ -25,9 +25,9 @@ class Limits:
         share: Each rule's layers (or modules) share one value.
     """
 
-    floors: Mapping[str, float] | None = None
-    ceilings: Mapping[str, float] | None = None
-    share: Sequence[str] = ()
+    floors: Mapping[str, float] = field(default_factory=dict)
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    share: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def make_units(wiring: Wiring, plan: Plan, limits: Limits) -> list[Unit]:
     groups = {found.name: found for found in wiring.groups}
     blocks = {name: groups[name].block if plan.structured else wiring.site_of[name].block for name in plan.entries}
     for option, rules in (
-        ("floors", limits.floors or {}),
-        ("ceilings", limits.ceilings or {}),
+        ("floors", limits.floors),
+        ("ceilings", limits.ceilings),
         ("share", limits.share),
     ):
         for rule in rules:
@@ -118,9 +118,9 @@ def _options(pattern: Pattern, groups: WiredGroups | None, name: str, limits: Li
     return found
 
 
-def _limit(rules: Mapping[str, float] | None, name: str, default: float, what: str) -> float:
+def _limit(rules: Mapping[str, float], name: str, default: float, what: str) -> float:
     value = default
-    for rule, given in (rules or {}).items():
+    for rule, given in rules.items():
         if fnmatchcase(name, rule):
             value = float(given)
     if not 0 <= value <= 1:
