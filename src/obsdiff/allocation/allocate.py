@@ -148,9 +148,11 @@ def allocate(
         def solve(limit: float) -> list[Pattern]:
             return meet_with_offsets(units, offsets, replace(costs, limit=limit))
 
+    used = costs.limit
     if budget.kind == "latency":
         patterns, share = _on_the_clock(pipe, wiring, budget, settings, units, costs, solve, clock)
         record["achieved"] = share
+        used = _cost(units, patterns, costs)
     else:
         patterns = solve(costs.limit)
         if isinstance(pattern, Unstructured):
@@ -158,7 +160,10 @@ def allocate(
         record["achieved"] = _achieved(wiring, units, patterns, costs, budget)
     plan = _plan(wiring, base, units, patterns, rule, budget)
     if rule == "measured":
-        joint = joint_errors(wiring, [plan, uniform], statistics, options, probe)
+        # for comparison: the same layers under the same budget, all at one share
+        even = meet_with_offsets(units, [0.0] * len(units), replace(costs, limit=used))
+        plans = [plan, _plan(wiring, base, units, even, "uniform", budget)]
+        joint = joint_errors(wiring, plans, statistics, options, probe)
         record["joint_error"], record["uniform_joint_error"] = joint
         record["scan"] = {**sensitivity.cost, "triples": sensitivity.triples, "bare_passes": cost}
     return Allocation(plan, record, sensitivity if rule == "measured" else None)
@@ -213,7 +218,7 @@ def _check_feasible(units: Sequence[Unit], costs: Costs, budget: Budget) -> None
         best = f"sparsity:{math.floor((1 - share) * 1e4) / 1e4:g}" if budget.kind == "sparsity" else f"{share:.2%}"
         raise UserError(
             f"budget {budget} cannot be met: with these layers, floors and ceilings the least is {best}; "
-            "loosen the budget or the ceilings, or prune more layers"
+            "loosen the budget or the ceilings, or spare fewer layers and blocks"
         ) from None
 
 
@@ -299,6 +304,12 @@ def settle(units: Sequence[Unit], patterns: Sequence[Pattern], sizes: Sequence[i
     return [Unstructured(float(f"{ratio:.10g}")) for ratio in ratios]
 
 
+def _cost(units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs) -> float:
+    """What options cost by the table."""
+    triples = zip(units, patterns, costs.options, strict=True)
+    return sum(of_unit[unit.options.index(pattern)] for unit, pattern, of_unit in triples)
+
+
 def _achieved(
     wiring: Wiring, units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs, budget: Budget
 ) -> float:
@@ -307,10 +318,7 @@ def _achieved(
         pairs = zip(patterns, _sizes(wiring, units), strict=True)
         kept = float(sum(size - round(removed(pattern) * size) for pattern, size in pairs))
     else:
-        kept = sum(
-            of_unit[unit.options.index(pattern)]
-            for unit, pattern, of_unit in zip(units, patterns, costs.options, strict=True)
-        )
+        kept = _cost(units, patterns, costs)
     share = (kept + costs.fixed) / costs.dense
     return 1 - share if budget.kind == "sparsity" else share
 

@@ -40,7 +40,7 @@ class Restart:
         self.weights = [weights for _, weights in batches]
         self.first = 0
         self._given: list[Any] = []
-        self.blocks_run = 0  # blocks that have run on the whole probe, for the cost
+        self.blocks_run = 0  # runs of a block on the whole probe, for the cost
         self.dense = list(self._outputs())
         self.power = power(self.dense, self.weights)
 

@@ -64,11 +64,14 @@ def measured_levels(unit: Unit, levels: Sequence[float] | None) -> list[Pattern]
 
 def passes_needed(wiring: Wiring, units: Sequence[Unit], levels: Sequence[float] | None) -> float:
     """What a scan costs, in multiples of the whole probe through the whole denoiser."""
-    blocks = 1.0 + wiring.num_blocks  # the dense outputs, and moving on from block to block
-    if wiring.family.chain:
-        runs = sum(len(measured_levels(unit, levels)) * (wiring.num_blocks - unit.block) for unit in units)
-        return (blocks / 2 * wiring.num_blocks + runs) / wiring.num_blocks
-    return 1.0 + sum(len(measured_levels(unit, levels)) for unit in units)
+    blocks, first = wiring.num_blocks, 0
+    runs = float(blocks)  # the dense outputs
+    for unit in units:
+        if wiring.family.chain and unit.block > first:
+            runs += blocks - first  # moving on
+            first = unit.block
+        runs += len(measured_levels(unit, levels)) * (blocks - first)
+    return runs / blocks
 
 
 def scan(

@@ -39,8 +39,30 @@ def meet_with_offsets(units: Sequence[Unit], offsets: Sequence[float], costs: Co
     choose(distances(1.0), costs.options, costs.limit)  # raises if nothing fits
     # the largest common share that is too dear: from there the allocator moves as little as the limit asks
     common = _bisect(lambda value: nearest(value) <= costs.limit)
-    picked = choose(distances(common), costs.options, costs.limit).picked
+    picked = list(choose(distances(common), costs.options, costs.limit).picked)
+    _spend(picked, distances(common), costs)
     return [unit.options[i] for unit, i in zip(units, picked, strict=True)]
+
+
+def _spend(picked: list[int], distances: Sequence[Sequence[float]], costs: Costs) -> None:
+    """Step by step to denser options while the limit allows, each time the one that strays least from its target.
+
+    Nearest options often leave a head's worth of the budget over; comparisons are at equal cost, so it is spent.
+    """
+
+    def cost() -> float:
+        return sum(of_unit[i] for of_unit, i in zip(costs.options, picked, strict=True))
+
+    while True:
+        spare = costs.limit - cost()
+        steps = [
+            (distances[unit][i - 1] - distances[unit][i], unit)
+            for unit, i in enumerate(picked)
+            if i > 0 and 0 < costs.options[unit][i - 1] - costs.options[unit][i] <= spare
+        ]
+        if not steps:
+            return
+        picked[min(steps)[1]] -= 1
 
 
 def _ratios(units: Sequence[Unit], offsets: Sequence[float], costs: Costs) -> list[Pattern]:

@@ -75,8 +75,11 @@ def make_units(wiring: Wiring, plan: Plan, limits: Limits) -> list[Unit]:
     for members in _shared(list(plan.entries), limits.share):
         options = [_options(plan.pattern, groups.get(name), name, limits) for name in members]
         common = tuple(pattern for pattern in options[0] if all(pattern in other for other in options[1:]))
-        if not common:
-            raise UserError(f"{members[0]} and {members[-1]} have no ratio or width in common; they cannot share one")
+        if len(common) < min(2, *(len(found) for found in options)):
+            raise UserError(
+                f"{members[0]} and {members[-1]} have no ratio or width in common within their limits; they cannot "
+                "share one"
+            )
         units.append(Unit(members, min(blocks[name] for name in members), common))
     return sorted(units, key=lambda unit: unit.block)
 
