@@ -133,7 +133,7 @@ def test_a_store_is_continued_and_refused_if_it_is_another(setting, tmp_path):
         {"statistics": replace(statistics, fingerprint={**statistics.fingerprint, "seed": 9})},
     ):
         given = {"statistics": statistics, "options": options, "prompts": "p", "levels": LEVELS, **other}
-        with pytest.raises(obsdiff.UserError, match="sensitivity scan in .* belongs to another"):
+        with pytest.raises(obsdiff.UserError, match="belongs to another model or other settings"):
             scan(wiring, units, probe=probe, store=tmp_path, **given)
     content = json.loads((tmp_path / FILE).read_text())
     del content["units"][units[0].name]["solved"]

@@ -51,7 +51,7 @@ class Probe:
             yield arguments, weights
 
     def guided(self, output: Tensor) -> Tensor:
-        """What the sampler makes of a call's output (rows, ...): with guidance ``n + g (p − n)``, float64 (triples, ...).
+        """What a sampler makes of an output (rows, ...): with guidance ``n + g (p − n)``, float64 (triples, …).
 
         Errors of the two rows largely cancel or add up in it; going by it halves the image error of an allocation
         (docs/method.md).
