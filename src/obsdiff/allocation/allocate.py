@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from obsdiff.allocation.assemble import achieved_share, plan_of, settle, table_cost
 from obsdiff.allocation.budget import Budget, Costs, costs_of, module_parameters, parse_budget
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
@@ -21,7 +22,7 @@ from obsdiff.allocation.units import Limits, Unit, make_units, removed
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.wiring import Wiring, denoiser_of, wire
-from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured, parse_pattern
+from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.calibrate import Settings, prompts_hash
 from obsdiff.pruning.plan import Plan, kept_groups, make_plan
 from obsdiff.pruning.solve import SolveOptions
@@ -106,14 +107,16 @@ def allocate(
         UserError: The request cannot be met.
     """
     pattern = parse_pattern(pattern)
-    options = options or SolveOptions(method)
     scanning, limits = scanning or ScanOptions(), limits or Limits()
     check_request(rule, scanning)
     wiring = wire(denoiser_of(pipe))
     uniform = make_plan(wiring, pattern, include, exclude, spare_blocks)
     spared = () if rule == "measured" and spare_blocks is None else spare_blocks
     base = make_plan(wiring, pattern, include, exclude, spared)
-    budget = _budget(wiring, uniform, budget)
+    if budget is None:
+        budget = default_budget(wiring, uniform)
+    elif isinstance(budget, str):
+        budget = parse_budget(budget)
     settings = settings_of(statistics, batch_size)
     units = make_units(wiring, base, limits)
     if budget.kind == "latency":
@@ -121,52 +124,97 @@ def allocate(
     else:
         costs = costs_of(pipe, wiring, units, budget, settings.call)
     _check_feasible(units, costs, budget)
-    record: dict[str, Any] = {"rule": rule, "budget": str(budget)}
+    job = _Job(pipe, wiring, base, rule, budget, units, costs, settings, clock)
     if rule == "measured":
         free = make_units(wiring, base, Limits(share=limits.share))
-        probe, cost = _probe(pipe, wiring, free, prompts, settings, scanning)
-        sensitivity = scan(
-            wiring,
-            free,
-            statistics,
-            options,
-            probe,
-            prompts_hash(prompts),
-            levels=scanning.levels,
-            store=scanning.store,
-            quiet=quiet,
-        )
-        errors = [_curve(unit, sensitivity) for unit in units]
+        return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, quiet)
+    offsets = owl_offsets(wiring, units, statistics) if rule == "owl" else [0.0] * len(units)
+    plan, achieved = _meet(job, lambda limit: meet_with_offsets(units, offsets, replace(costs, limit=limit)))
+    return Allocation(plan, {"rule": rule, "budget": str(budget), "achieved": achieved})
 
-        def solve(limit: float) -> list[Pattern]:
-            found = choose(errors, costs.options, limit)
-            record["predicted_error"], record["error_bound"] = found.error, found.bound
-            return [unit.options[i] for unit, i in zip(units, found.picked, strict=True)]
+
+@dataclass(frozen=True)
+class _Job:
+    """What meeting a budget needs to know."""
+
+    pipe: Any
+    wiring: Wiring
+    base: Plan
+    rule: str
+    budget: Budget
+    units: Sequence[Unit]
+    costs: Costs
+    settings: Settings
+    clock: Clock
+
+
+def _measured(
+    job: _Job,
+    free: Sequence[Unit],
+    statistics: Statistics,
+    prompts: Sequence[str] | Conditioning,
+    options: SolveOptions,
+    scanning: ScanOptions,
+    quiet: bool,
+) -> Allocation:
+    """Scan the ``free`` units (without limits: a store serves all), minimise the summed error, check the sum."""
+    probe, bare = probe_for(job.pipe, job.wiring, free, prompts, job.settings, scanning)
+    sensitivity = scan(
+        job.wiring,
+        free,
+        statistics,
+        options,
+        probe,
+        prompts_hash(prompts),
+        levels=scanning.levels,
+        store=scanning.store,
+        quiet=quiet,
+    )
+    errors = [_curve(unit, sensitivity) for unit in job.units]
+    bounds: dict[tuple[Pattern, ...], tuple[float, float]] = {}
+
+    def solve(limit: float) -> list[Pattern]:
+        found = choose(errors, job.costs.options, limit)
+        patterns = [unit.options[i] for unit, i in zip(job.units, found.picked, strict=True)]
+        bounds[tuple(patterns)] = found.error, found.bound
+        return patterns
+
+    plan, achieved = _meet(job, solve)
+    members = [unit.members[0] for unit in job.units]
+    chosen = tuple(plan.entries[name] for name in members)
+    # settled ratios differ by a few weights from the chosen ones, whose errors these then are
+    predicted, bound = bounds.get(chosen) or list(bounds.values())[-1]
+    even = meet_with_offsets(job.units, [0.0] * len(job.units), replace(job.costs, limit=_used(job, chosen)))
+    reference = plan_of(job.wiring, job.base, job.units, even, "uniform", job.budget)
+    joint, uniform = joint_errors(job.wiring, [plan, reference], statistics, options, probe)
+    record = {
+        "rule": job.rule,
+        "budget": str(job.budget),
+        "achieved": achieved,
+        "predicted_error": predicted,
+        "error_bound": bound,
+        "joint_error": joint,
+        "uniform_joint_error": uniform,
+        "scan": {**sensitivity.cost, "triples": sensitivity.triples, "bare_passes": bare},
+    }
+    return Allocation(plan, record, sensitivity)
+
+
+def _used(job: _Job, patterns: Sequence[Pattern]) -> float:
+    """The limit for a comparison under the same budget; by the clock only the table's cost of a choice is known."""
+    return table_cost(job.units, patterns, job.costs) if job.budget.kind == "latency" else job.costs.limit
+
+
+def _meet(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[Plan, float]:
+    """The plan that ``solve`` gives under the budget, and the budget's figure that it comes to."""
+    if job.budget.kind == "latency":
+        patterns, achieved = _on_the_clock(job, solve)
     else:
-        offsets = owl_offsets(wiring, units, statistics) if rule == "owl" else [0.0] * len(units)
-
-        def solve(limit: float) -> list[Pattern]:
-            return meet_with_offsets(units, offsets, replace(costs, limit=limit))
-
-    used = costs.limit
-    if budget.kind == "latency":
-        patterns, share = _on_the_clock(pipe, wiring, budget, settings, units, costs, solve, clock)
-        record["achieved"] = share
-        used = _cost(units, patterns, costs)
-    else:
-        patterns = solve(costs.limit)
-        if isinstance(pattern, Unstructured):
-            patterns = settle(units, patterns, _sizes(wiring, units), costs.limit)
-        record["achieved"] = _achieved(wiring, units, patterns, costs, budget)
-    plan = _plan(wiring, base, units, patterns, rule, budget)
-    if rule == "measured":
-        # for comparison: the same layers under the same budget, all at one share
-        even = meet_with_offsets(units, [0.0] * len(units), replace(costs, limit=used))
-        plans = [plan, _plan(wiring, base, units, even, "uniform", budget)]
-        joint = joint_errors(wiring, plans, statistics, options, probe)
-        record["joint_error"], record["uniform_joint_error"] = joint
-        record["scan"] = {**sensitivity.cost, "triples": sensitivity.triples, "bare_passes": cost}
-    return Allocation(plan, record, sensitivity if rule == "measured" else None)
+        patterns = solve(job.costs.limit)
+        if isinstance(job.base.pattern, Unstructured):
+            patterns = settle(job.wiring, job.units, patterns, job.costs.limit)
+        achieved = achieved_share(job.wiring, job.units, patterns, job.costs, job.budget)
+    return plan_of(job.wiring, job.base, job.units, patterns, job.rule, job.budget), achieved
 
 
 def check_request(rule: str, scanning: ScanOptions) -> None:
@@ -195,9 +243,8 @@ def settings_of(statistics: Statistics, batch_size: int) -> Settings:
     return Settings(call, int(found["seed"]), str(found["weighting"]), batch_size=batch_size)
 
 
-def _budget(wiring: Wiring, uniform: Plan, budget: str | Budget | None) -> Budget:
-    if budget is not None:
-        return parse_budget(budget) if isinstance(budget, str) else budget
+def default_budget(wiring: Wiring, uniform: Plan) -> Budget:
+    """What a uniform plan comes to: total sparsity of its layers, or for structured plans parameters."""
     if not uniform.structured:
         return Budget("sparsity", uniform.pattern.sparsity)
     total = sum(parameter.numel() for parameter in wiring.denoiser.parameters())
@@ -222,7 +269,7 @@ def _check_feasible(units: Sequence[Unit], costs: Costs, budget: Budget) -> None
         ) from None
 
 
-def _probe(
+def probe_for(
     pipe: Any,
     wiring: Wiring,
     units: Sequence[Unit],
@@ -247,103 +294,23 @@ def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
     return error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], shares)
 
 
-def _on_the_clock(
-    pipe: Any,
-    wiring: Wiring,
-    budget: Budget,
-    settings: Settings,
-    units: Sequence[Unit],
-    costs: Costs,
-    solve: Any,
-    clock: Clock,
-) -> tuple[list[Pattern], float]:
+def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[list[Pattern], float]:
     """Patterns that meet a latency budget on the clock."""
-    modules = {groups.name: groups for groups in wiring.groups}
-    least = sum(min(of_unit) for of_unit in costs.options)
-    found: list[list[Pattern]] = []
-    widths: list[dict[str, int]] = []
+    modules = {groups.name: groups for groups in job.wiring.groups}
+    least = sum(min(of_unit) for of_unit in job.costs.options)
+    tried: list[tuple[dict[str, int], list[Pattern]]] = []
 
     def kept(limit: float) -> dict[str, int]:
-        found.append(solve(max(limit, least)))
-        widths.append(
-            {
-                name: kept_groups(modules[name], pattern)
-                for unit, pattern in zip(units, found[-1], strict=True)
-                for name in unit.members
-                if isinstance(pattern, Structured)
-            }
-        )
-        return widths[-1]
+        patterns = solve(max(limit, least))
+        widths = {
+            name: kept_groups(modules[name], pattern)
+            for unit, pattern in zip(job.units, patterns, strict=True)
+            for name in unit.members
+            if isinstance(pattern, Structured)
+        }
+        tried.append((widths, patterns))
+        return widths
 
-    best, share = meet_on_the_clock(pipe, wiring, budget, settings.call, kept, costs.limit, clock)
-    return found[widths.index(best)], share
-
-
-def _sizes(wiring: Wiring, units: Sequence[Unit]) -> list[int]:
-    return [sum(wiring.weight(name).numel() for name in unit.members) for unit in units]
-
-
-def settle(units: Sequence[Unit], patterns: Sequence[Pattern], sizes: Sequence[int], limit: float) -> list[Pattern]:
-    """Move a few weights so that what the layers keep is the limit to the weight, within floors and ceilings.
-
-    Only units of one member are moved, the largest first; the others keep their ratios.
-    """
-    ratios = [removed(pattern) for pattern in patterns]
-    gone = [round(ratio * size) for ratio, size in zip(ratios, sizes, strict=True)]
-    spare = math.floor(limit) - sum(size - count for size, count in zip(sizes, gone, strict=True))
-    for i in sorted(range(len(units)), key=lambda i: -sizes[i]):
-        if spare == 0:
-            break
-        if len(units[i].members) == 1:
-            least = math.ceil(removed(units[i].options[0]) * sizes[i] - 1e-6)
-            most = math.floor(removed(units[i].options[-1]) * sizes[i] + 1e-6)
-            moved = min(max(gone[i] - spare, least), most)
-            spare -= gone[i] - moved
-            gone[i] = moved
-            ratios[i] = moved / sizes[i]
-    return [Unstructured(float(f"{ratio:.10g}")) for ratio in ratios]
-
-
-def _cost(units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs) -> float:
-    """What options cost by the table."""
-    triples = zip(units, patterns, costs.options, strict=True)
-    return sum(of_unit[unit.options.index(pattern)] for unit, pattern, of_unit in triples)
-
-
-def _achieved(
-    wiring: Wiring, units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs, budget: Budget
-) -> float:
-    """The budget's figure that the plan comes to."""
-    if isinstance(patterns[0], Unstructured) and not any(isinstance(pattern, NM) for pattern in patterns):
-        pairs = zip(patterns, _sizes(wiring, units), strict=True)
-        kept = float(sum(size - round(removed(pattern) * size) for pattern, size in pairs))
-    else:
-        kept = _cost(units, patterns, costs)
-    share = (kept + costs.fixed) / costs.dense
-    return 1 - share if budget.kind == "sparsity" else share
-
-
-def _plan(
-    wiring: Wiring, base: Plan, units: Sequence[Unit], patterns: Sequence[Pattern], rule: str, budget: Budget
-) -> Plan:
-    """In the order of a forward pass, under the overall pattern."""
-    chosen = {name: pattern for unit, pattern in zip(units, patterns, strict=True) for name in unit.members}
-    entries = {name: chosen[name] for name in base.entries}
-    overall = base.pattern
-    if isinstance(overall, Unstructured):
-        sizes = {name: wiring.weight(name).numel() for name in entries}
-        gone = sum(round(removed(pattern) * sizes[name]) for name, pattern in entries.items())
-        overall = Unstructured(round(gone / sum(sizes.values()), 6))
-    elif isinstance(overall, Structured):
-        shares = {}
-        for kind in ("heads", "ffn"):
-            found = [groups for groups in wiring.groups if groups.name in entries and groups.kind == kind]
-            kept = sum(kept_groups(groups, _structured(entries[groups.name])) for groups in found)
-            shares[kind] = round(1 - kept / max(1, sum(groups.count for groups in found)), 4) if found else 0.0
-        overall = Structured(shares["heads"], shares["ffn"], overall.multiple_of)
-    return Plan(overall, entries, rule, str(budget))
-
-
-def _structured(pattern: Pattern) -> Structured:
-    assert isinstance(pattern, Structured)
-    return pattern
+    call = job.settings.call
+    best, share = meet_on_the_clock(job.pipe, job.wiring, job.budget, call, kept, job.costs.limit, job.clock)
+    return next(patterns for widths, patterns in tried if widths == best), share

@@ -162,3 +162,34 @@ class BenchOptions:
     batch_size: int | None = None
     threads: int | None = None
     statistics: str | None = None
+
+
+@dataclass
+class BenchScanOptions:
+    """Measure the cost of a sensitivity scan over a calibration, on a model with random weights; prints one JSON line.
+
+    Args:
+        preset: sd3-tiny-cpu, sd3-medium or sd35-large.
+        pattern: As for prune.
+        method: As for prune.
+        triples: Recorded calls to measure on; default: as for prune.
+        plans: Random plans whose predicted and measured errors are compared.
+        device: Such as cpu or cuda; default: the preset's.
+        dtype: Default: the preset's.
+        num_prompts: Default: the preset's.
+        steps: Default: the preset's.
+        batch_size: Default: the preset's.
+        threads: CPU threads; default: torch's own choice.
+    """
+
+    preset: str = "sd3-tiny-cpu"
+    pattern: str = "unstructured:0.5"
+    method: str = "obs"
+    triples: int | None = None
+    plans: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    num_prompts: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    threads: int | None = None
