@@ -278,14 +278,18 @@ def probe_for(
     scanning: ScanOptions,
 ) -> tuple[Probe, float]:
     """The probe, and how many bare passes over the calibration set a scan on it takes."""
-    steps = int(settings.call.get("num_inference_steps") or 1)
-    runs = passes_needed(wiring, units, scanning.levels)
-    triples = scanning.triples
-    if triples is None:
-        triples = max(4, min(TRIPLES, int(MOST_PASSES * len(prompts) * steps / runs)))
+    calls = len(prompts) * int(settings.call.get("num_inference_steps") or 1)
+    triples = triples_of(wiring, units, scanning, calls)
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, settings.call)
     probe = record_probe(pipe, conditioning, settings, triples)
-    return probe, runs * len(probe) / (len(prompts) * steps)
+    return probe, passes_needed(wiring, units, scanning.levels) * len(probe) / calls
+
+
+def triples_of(wiring: Wiring, units: Sequence[Unit], scanning: ScanOptions, calls: int) -> int:
+    """Triples to record, where a calibration pass makes ``calls`` calls of the denoiser (prompts times steps)."""
+    if scanning.triples is not None:
+        return min(scanning.triples, calls)
+    return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes_needed(wiring, units, scanning.levels))))
 
 
 def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from obsdiff.allocation.allocate import ScanOptions, allocate, check_request
+from obsdiff.allocation.allocate import ScanOptions, allocate, check_request, triples_of
 from obsdiff.allocation.budget import parse_budget
-from obsdiff.allocation.units import Limits
+from obsdiff.allocation.scan import passes_needed
+from obsdiff.allocation.units import Limits, make_units
 from obsdiff.errors import UserError
 from obsdiff.models.wiring import Wiring
 from obsdiff.obs.pattern import parse_pattern
@@ -82,6 +83,17 @@ def first_plan(
         return read_plan(request.file, wiring)
     spared = () if request.rule == "measured" and spare_blocks is None else spare_blocks
     return make_plan(wiring, parse_pattern(pattern), include, exclude, spared)
+
+
+def describe_scan(wiring: Wiring, plan: Plan, request: PlanRequest, prompts: int, steps: int) -> str:
+    """For people: what a sensitivity scan is about to run, unless its folder holds it already."""
+    units = make_units(wiring, plan, Limits(share=request.limits.share))
+    triples = triples_of(wiring, units, request.scanning, prompts * steps)
+    passes = passes_needed(wiring, units, request.scanning.levels) * triples / (prompts * steps)
+    return (
+        f"sensitivity scan: {len(units)} layers or groups on {triples} recorded calls, {passes:.1f} times the denoiser "
+        "calls of a calibration pass"
+    )
 
 
 def allocated_plan(

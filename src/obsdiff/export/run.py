@@ -17,7 +17,7 @@ from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
 from obsdiff.evaluation.sampling import cycle_prompts, sample
 from obsdiff.export.heatmap import draw_ratios
-from obsdiff.export.planning import PlanRequest, allocated_plan, check_plan_request, first_plan
+from obsdiff.export.planning import PlanRequest, allocated_plan, check_plan_request, describe_scan, first_plan
 from obsdiff.export.report import draw_samples, render_markdown
 from obsdiff.files import whole_folder, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
@@ -173,7 +173,9 @@ def prune_run(pipe: Any, request: Request) -> dict[str, Any]:
         write_json(folder / "report.json", report)
         write_text(folder / "report.md", render_markdown(report))
         if done.plan.rule != "uniform":
-            draw_ratios(folder / "ratios.png", wiring, done.plan, f"{report['pipeline']}, {done.plan.budget}")
+            draw_ratios(
+                folder / "ratios.png", wiring, done.plan, f"{report['pipeline']}, {request.method}, {done.plan.budget}"
+            )
         if images is not None:
             title = f"{report['pipeline']}, {report['pattern']}, {report['method']}"
             shown = min(SHOWN, len(prompts))
@@ -220,6 +222,9 @@ def _announce(pipe: Any, wiring: Wiring, plan: Plan, request: Request, call: dic
             f"Hessians take {hessians / passes / 2**20:,.0f} MiB",
             file=sys.stderr,
         )
+    if planning.rule == "measured":
+        steps = int(call.get("num_inference_steps") or 1)
+        print(describe_scan(wiring, plan, planning, len(request.calibration_prompts), steps), file=sys.stderr)
 
 
 def _requested(plan: Plan) -> float:
