@@ -21,6 +21,7 @@ from obsdiff.progress import track
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics, check_fingerprint
 from obsdiff.pruning.surgery import Edits
+from obsdiff.ranks import from_all, rank, world_size
 
 FILE = "sensitivity.json"
 FORMAT = 1
@@ -106,10 +107,11 @@ def scan(
     """
     fingerprint = _fingerprint(statistics, options, len(probe), prompts, levels)
     found = (_open(store, fingerprint) if store is not None else None) or Sensitivity(fingerprint, triples=len(probe))
-    rank, world = _place()
     missing = [unit for unit in units if unit.name not in found.measured]
-    mine = missing[rank::world]
+    mine = missing[rank() :: world_size()]
     if missing:
+        if rank() > 0:  # what a store says was spent counts once
+            found.cost = dict.fromkeys(found.cost, 0.0)
         restart, solver = Restart(wiring, probe), Solver(wiring, statistics, options)
         saved = last = time.perf_counter()
         passes = 0
@@ -122,11 +124,11 @@ def scan(
             found.cost["scan_s"] += now - last
             found.cost["passes"] += (restart.blocks_run - passes) / wiring.num_blocks
             last, passes = now, restart.blocks_run
-            if store is not None and world == 1 and now - saved > SAVE_EVERY_S:
+            if store is not None and world_size() == 1 and now - saved > SAVE_EVERY_S:
                 _save(found, store)
                 saved = now
-        _gather(found, world)
-        if store is not None and rank == 0:
+        _gather(found)
+        if store is not None and rank() == 0:
             _save(found, store)
     return found
 
@@ -166,23 +168,9 @@ def _fingerprint(
     }
 
 
-def _place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _gather(found: Sensitivity, world: int) -> None:
+def _gather(found: Sensitivity) -> None:
     """What every process measured, in every process; the cost is that of all together."""
-    if world == 1:
-        return
-    from torch import distributed
-
-    parts: list[Any] = [None] * world
-    distributed.all_gather_object(parts, found)
+    parts = from_all(found)
     for part in parts:
         found.solved.update(part.solved)
         found.measured.update(part.measured)

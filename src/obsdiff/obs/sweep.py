@@ -116,6 +116,8 @@ def _counts(weight: Tensor, pattern: Pattern, compared: int, power: Tensor | Non
     starts = range(0, columns, compared)
     if power is None:
         ends = [min(start + compared, columns) * rows for start in starts]
-        return [split_count(pattern.ratio, weight.numel(), at * rows, end) for at, end in zip(starts, ends, strict=True)]
+        return [
+            split_count(pattern.ratio, weight.numel(), at * rows, end) for at, end in zip(starts, ends, strict=True)
+        ]
     gone = drop_lowest(weight.square().mul_(power[:, None]), round(pattern.ratio * weight.numel())).sum(dim=1)
     return [int(part.sum()) for part in gone.split(compared)]
