@@ -167,7 +167,6 @@ def meet_on_the_clock(
         kept = solve(limit)
         shrunk = copy.deepcopy(wiring.denoiser)
         apply_shapes(shrunk, shapes_with(wiring, kept))
-        shrunk.to(dtype=next(wiring.denoiser.parameters()).dtype)
         dense_s, pruned_s = clock([partial(wiring.denoiser, **arguments), partial(shrunk, **arguments)])
         share = pruned_s / dense_s
         if share <= budget.share:
