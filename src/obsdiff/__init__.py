@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from obsdiff.models.register import register
 
 if TYPE_CHECKING:
+    from obsdiff.allocation.allocate import allocate
     from obsdiff.data.prompts import load_prompts
     from obsdiff.errors import UserError
     from obsdiff.evaluation.sampling import sample
@@ -29,6 +30,7 @@ _HOME = {
     "Structured": "obsdiff.obs.pattern",
     "Unstructured": "obsdiff.obs.pattern",
     "UserError": "obsdiff.errors",
+    "allocate": "obsdiff.allocation.allocate",
     "calibrate": "obsdiff.pruning.calibrate",
     "load_pipeline": "obsdiff.pruning.folder",
     "load_prompts": "obsdiff.data.prompts",
@@ -44,6 +46,7 @@ __all__ = [
     "Structured",
     "Unstructured",
     "UserError",
+    "allocate",
     "calibrate",
     "load_pipeline",
     "load_prompts",

@@ -15,7 +15,9 @@ from obsdiff.criteria import METHODS
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--calibration.num_prompts", "4", "--evaluation.num_images", "4"]
-ARTIFACTS = {"pipeline", "pruning.json", "masks.safetensors", "report.json", "report.md", "samples.png"}
+ARTIFACTS = {
+    "pipeline", "pruning.json", "plan.yaml", "masks.safetensors", "report.json", "report.md", "samples.png",
+}  # fmt: skip
 
 
 def prune(pipe_folder, output, *more):

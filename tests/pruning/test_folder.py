@@ -30,7 +30,12 @@ def test_round_trip_is_exact(dual_pipe, prompts, images, tmp_path, pattern, wher
     loaded = obsdiff.load_pipeline(tmp_path / where)
     assert same_weights(loaded, dual_pipe)
     assert torch.equal(images(loaded), images(dual_pipe))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"pipeline", "pruning.json", "masks.safetensors"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "pipeline",
+        "pruning.json",
+        "plan.yaml",
+        "masks.safetensors",
+    }
     assert not list((tmp_path / "out").rglob("*.bin")) + list((tmp_path / "out").rglob("*.p*kl"))
 
 

@@ -21,6 +21,7 @@ RANKS = [
     {"models"},
     {"pruning", "evaluation"},
     {"data"},
+    {"allocation"},
     {"training"},
     {"callbacks", "compare", "export"},
     {"cli"},

@@ -1,15 +1,16 @@
-"""``obsdiff bench prune``."""
+"""``obsdiff bench prune`` and ``obsdiff bench scan``."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from obsdiff.cli.options import BenchOptions
+from obsdiff.cli.options import BenchOptions, BenchScanOptions
 from obsdiff.cli.parse import clear_errors, fail, parse_options
 
-USAGE = "usage: obsdiff bench prune [--preset NAME ...]; obsdiff bench prune --help lists the options"
+USAGE = "usage: obsdiff bench prune|scan [--preset NAME ...]; obsdiff bench prune --help lists the options"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -18,24 +19,16 @@ def main(args: Sequence[str] | None = None) -> None:
     if args[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return
+    if args[:1] == ["scan"]:
+        _scan(args[1:])
+        return
     if args[:1] != ["prune"]:
         fail("obsdiff bench", f"say what to measure: {USAGE}")
     options = parse_options(BenchOptions, "obsdiff bench prune", args[1:])
     with clear_errors("obsdiff bench prune"):
-        from dataclasses import replace
+        from obsdiff.evaluation.bench import bench_prune
 
-        import torch
-
-        from obsdiff.evaluation.bench import bench_prune, find_preset
-
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        given = {
-            key: value
-            for key in ("device", "dtype", "num_prompts", "steps", "batch_size")
-            if (value := getattr(options, key)) is not None
-        }
-        preset = replace(find_preset(options.preset), **given)
+        preset = _preset(options)
         print(
             json.dumps(
                 bench_prune(
@@ -48,3 +41,34 @@ def main(args: Sequence[str] | None = None) -> None:
                 )
             )
         )
+
+
+def _scan(args: Sequence[str]) -> None:
+    options = parse_options(BenchScanOptions, "obsdiff bench scan", args)
+    with clear_errors("obsdiff bench scan"):
+        from obsdiff.allocation.bench import bench_scan
+        from obsdiff.errors import UserError
+
+        if options.plans < 0 or (options.triples is not None and options.triples < 1):
+            raise UserError("plans must be at least 0 and triples at least 1")
+        preset = _preset(options)
+        found = bench_scan(options.preset, preset, options.pattern, options.method, options.triples, options.plans)
+        print(json.dumps(found))
+
+
+def _preset(options: BenchOptions | BenchScanOptions) -> Any:
+    """The preset with what the options change; sets the threads."""
+    from dataclasses import replace
+
+    import torch
+
+    from obsdiff.evaluation.bench import find_preset
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    given = {
+        key: value
+        for key in ("device", "dtype", "num_prompts", "steps", "batch_size")
+        if (value := getattr(options, key)) is not None
+    }
+    return replace(find_preset(options.preset), **given)

@@ -15,6 +15,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse_options(PruneOptions, "obsdiff prune", args)
     with clear_errors("obsdiff prune"):
         from obsdiff.criteria import find_method
+        from obsdiff.export.planning import check_plan_request
         from obsdiff.export.report import summary
         from obsdiff.export.run import prune_run
         from obsdiff.obs.pattern import parse_pattern
@@ -23,9 +24,27 @@ def main(args: Sequence[str] | None = None) -> None:
         check_output(Path(options.output), options.overwrite)  # cheap mistakes before costly loading
         parse_pattern(options.pattern)
         find_method(options.method)
+        check_plan_request(planning_of(options), options.include, options.exclude, options.spare_blocks)
         pipe = load_pipeline(options.pipeline, dtype=options.dtype, device=options.device)
         report = prune_run(pipe, request_of(options, pipe))
         print(summary(report, options.output))
+
+
+def planning_of(options: PruneOptions) -> Any:
+    """The options as a :class:`obsdiff.export.planning.PlanRequest`."""
+    from obsdiff.allocation.allocate import ScanOptions
+    from obsdiff.allocation.units import Limits
+    from obsdiff.export.planning import PlanRequest
+
+    store = None if options.sensitivity is None else Path(options.sensitivity)
+    limits = options.limits
+    return PlanRequest(
+        None if options.plan is None else Path(options.plan),
+        options.allocation,
+        options.budget,
+        ScanOptions(options.scan.levels, options.scan.triples, store),
+        Limits(limits.floors, limits.ceilings, limits.share),
+    )
 
 
 def request_of(options: PruneOptions, pipe: Any) -> Any:
@@ -70,4 +89,5 @@ def request_of(options: PruneOptions, pipe: Any) -> Any:
         tokens=calibration.tokens,
         weighting=calibration.weighting,
         damping=calibration.damping,
+        planning=planning_of(options),
     )

@@ -35,12 +35,20 @@ def denoiser_flops(pipe: Any, call: Mapping[str, Any]) -> int:
     Counted by torch's ``FlopCounterMode`` on a copy without weights. Zeros inside dense tensors count in full: no
     dense kernel skips them.
     """
+    return shrunk_flops(pipe, call, {"layers": {}, "attributes": {}})
+
+
+def shrunk_flops(pipe: Any, call: Mapping[str, Any], shapes: Mapping[str, Any]) -> int:
+    """Like :func:`denoiser_flops`, if the denoiser had ``shapes`` (:func:`obsdiff.pruning.surgery.shrunk_shapes`)."""
     from torch.utils.flop_counter import FlopCounterMode
+
+    from obsdiff.models.obsdiff_shrunk import apply_shapes
 
     denoiser: Any = denoiser_of(pipe)
     length = sum(segment_lengths(pipe, find_family(denoiser), call))
     with torch.device("meta"):
         copy = type(denoiser).from_config(denoiser.config)
+        apply_shapes(copy, shapes)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy(**example_inputs(copy, length))
     return int(counter.get_total_flops())

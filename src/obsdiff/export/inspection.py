@@ -8,14 +8,20 @@ from typing import Any
 from obsdiff.errors import UserError
 from obsdiff.pruning.folder import run_folder
 from obsdiff.pruning.manifest import read_manifest
+from obsdiff.pruning.planfile import kinds_of, parse_plan
 
 
 def inspect_run(source: str | Path) -> str:
     """A header and one row per pruned layer or module: pattern, share removed, error, new shape.
 
+    Args:
+        source: The folder of a prune run, or a plan file.
+
     Raises:
-        UserError: ``source`` is not the folder of a prune run.
+        UserError: ``source`` is neither.
     """
+    if Path(source).suffix in (".yaml", ".yml"):
+        return _plan(source)
     folder = run_folder(source)
     if folder is None:
         raise UserError(f"{source} is not the folder of a prune run (no pruning.json beside a pipeline/)")
@@ -32,7 +38,18 @@ def inspect_run(source: str | Path) -> str:
             f"calibrated on {statistics['num_prompts']} prompts, {statistics['steps']} steps, guidance "
             f"{statistics['guidance_scale']}, {statistics['weighting']} weights, {manifest['packages']} pass(es)"
         )
+    if manifest.get("rule", "uniform") != "uniform":
+        header.append(f"allocation {manifest['rule']}, budget {manifest['budget']}")
     return "\n".join([*header, "", *_table(manifest)])
+
+
+def _plan(source: str | Path) -> str:
+    """A plan file as text."""
+    plan, content = parse_plan(source)
+    width = max(map(len, plan.entries))
+    header = f"{source}: {content.get('denoiser', 'any denoiser')}, {plan.pattern}, allocation {plan.rule}, budget "
+    header += f"{plan.budget or 'none'}; {len(plan.entries)} entries, {kinds_of(plan)}"
+    return "\n".join([header, "", *(f"{name:<{width}}  {pattern}" for name, pattern in plan.entries.items())])
 
 
 def _table(manifest: dict[str, Any]) -> list[str]:

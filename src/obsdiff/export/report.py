@@ -47,6 +47,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
                 f"{frechet['dense']:.3f} -> {frechet['pruned']:.3f} (can fall while images get worse)",
             )
         )
+    rows += _allocation_rows(report)
     rows += [
         ("time", ", ".join(f"{key} {value:.1f} s" for key, value in report["time_s"].items())),
         ("peak memory", f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB on {report['device']}"),
@@ -59,9 +60,36 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         lines += ["", "## Layers that lost most", "", "| layer | relative output error |", "|---|---|"]
         worst = sorted(errors.items(), key=lambda item: -item[1])[:10]
         lines += [f"| `{name}` | {error:.5f} |" for name, error in worst]
+    if report["rule"] != "uniform":
+        lines += ["", "![share removed by layer and block](ratios.png)"]
     if fidelity is not None:
         lines += ["", "![dense and pruned, same prompts and seeds](samples.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _allocation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the plan came about, if it is not plainly uniform."""
+    if report["rule"] == "uniform" and report["budget"] is None:
+        return []
+    rows = [("allocation", f"{report['rule']}, budget {report['budget'] or 'none'}")]
+    record = report.get("allocation")
+    if record is not None:
+        rows.append(("budget met", f"{record['achieved']:.4%}"))
+    if record is not None and "scan" in record:
+        scan = record["scan"]
+        rows += [
+            (
+                "error of the denoiser's output",
+                f"{record['joint_error']:.5g} all together, {record['predicted_error']:.5g} predicted as the sum of "
+                f"single layers (at least {record['error_bound']:.5g}), {record['uniform_joint_error']:.5g} uniform",
+            ),
+            (
+                "sensitivity scan",
+                f"{scan['scan_s']:.1f} s, {scan['triples']} recorded calls, "
+                f"{scan['bare_passes']:.1f} x the denoiser calls of a calibration pass",
+            ),
+        ]
+    return rows
 
 
 def _number(value: float | None) -> str:
@@ -111,5 +139,5 @@ def summary(report: Mapping[str, Any], output: str) -> str:
         lines.append(f"fidelity to dense: MSE {report['fidelity']['mse']:.5f} over {report['fidelity']['n']} images")
     if report["alignment"] is not None:
         lines.append(f"alignment: {report['alignment']['dense']:.1%} -> {report['alignment']['pruned']:.1%}")
-    lines.append(f"{output}: pipeline/ report.md report.json samples.png pruning.json masks.safetensors")
+    lines.append(f"{output}: pipeline/ report.md report.json samples.png pruning.json plan.yaml masks.safetensors")
     return "\n".join(lines)

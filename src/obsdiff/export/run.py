@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
 from obsdiff.evaluation.sampling import cycle_prompts, sample
+from obsdiff.export.heatmap import draw_ratios
+from obsdiff.export.planning import PlanRequest, allocated_plan, check_plan_request, describe_scan, first_plan
 from obsdiff.export.report import draw_samples, render_markdown
 from obsdiff.files import whole_folder, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
@@ -23,11 +25,13 @@ from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.wiring import Wiring, denoiser_of, wire
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.linalg import DAMPING
-from obsdiff.obs.pattern import Pattern, parse_pattern
+from obsdiff.obs.pattern import Pattern
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.folder import check_output, write_pipeline
 from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
-from obsdiff.pruning.plan import Plan, describe, make_plan, packages_of
+from obsdiff.pruning.plan import Plan, describe, packages_of
+from obsdiff.pruning.planfile import kinds_of
+from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 from obsdiff.versions import versions
 
@@ -62,6 +66,7 @@ class Request:
     tokens: int | None = None
     weighting: str | None = None
     damping: float = DAMPING
+    planning: PlanRequest = field(default_factory=PlanRequest)
     quiet: bool = False
 
 
@@ -86,20 +91,23 @@ def prune_run(pipe: Any, request: Request) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_output(request.output, request.overwrite)
-    pattern, method = parse_pattern(request.pattern), find_method(request.method)
+    planning, method = request.planning, find_method(request.method)
+    check_plan_request(planning, request.include, request.exclude, request.spare_blocks)
     if request.packages > 1 and request.store is not None:
         raise UserError(
             "several packages calibrate with earlier layers pruned, which a statistics folder cannot hold; "
             "leave out --statistics or use --calibration.packages 1"
         )
+    if request.packages > 1 and planning.allocates:
+        raise UserError("an allocation goes by one calibration of the dense model; use --calibration.packages 1")
     wiring = wire(denoiser_of(pipe))
-    plan = make_plan(wiring, pattern, request.include, request.exclude, request.spare_blocks)
+    plan = first_plan(wiring, planning, request.pattern, request.include, request.exclude, request.spare_blocks)
     if not request.prune_again:
         refuse_pruned(wiring)
     weighting = request.weighting or _stored_weighting(request.store) or method.weighting
     call = call_arguments(pipe, num_inference_steps=request.steps, guidance_scale=request.guidance_scale)
     refits = method.refit if request.refit is None else request.refit
-    measured = method.needs_statistics or refits or request.store is not None
+    measured = method.needs_statistics or refits or request.store is not None or planning.allocates
     _announce(pipe, wiring, plan, request, call, measured)
     flops_dense = denoiser_flops(pipe, call)
     prompts = cycle_prompts(request.evaluation_prompts, request.num_images)
@@ -117,23 +125,37 @@ def prune_run(pipe: Any, request: Request) -> dict[str, Any]:
             batch_size=request.batch_size,
             seed=request.seed,
             store=request.store,
-            sites=None if request.store is not None else sites,  # a store serves every pattern
+            sites=None if request.store is not None or planning.allocates else sites,  # a store serves every pattern
             quiet=request.quiet,
         )
 
     reused = request.store is not None and (request.store / INDEX).exists()
     statistics: Any = measure if measured else None
-    if request.store is not None and request.packages == 1:
+    if planning.allocates or (request.store is not None and request.packages == 1):
         statistics = measure(set())
+    allocation = None
+    if planning.allocates:
+        begun = time.perf_counter()
+        plan, allocation = allocated_plan(
+            pipe,
+            planning,
+            request.pattern,
+            statistics,
+            request.calibration_prompts,
+            SolveOptions(request.method, request.refit, request.seed, request.damping, request.fusion),
+            include=request.include,
+            exclude=request.exclude,
+            spare_blocks=request.spare_blocks,
+            batch_size=request.batch_size,
+            quiet=request.quiet,
+        )
+        allocation["time_s"] = time.perf_counter() - begun
     done = prune(
         pipe,
-        pattern,
+        plan,
         method=request.method,
         statistics=statistics,
         refit=request.refit,
-        include=request.include,
-        exclude=request.exclude,
-        spare_blocks=request.spare_blocks,
         packages=request.packages,
         seed=request.seed,
         damping=request.damping,
@@ -143,12 +165,17 @@ def prune_run(pipe: Any, request: Request) -> dict[str, Any]:
     )
     images = None if dense is None else Images(dense, _sample(pipe, prompts, seeds, request), prompts, seeds)
     report = _report(pipe, done, request, call, weighting if measured else None, reused, flops_dense, images)
+    report["allocation"] = allocation
     report["time_s"]["total"] = time.perf_counter() - started
     report["peak_memory_bytes"] = peak_memory_bytes(pipe.device)
     with whole_folder(request.output, replace=request.overwrite) as folder:
         write_pipeline(pipe, folder, done)
         write_json(folder / "report.json", report)
         write_text(folder / "report.md", render_markdown(report))
+        if done.plan.rule != "uniform":
+            draw_ratios(
+                folder / "ratios.png", wiring, done.plan, f"{report['pipeline']}, {request.method}, {done.plan.budget}"
+            )
         if images is not None:
             title = f"{report['pipeline']}, {report['pattern']}, {report['method']}"
             shown = min(SHOWN, len(prompts))
@@ -176,8 +203,14 @@ def _announce(pipe: Any, wiring: Wiring, plan: Plan, request: Request, call: dic
     chosen = [site for site in wiring.sites if site.name in sites or request.store is not None]
     numbers = [weight_matrices(wiring.layer(site.name)).shape for site in chosen]
     hessians = sum(4 * groups * columns**2 for groups, _, columns in numbers)
+    planning = request.planning
+    what = describe(plan.pattern)
+    if planning.allocates:
+        what = f"{planning.rule} allocation, budget {planning.budget or f'as uniform {plan.pattern}'}"
+    elif planning.file is not None:
+        what = f"plan {planning.file}, {kinds_of(plan)}"
     print(
-        f"{info_of(pipe).source}: {describe(plan.pattern)}; {len(plan.entries)} "
+        f"{info_of(pipe).source}: {what}; {len(plan.entries)} "
         f"{'modules' if plan.structured else 'layers'}, {len(sites)} distinct inputs, method {request.method}",
         file=sys.stderr,
     )
@@ -189,6 +222,15 @@ def _announce(pipe: Any, wiring: Wiring, plan: Plan, request: Request, call: dic
             f"Hessians take {hessians / passes / 2**20:,.0f} MiB",
             file=sys.stderr,
         )
+    if planning.rule == "measured":
+        steps = int(call.get("num_inference_steps") or 1)
+        print(describe_scan(wiring, plan, planning, len(request.calibration_prompts), steps), file=sys.stderr)
+
+
+def _requested(plan: Plan) -> float:
+    """The sparsity that was asked for; of budgets in something else, what the plan came to."""
+    kind, _, share = (plan.budget or "").partition(":")
+    return float(share) if kind == "sparsity" else plan.pattern.sparsity
 
 
 def _report(
@@ -207,6 +249,8 @@ def _report(
         "pipeline": info.source,
         "method": done.method,
         "pattern": str(pattern),
+        "rule": done.plan.rule,
+        "budget": done.plan.budget,
         "refit": done.refit,
         "seed": done.seed,
         "device": str(pipe.device),
@@ -224,7 +268,7 @@ def _report(
             "reused": reused,
         },
         "sparsity": {
-            "requested": pattern.sparsity,
+            "requested": _requested(done.plan),
             "achieved": done.sparsity,
             "per_layer": done.sparsity_per_layer,
         },

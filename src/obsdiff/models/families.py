@@ -68,6 +68,7 @@ class Family:
         inputs: The denoiser's tensor arguments; each dimension a config key, "text_length", or nothing but the batch.
         sample, time: Which of them are the noisy latents and the time.
         conditions: The others, with the entry of ``embeds`` each is given.
+        chain: Whether each block reads of the earlier ones nothing but what the one before it returned.
     """
 
     denoiser: str
@@ -82,6 +83,7 @@ class Family:
     sample: str
     time: str
     conditions: tuple[tuple[str, str], ...]
+    chain: bool = True
 
 
 SD3 = Family(

@@ -23,7 +23,7 @@ class Unstructured:
         return self.ratio
 
     def __str__(self) -> str:
-        return f"unstructured:{self.ratio:g}"
+        return f"unstructured:{self.ratio:.10g}"
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,22 @@ class Structured:
         """Heads that stay of ``heads``, at least one."""
         return max(1, heads - round(heads * self.heads))
 
+    def width_step(self, width: int) -> int:
+        """Kept widths of a layer of ``width`` neurons are multiples of this."""
+        return self.multiple_of or (64 if width >= 1024 else 8)
+
     def kept_neurons(self, width: int) -> int:
         """FFN neurons that stay of ``width``, at least one multiple."""
-        multiple = self.multiple_of or (64 if width >= 1024 else 8)
+        multiple = self.width_step(width)
         if self.ffn == 0 or width < multiple:
             return width if self.ffn == 0 else max(1, width - round(width * self.ffn))
         return min(width, max(multiple, round(width * (1 - self.ffn) / multiple) * multiple))
 
     def __str__(self) -> str:
         if self.heads == self.ffn and self.multiple_of is None:
-            return f"structured:{self.heads:g}"
+            return f"structured:{self.heads:.10g}"
         extra = "" if self.multiple_of is None else f",multiple_of={self.multiple_of}"
-        return f"structured:heads={self.heads:g},ffn={self.ffn:g}{extra}"
+        return f"structured:heads={self.heads:.10g},ffn={self.ffn:.10g}{extra}"
 
 
 Pattern = Unstructured | NM | Structured

@@ -121,19 +121,11 @@ def calibrate(
 
 def fingerprint_of(pipe: Any, prompts: Sequence[str] | Conditioning, settings: Settings) -> dict[str, Any]:
     """What the statistics depend on; equal fingerprints mean equal numbers up to rounding."""
-    if isinstance(prompts, Conditioning):
-        digest = hashlib.sha256()
-        for name, tensor in sorted(prompts.embeds.items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        prompts_hash = digest.hexdigest()
-    else:
-        prompts_hash = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     denoiser = denoiser_of(pipe)
     return {
         "model": model_hash(denoiser),
-        "prompts": prompts_hash,
+        "prompts": prompts_hash(prompts),
         "num_prompts": len(prompts),
         "sampler": [
             type(pipe.scheduler).__name__,
@@ -148,6 +140,17 @@ def fingerprint_of(pipe: Any, prompts: Sequence[str] | Conditioning, settings: S
         "tokens": settings.tokens,
         "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def prompts_hash(prompts: Sequence[str] | Conditioning) -> str:
+    """SHA-256 of prompts, or of what they were encoded to."""
+    if not isinstance(prompts, Conditioning):
+        return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(prompts.embeds.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:

@@ -13,9 +13,11 @@ from obsdiff.models.info import INFO_FILE, info_of
 from obsdiff.models.loading import open_pipeline, to_device
 from obsdiff.models.register import LIBRARY
 from obsdiff.models.wiring import denoiser_of, wire
+from obsdiff.pruning import planfile
 from obsdiff.pruning.manifest import FILE, manifest_of, read_manifest
 from obsdiff.pruning.masks import broken_masks, load_masks, save_masks
 from obsdiff.pruning.oneshot import PruneReport
+from obsdiff.pruning.planfile import write_plan
 from obsdiff.pruning.statistics import model_hash
 
 PIPELINE = "pipeline"
@@ -23,7 +25,8 @@ MASKS = "masks.safetensors"
 
 
 def save_pipeline(pipe: Any, output: str | Path, report: PruneReport, *, overwrite: bool = False) -> None:
-    """Write ``pipeline/`` (what diffusers loads), ``pruning.json`` and ``masks.safetensors``, all or nothing.
+    """Write ``pipeline/`` (what diffusers loads), ``pruning.json``, ``plan.yaml`` and ``masks.safetensors``, all or
+    nothing.
 
     Args:
         pipe: The pruned pipeline.
@@ -62,6 +65,7 @@ def write_pipeline(pipe: Any, folder: Path, report: PruneReport) -> None:
     manifest = manifest_of(report, info_of(pipe).source, wiring.family.component, wiring.family.denoiser)
     manifest |= {"denoiser_sha256": model_hash(wiring.denoiser), "dtype": _dtype(wiring.denoiser)}
     write_json(folder / FILE, manifest)
+    write_plan(report.plan, folder / planfile.FILE, wiring.family.denoiser, report.model)
 
 
 def write_pipeline_files(pipe: Any, folder: Path) -> None:

@@ -35,6 +35,8 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "seed": report.seed,
         "packages": report.packages,
         "plan": {name: str(pattern) for name, pattern in report.plan.entries.items()},
+        "rule": report.plan.rule,
+        "budget": report.plan.budget,
         "sparsity": report.sparsity,
         "sparsity_per_layer": report.sparsity_per_layer,
         "layer_error": report.layer_error,

@@ -19,8 +19,9 @@ from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
 from obsdiff.pruning.plan import Plan, make_plan, packages_of
+from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.solve import LayerResult, SolveOptions, portable, solve_groups, solve_site
-from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.statistics import Statistics, model_hash
 from obsdiff.pruning.surgery import (
     Edits,
     become_shrunk,
@@ -50,6 +51,7 @@ class PruneReport:
         fingerprint: Of the statistics, or None.
         shrunk: New shapes, or None.
         packages: Calibration passes.
+        model: Hash of the dense denoiser.
     """
 
     pattern: Pattern
@@ -65,6 +67,7 @@ class PruneReport:
     fingerprint: Mapping[str, Any] | None = None
     shrunk: Mapping[str, Any] | None = None
     packages: int = 1
+    model: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -82,7 +85,7 @@ class PruneReport:
 
 def prune(
     pipe: Any,
-    pattern: str | Pattern,
+    pattern: str | Pattern | Plan,
     *,
     method: str = "obs",
     statistics: Statistics | Calibrate | None = None,
@@ -101,7 +104,8 @@ def prune(
 
     Args:
         pipe: A diffusers pipeline of a supported family. If anything fails, no weight has changed.
-        pattern: Such as "unstructured:0.5", "2:4", "structured:0.3", or a pattern object.
+        pattern: Such as "unstructured:0.5", "2:4", "structured:0.3", a pattern object, or a plan that gives each layer
+            its own (:func:`obsdiff.allocate`, :func:`obsdiff.pruning.planfile.read_plan`).
         method: One of :data:`obsdiff.criteria.METHODS`.
         statistics: From :func:`obsdiff.calibrate`; or a function that calibrates the sites it is given, called once
             per package. Methods that look at weights alone (magnitude, random) need none; with it their layer errors
@@ -123,11 +127,14 @@ def prune(
         UserError: The request cannot be met.
     """
     started = time.perf_counter()
-    pattern = parse_pattern(pattern)
+    given = pattern if isinstance(pattern, Plan) else None
+    pattern = given.pattern if given is not None else parse_pattern(pattern)  # type: ignore[arg-type]
     options = SolveOptions(method, refit, seed, damping, fusion)
     _check(pattern, options, statistics, packages)
+    if given is not None and (include or exclude or spare_blocks is not None):
+        raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
     wiring = wire(denoiser_of(pipe))
-    plan = make_plan(wiring, pattern, include, exclude, spare_blocks)
+    plan = make_plan(wiring, pattern, include, exclude, spare_blocks) if given is None else fitted_plan(given, wiring)
     if not prune_again:
         refuse_pruned(wiring)
     report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages)
@@ -138,6 +145,8 @@ def prune(
             found = statistics(set(package)) if callable(statistics) else statistics
             # statistics made for this prune are let go site by site as they are used
             read = None if found is None else found.take if callable(statistics) else found.site
+            if report.model is None:  # the first package: still dense
+                report.model = model_hash(wiring.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
                 report.fingerprint = found.fingerprint
                 _add(report.time_s, found.time_s)

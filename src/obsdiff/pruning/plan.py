@@ -19,11 +19,15 @@ class Plan:
 
     Attributes:
         pattern: The pattern that was asked for.
-        entries: Pattern by name, in the order of a forward pass.
+        entries: Pattern by name, in the order of a forward pass; a layer that stays dense has ratio 0.
+        rule: How the entries were chosen: "uniform", "measured", "owl", or what a plan file says.
+        budget: What they had to meet, such as "sparsity:0.5"; None: just ``pattern`` for all.
     """
 
     pattern: Pattern
     entries: dict[str, Pattern]
+    rule: str = "uniform"
+    budget: str | None = None
 
     @property
     def structured(self) -> bool:
@@ -89,7 +93,7 @@ def make_plan(
             f"{sorted(spared)} leave nothing of {len(blocks)} candidates such as {next(iter(blocks))}"
         )
     plan = Plan(pattern, dict.fromkeys(chosen, pattern))
-    _check_widths(wiring, plan)
+    check_widths(wiring, plan)
     return plan
 
 
@@ -99,7 +103,12 @@ def _check_matches(rules: Sequence[str], names: dict[str, int], option: str) -> 
             raise UserError(f"--{option} {rule!r} matches none of {len(names)} names such as {next(iter(names))}")
 
 
-def _check_widths(wiring: Wiring, plan: Plan) -> None:
+def check_widths(wiring: Wiring, plan: Plan) -> None:
+    """Refuse N:M patterns that do not divide a layer's inputs.
+
+    Raises:
+        UserError: One does not.
+    """
     for name, pattern in plan.entries.items():
         if isinstance(pattern, NM):
             columns = weight_matrices(wiring.layer(name)).shape[-1]

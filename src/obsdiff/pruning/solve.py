@@ -116,10 +116,22 @@ def solve_site(
     options: SolveOptions,
 ) -> dict[str, LayerResult]:
     """Prune the layers of one site together, on one Hessian (and one factor) per group of a convolution."""
+    return dict(zip(layers, solve_layers(wiring, layers, patterns, statistics, options), strict=True))
+
+
+@torch.no_grad()
+def solve_layers(
+    wiring: Wiring,
+    layers: Sequence[str],
+    patterns: Sequence[Pattern],
+    statistics: SiteStatistics | None,
+    options: SolveOptions,
+) -> list[LayerResult]:
+    """Like :func:`solve_site`, in a list: a layer may stand in ``layers`` several times, with different patterns."""
     method = METHODS[options.method]
     dense = [weight_matrices(wiring.layer(name)).detach().float() for name in layers]
     centred = options.refits and method.centred and all(wiring.layer(name).bias is not None for name in layers)
-    found: dict[str, list[LayerResult]] = {name: [] for name in layers}
+    found: list[list[LayerResult]] = [[] for _ in layers]
     for group in range(len(dense[0])):
         moments = None if statistics is None else Moments(statistics, group)
         weights = [matrix[group] for matrix in dense]
@@ -129,12 +141,12 @@ def solve_site(
             solutions = method.solve(Problem(weights, patterns, hessian, options.damping, seeds))
         except SingularHessian as error:
             raise UserError(f"cannot solve layer {layers[0]}: {error}; raise --calibration.damping") from error
-        for name, solution, old in zip(layers, solutions, weights, strict=True):
+        for name, solution, old, parts in zip(layers, solutions, weights, found, strict=True):
             result = _finished(solution, old, moments, wiring.layer(name), options)
             if not bool(torch.isfinite(result.weight).all()):
                 raise UserError(f"layer {name} came out non-finite; raise --calibration.damping")
-            found[name].append(result)
-    return {name: _joined(wiring.weight(name).shape, parts) for name, parts in found.items()}
+            parts.append(result)
+    return [_joined(wiring.weight(name).shape, parts) for name, parts in zip(layers, found, strict=True)]
 
 
 def _finished(

@@ -79,8 +79,10 @@ def model_hash(denoiser: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a store that was made with anything else than what is asked for now.
+def check_fingerprint(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path, what: str = "statistics"
+) -> None:
+    """Refuse a store of ``what`` that was made with anything else than what is asked for now.
 
     Raises:
         UserError: Naming what differs.
@@ -92,8 +94,8 @@ def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], folde
     ]
     if differences:
         raise UserError(
-            f"statistics in {folder} belong to another model or other settings: {', '.join(differences)}; "
-            "use the same settings or another folder"
+            f"{what} in {folder} belong{'' if what.endswith('s') else 's'} to another model or other settings: "
+            f"{', '.join(differences)}; use the same settings or another folder"
         )
 
 

@@ -1,0 +1,1 @@
+"""Spending one budget where it hurts least: sensitivity scan, curves, exact allocator, OWL."""

@@ -1,0 +1,320 @@
+"""From statistics and a budget to a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from obsdiff.allocation.assemble import achieved_share, plan_of, settle, table_cost
+from obsdiff.allocation.budget import Budget, Costs, costs_of, module_parameters, parse_budget
+from obsdiff.allocation.curves import error_curve
+from obsdiff.allocation.joint import joint_errors
+from obsdiff.allocation.knapsack import Infeasible, choose
+from obsdiff.allocation.latency import Clock, latency_costs, meet_on_the_clock, time_calls
+from obsdiff.allocation.owl import owl_offsets
+from obsdiff.allocation.probe import Probe, record_probe
+from obsdiff.allocation.scan import Sensitivity, passes_needed, scan
+from obsdiff.allocation.targets import meet_with_offsets
+from obsdiff.allocation.units import Limits, Unit, make_units, removed
+from obsdiff.errors import UserError
+from obsdiff.models.conditioning import Conditioning, encode_prompts
+from obsdiff.models.wiring import Wiring, denoiser_of, wire
+from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
+from obsdiff.pruning.calibrate import Settings, prompts_hash
+from obsdiff.pruning.plan import Plan, kept_groups, make_plan
+from obsdiff.pruning.solve import SolveOptions
+from obsdiff.pruning.statistics import Statistics
+
+RULES = ("uniform", "measured", "owl")
+TRIPLES = 160
+MOST_PASSES = 12.0  # cost of a scan that chooses its own number of triples, in bare passes over the calibration set
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How sensitivity is measured.
+
+    Attributes:
+        levels: Shares removed at which the denoiser runs; None: 0.5, 0.8 and 0.95 (structured: 0.25, 0.5 and 0.75).
+        triples: (latent, step, prompt) triples to measure on; None: 160, or fewer, so that the scan does not run the
+            denoiser on more than 12 times what a calibration pass does (at least 4).
+        store: Folder to keep the scan in; one of the same settings is used or continued instead of measured again.
+    """
+
+    levels: Sequence[float] | None = None
+    triples: int | None = None
+    store: Path | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A plan and how it came about.
+
+    Attributes:
+        plan: What to prune.
+        record: For reports: rule, budget, costs, errors and what the scan cost; JSON-able.
+        sensitivity: The scan, of the measured rule.
+    """
+
+    plan: Plan
+    record: dict[str, Any]
+    sensitivity: Sensitivity | None = None
+
+
+def allocate(
+    pipe: Any,
+    pattern: str | Pattern,
+    statistics: Statistics,
+    prompts: Sequence[str] | Conditioning,
+    *,
+    rule: str = "measured",
+    budget: str | Budget | None = None,
+    method: str = "obs",
+    options: SolveOptions | None = None,
+    scanning: ScanOptions | None = None,
+    limits: Limits | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    spare_blocks: Sequence[int] | None = None,
+    batch_size: int = 4,
+    clock: Clock = time_calls,
+    quiet: bool = True,
+) -> Allocation:
+    """Give each layer (structured: each attention and feed-forward module) its own pattern under one budget.
+
+    Args:
+        pipe: The dense pipeline; as before afterwards.
+        pattern: Its kind is what layers get, at shares of their own.
+        statistics: Of a calibration of all layers.
+        prompts: The calibration's prompts; the scan draws its triples from them.
+        rule: "measured" (a sensitivity scan, then the least summed error), "owl" (2310.05175) or "uniform".
+        budget: Such as "sparsity:0.5", "parameters:0.7", "flops:0.7", "latency:0.7"; None: what the uniform plan of
+            ``pattern`` costs (total sparsity; structured: parameters).
+        method: How layers are pruned; the scan prunes them so.
+        options: Refit, seed, damping and fusion, in place of ``method``'s defaults.
+        scanning: See :class:`ScanOptions`.
+        limits: Floors, ceilings and shared values, see :class:`obsdiff.allocation.units.Limits`.
+        include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`; the measured rule spares no block
+            unless told to.
+        batch_size: Prompts per pipeline call.
+        clock: Times calls, for budgets in latency.
+        quiet: No progress bar.
+
+    Raises:
+        UserError: The request cannot be met.
+    """
+    pattern = parse_pattern(pattern)
+    scanning, limits = scanning or ScanOptions(), limits or Limits()
+    check_request(rule, scanning)
+    wiring = wire(denoiser_of(pipe))
+    uniform = make_plan(wiring, pattern, include, exclude, spare_blocks)
+    spared = () if rule == "measured" and spare_blocks is None else spare_blocks
+    base = make_plan(wiring, pattern, include, exclude, spared)
+    if budget is None:
+        budget = default_budget(wiring, uniform)
+    elif isinstance(budget, str):
+        budget = parse_budget(budget)
+    settings = settings_of(statistics, batch_size)
+    units = make_units(wiring, base, limits)
+    if budget.kind == "latency":
+        costs = latency_costs(pipe, wiring, units, budget, settings.call, clock)
+    else:
+        costs = costs_of(pipe, wiring, units, budget, settings.call)
+    _check_feasible(units, costs, budget)
+    job = _Job(pipe, wiring, base, rule, budget, units, costs, settings, clock)
+    if rule == "measured":
+        free = make_units(wiring, base, Limits(share=limits.share))
+        return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, quiet)
+    offsets = owl_offsets(wiring, units, statistics) if rule == "owl" else [0.0] * len(units)
+    plan, achieved = _meet(job, lambda limit: meet_with_offsets(units, offsets, replace(costs, limit=limit)))
+    return Allocation(plan, {"rule": rule, "budget": str(budget), "achieved": achieved})
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What meeting a budget needs to know."""
+
+    pipe: Any
+    wiring: Wiring
+    base: Plan
+    rule: str
+    budget: Budget
+    units: Sequence[Unit]
+    costs: Costs
+    settings: Settings
+    clock: Clock
+
+
+def _measured(
+    job: _Job,
+    free: Sequence[Unit],
+    statistics: Statistics,
+    prompts: Sequence[str] | Conditioning,
+    options: SolveOptions,
+    scanning: ScanOptions,
+    quiet: bool,
+) -> Allocation:
+    """Scan the ``free`` units (without limits: a store serves all), minimise the summed error, check the sum."""
+    probe, bare = probe_for(job.pipe, job.wiring, free, prompts, job.settings, scanning)
+    sensitivity = scan(
+        job.wiring,
+        free,
+        statistics,
+        options,
+        probe,
+        prompts_hash(prompts),
+        levels=scanning.levels,
+        store=scanning.store,
+        quiet=quiet,
+    )
+    errors = [_curve(unit, sensitivity) for unit in job.units]
+    bounds: dict[tuple[Pattern, ...], tuple[float, float]] = {}
+
+    def solve(limit: float) -> list[Pattern]:
+        found = choose(errors, job.costs.options, limit)
+        patterns = [unit.options[i] for unit, i in zip(job.units, found.picked, strict=True)]
+        bounds[tuple(patterns)] = found.error, found.bound
+        return patterns
+
+    plan, achieved = _meet(job, solve)
+    members = [unit.members[0] for unit in job.units]
+    chosen = tuple(plan.entries[name] for name in members)
+    # settled ratios differ by a few weights from the chosen ones, whose errors these then are
+    predicted, bound = bounds.get(chosen) or list(bounds.values())[-1]
+    even = meet_with_offsets(job.units, [0.0] * len(job.units), replace(job.costs, limit=_used(job, chosen)))
+    reference = plan_of(job.wiring, job.base, job.units, even, "uniform", job.budget)
+    joint, uniform = joint_errors(job.wiring, [plan, reference], statistics, options, probe)
+    record = {
+        "rule": job.rule,
+        "budget": str(job.budget),
+        "achieved": achieved,
+        "predicted_error": predicted,
+        "error_bound": bound,
+        "joint_error": joint,
+        "uniform_joint_error": uniform,
+        "scan": {**sensitivity.cost, "triples": sensitivity.triples, "bare_passes": bare},
+    }
+    return Allocation(plan, record, sensitivity)
+
+
+def _used(job: _Job, patterns: Sequence[Pattern]) -> float:
+    """The limit for a comparison under the same budget; by the clock only the table's cost of a choice is known."""
+    return table_cost(job.units, patterns, job.costs) if job.budget.kind == "latency" else job.costs.limit
+
+
+def _meet(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[Plan, float]:
+    """The plan that ``solve`` gives under the budget, and the budget's figure that it comes to."""
+    if job.budget.kind == "latency":
+        patterns, achieved = _on_the_clock(job, solve)
+    else:
+        patterns = solve(job.costs.limit)
+        if isinstance(job.base.pattern, Unstructured):
+            patterns = settle(job.wiring, job.units, patterns, job.costs.limit)
+        achieved = achieved_share(job.wiring, job.units, patterns, job.costs, job.budget)
+    return plan_of(job.wiring, job.base, job.units, patterns, job.rule, job.budget), achieved
+
+
+def check_request(rule: str, scanning: ScanOptions) -> None:
+    """Refuse what can be refused without a pipeline.
+
+    Raises:
+        UserError: An unknown rule, or impossible scan options.
+    """
+    if rule not in RULES:
+        raise UserError(f"unknown allocation {rule!r}; choose one of {', '.join(RULES)}")
+    if scanning.triples is not None and scanning.triples < 1:
+        raise UserError(f"scan.triples is {scanning.triples}; it must be at least 1")
+    for level in scanning.levels or ():
+        if not 0 < level < 1:
+            raise UserError(f"scan.levels holds {level:g}; levels are shares removed, above 0 and below 1")
+    if scanning.levels is not None and not scanning.levels:
+        raise UserError("scan.levels is empty; give at least one share, or leave it out")
+
+
+def settings_of(statistics: Statistics, batch_size: int) -> Settings:
+    """The settings under which statistics were measured."""
+    found = statistics.fingerprint
+    call = dict(zip(("height", "width", "max_sequence_length"), found["size"], strict=True))
+    call |= {"num_inference_steps": found["steps"], "guidance_scale": found["guidance_scale"]}
+    call = {key: value for key, value in call.items() if value is not None}
+    return Settings(call, int(found["seed"]), str(found["weighting"]), batch_size=batch_size)
+
+
+def default_budget(wiring: Wiring, uniform: Plan) -> Budget:
+    """What a uniform plan comes to: total sparsity of its layers, or for structured plans parameters."""
+    if not uniform.structured:
+        return Budget("sparsity", uniform.pattern.sparsity)
+    total = sum(parameter.numel() for parameter in wiring.denoiser.parameters())
+    gone = 0
+    for groups in wiring.groups:
+        if groups.name in uniform.entries:
+            pattern = uniform.entries[groups.name]
+            assert isinstance(pattern, Structured)
+            gone += module_parameters(wiring, groups, Structured(0, 0)) - module_parameters(wiring, groups, pattern)
+    return Budget("parameters", (total - gone) / total)
+
+
+def _check_feasible(units: Sequence[Unit], costs: Costs, budget: Budget) -> None:
+    try:
+        choose([[0.0] * len(of_unit) for of_unit in costs.options], costs.options, costs.limit)
+    except Infeasible as error:
+        share = (error.least + costs.fixed) / costs.dense
+        best = f"sparsity:{math.floor((1 - share) * 1e4) / 1e4:g}" if budget.kind == "sparsity" else f"{share:.2%}"
+        raise UserError(
+            f"budget {budget} cannot be met: with these layers, floors and ceilings the least is {best}; "
+            "loosen the budget or the ceilings, or spare fewer layers and blocks"
+        ) from None
+
+
+def probe_for(
+    pipe: Any,
+    wiring: Wiring,
+    units: Sequence[Unit],
+    prompts: Sequence[str] | Conditioning,
+    settings: Settings,
+    scanning: ScanOptions,
+) -> tuple[Probe, float]:
+    """The probe, and how many bare passes over the calibration set a scan on it takes."""
+    calls = len(prompts) * int(settings.call.get("num_inference_steps") or 1)
+    triples = triples_of(wiring, units, scanning, calls)
+    conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, settings.call)
+    probe = record_probe(pipe, conditioning, settings, triples)
+    return probe, passes_needed(wiring, units, scanning.levels) * len(probe) / calls
+
+
+def triples_of(wiring: Wiring, units: Sequence[Unit], scanning: ScanOptions, calls: int) -> int:
+    """Triples to record, where a calibration pass makes ``calls`` calls of the denoiser (prompts times steps)."""
+    if scanning.triples is not None:
+        return min(scanning.triples, calls)
+    return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes_needed(wiring, units, scanning.levels))))
+
+
+def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
+    """The unit's error at each of its options."""
+    shares = [removed(option) for option in unit.options]
+    return error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], shares)
+
+
+def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[list[Pattern], float]:
+    """Patterns that meet a latency budget on the clock."""
+    modules = {groups.name: groups for groups in job.wiring.groups}
+    least = sum(min(of_unit) for of_unit in job.costs.options)
+    tried: list[tuple[dict[str, int], list[Pattern]]] = []
+
+    def kept(limit: float) -> dict[str, int]:
+        patterns = solve(max(limit, least))
+        widths = {
+            name: kept_groups(modules[name], pattern)
+            for unit, pattern in zip(job.units, patterns, strict=True)
+            for name in unit.members
+            if isinstance(pattern, Structured)
+        }
+        tried.append((widths, patterns))
+        return widths
+
+    call = job.settings.call
+    best, share = meet_on_the_clock(job.pipe, job.wiring, job.budget, call, kept, job.costs.limit, job.clock)
+    return next(patterns for widths, patterns in tried if widths == best), share

@@ -1,0 +1,184 @@
+"""Budgets in measured latency: a table of module times, then the whole denoiser on the clock."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from obsdiff.allocation.budget import Budget, Costs, _costs, shapes_with
+from obsdiff.allocation.curves import interpolate
+from obsdiff.allocation.units import Unit
+from obsdiff.errors import UserError
+from obsdiff.evaluation.flops import example_inputs
+from obsdiff.models.conditioning import segment_lengths
+from obsdiff.models.obsdiff_shrunk import apply_shapes
+from obsdiff.models.wiring import WiredGroups, Wiring
+from obsdiff.obs.pattern import Structured
+from obsdiff.pruning.plan import kept_groups
+
+POINTS = 5  # widths at which each kind of module is timed
+ROUNDS = 8  # tries to meet the budget on the clock
+REPEATS, AT_LEAST_S = 15, 0.5
+Calls = Sequence[Callable[[], Any]]
+Clock = Callable[[Calls], list[float]]
+
+
+@torch.no_grad()
+def time_calls(calls: Calls) -> list[float]:
+    """Median seconds of each call, taken in turns so that a slow spell of the machine hits all alike."""
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for call in calls:
+        call()
+    found: list[list[float]] = [[] for _ in calls]
+    started = now()
+    while len(found[0]) < REPEATS or now() - started < AT_LEAST_S:
+        for call, times in zip(calls, found, strict=True):
+            begun = now()
+            call()
+            times.append(now() - begun)
+    return [statistics.median(times) for times in found]
+
+
+def inputs_of(pipe: Any, wiring: Wiring, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Random arguments of one denoiser call as sampling one image makes it: two rows with guidance."""
+    length = sum(segment_lengths(pipe, wiring.family, call))
+    rows = 2 if float(call.get("guidance_scale") or 1.0) > 1 else 1
+    parameter = next(wiring.denoiser.parameters())
+    return dict(example_inputs(wiring.denoiser, length, rows, str(parameter.device), parameter.dtype))
+
+
+@torch.no_grad()
+def latency_costs(
+    pipe: Any,
+    wiring: Wiring,
+    units: Sequence[Unit],
+    budget: Budget,
+    call: Mapping[str, Any],
+    clock: Clock = time_calls,
+) -> Costs:
+    """Seconds of each option, from timing every kind of module at a few widths; equal modules are timed once.
+
+    Raises:
+        UserError: The pattern does not change latency.
+    """
+    if not isinstance(units[0].options[0], Structured):
+        raise UserError("a budget in latency needs a structured pattern: dense kernels do not skip zeros")
+    arguments = inputs_of(pipe, wiring, call)
+    modules = {groups.name: groups for groups in wiring.groups}
+    planned = [name for unit in units for name in unit.members]
+    inputs = _module_inputs(wiring, planned, arguments)
+    tables: dict[Any, list[tuple[float, float]]] = {}
+    table_of = {}
+    for name in planned:
+        key = _signature(wiring, modules[name], inputs[name])
+        if key not in tables:
+            tables[key] = _table(wiring, modules[name], inputs[name], clock)
+        table_of[name] = tables[key]
+    dense = clock([partial(wiring.denoiser, **arguments)])[0]
+    whole = sum(interpolate(table_of[name], modules[name].count) for name in planned)
+
+    def cost(unit: Unit, pattern: Any) -> float:
+        return sum(interpolate(table_of[n], kept_groups(modules[n], pattern)) for n in unit.members)
+
+    # modules timed alone may add up to more than the whole; what they save is what counts
+    return _costs(units, cost, dense - whole, dense, budget.share)
+
+
+def _signature(wiring: Wiring, groups: WiredGroups, inputs: Any) -> Any:
+    """What a module's time depends on."""
+    shapes = tuple(tuple(wiring.weight(name).shape) for name in (*groups.producers, *groups.consumers))
+    args, kwargs = inputs
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    return groups.kind, shapes, tuple(tuple(tensor.shape) for tensor in tensors)
+
+
+def _module_inputs(wiring: Wiring, names: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What each module gets in one call of the denoiser."""
+    seen: dict[str, Any] = {}
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[name] = (args, kwargs)
+
+    handles = [wiring.layer(name).register_forward_pre_hook(partial(record, name), with_kwargs=True) for name in names]
+    try:
+        wiring.denoiser(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _table(wiring: Wiring, groups: WiredGroups, inputs: Any, clock: Clock) -> list[tuple[float, float]]:
+    """Seconds by heads or neurons kept."""
+    widths = sorted({max(1, round(groups.count * i / (POINTS - 1))) for i in range(POINTS)})
+    args, kwargs = inputs
+    calls = []
+    for kept in widths:
+        shapes = shapes_with(wiring, {groups.name: kept})
+        prefix = groups.name + "."
+        layers = {name.removeprefix(prefix): shape for name, shape in shapes["layers"].items()}
+        module = copy.deepcopy(wiring.layer(groups.name))
+        apply_shapes(module, {"layers": layers, "attributes": {"": shapes["attributes"].get(groups.name, {})}})
+        calls.append(partial(module, *args, **kwargs))
+    # a noisy clock may call a wider module faster: what is kept never costs less
+    return list(zip(map(float, widths), accumulate(clock(calls), max), strict=True))
+
+
+def meet_on_the_clock(
+    pipe: Any,
+    wiring: Wiring,
+    budget: Budget,
+    call: Mapping[str, Any],
+    solve: Callable[[float], dict[str, int]],
+    limit: float,
+    clock: Clock = time_calls,
+) -> tuple[dict[str, int], float]:
+    """Tighten or loosen the table's limit until the whole denoiser meets the budget, within 1 % and never above.
+
+    Args:
+        pipe, wiring, budget, call: As for :func:`latency_costs`.
+        solve: Heads and neurons kept by module, for a limit of the table.
+        limit: The table's own.
+        clock: Times calls.
+
+    Returns:
+        The best widths found, and their measured share of the dense latency.
+
+    Raises:
+        UserError: No try came out below the budget.
+    """
+    arguments = inputs_of(pipe, wiring, call)
+    low, high = 0.0, float("inf")  # limits known to be met, and to be missed
+    best: tuple[dict[str, int], float] | None = None
+    for _ in range(ROUNDS):
+        kept = solve(limit)
+        shrunk = copy.deepcopy(wiring.denoiser)
+        apply_shapes(shrunk, shapes_with(wiring, kept))
+        dense_s, pruned_s = clock([partial(wiring.denoiser, **arguments), partial(shrunk, **arguments)])
+        share = pruned_s / dense_s
+        if share <= budget.share:
+            if best is None or share > best[1]:
+                best = (kept, share)
+            if share >= 0.99 * budget.share:
+                break
+            low = max(low, limit)
+        else:
+            high = min(high, limit)
+        guess = limit + (0.995 * budget.share - share) * dense_s
+        limit = guess if low < guess < high else (low + min(high, 2 * low + dense_s)) / 2
+    if best is None:
+        raise UserError(f"no choice of widths came below {budget} on the clock; loosen the budget or the floors")
+    return best

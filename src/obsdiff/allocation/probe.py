@@ -1,0 +1,118 @@
+"""The denoiser's inputs on the way of the dense pipeline, recorded once, and its output error on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.wiring import denoiser_of
+from obsdiff.obs.timesteps import timestep_weights
+from obsdiff.pruning.calibrate import Settings
+from obsdiff.pruning.trajectories import counted_calls, noise_seeds, run_trajectories
+
+CHOICE = 4  # calls recorded for each one that is used, so that prompts and steps mix
+BATCH_ROWS = 64  # rows of one denoiser call
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Recorded calls of the denoiser.
+
+    Attributes:
+        rows: Per (latent, step, prompt) triple the keyword arguments of the call; tensors keep only the triple's rows:
+            one, or with guidance two, the negative prompt's first.
+        weights: Timestep weight α_t of each triple.
+        guidance: The pipeline's guidance scale.
+    """
+
+    rows: list[dict[str, Any]]
+    weights: list[float]
+    guidance: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, size: int = BATCH_ROWS) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Keyword arguments of joint calls of about ``size`` rows, and each triple's weight (triples,) float64."""
+        each = _rows_of(self.rows[0])
+        step = max(1, size // each)
+        for start in range(0, len(self.rows), step):
+            part = self.rows[start : start + step]
+            arguments = {
+                key: torch.cat([row[key] for row in part]) if isinstance(value, Tensor) else value
+                for key, value in part[0].items()
+            }
+            weights = torch.tensor(self.weights[start : start + step], dtype=torch.float64)
+            yield arguments, weights
+
+    def guided(self, output: Tensor) -> Tensor:
+        """What a sampler makes of an output (rows, ...): with guidance ``n + g (p − n)``, float64 (triples, …).
+
+        Errors of the two rows largely cancel or add up in it; going by it halves the image error of an allocation
+        (docs/method.md).
+        """
+        rows = output.double().unflatten(0, (-1, _rows_of(self.rows[0])))
+        negative, positive = rows[:, 0], rows[:, -1]
+        return negative + self.guidance * (positive - negative) if rows.shape[1] == 2 else positive
+
+
+def _rows_of(arguments: dict[str, Any]) -> int:
+    return next(len(value) for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1)
+
+
+@torch.no_grad()
+def record_probe(pipe: Any, conditioning: Conditioning, settings: Settings, triples: int) -> Probe:
+    """Run the pipeline over a few prompts and keep ``triples`` of the denoiser's calls, drawn at random.
+
+    Args:
+        pipe: The dense pipeline; run with its own sampler, not changed.
+        conditioning: The calibration's prompts.
+        settings: The calibration's settings; prompt i has the same noise here as there.
+        triples: How many (latent, step, prompt) triples to keep; all that there are if there are fewer.
+    """
+    steps = int(settings.call.get("num_inference_steps") or 1)
+    count = min(len(conditioning), max(1, -(-CHOICE * triples // steps)))
+    chosen = Conditioning({name: tensor[:count] for name, tensor in conditioning.embeds.items()})
+    rows: list[tuple[dict[str, Any], float]] = []
+    prompts = 0
+
+    def begin(part: slice) -> None:
+        nonlocal prompts
+        counter.restart()
+        prompts = part.stop - part.start
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            raise TypeError("the pipeline calls its denoiser with positional arguments; the scan needs keywords")
+        weight = timestep_weights(settings.weighting, counter.total)[counter.index]
+        total = _rows_of(kwargs)
+        for prompt in range(prompts):  # with guidance, prompt i has rows i and prompts + i
+            at = list(range(prompt, total, prompts))
+            rows.append(
+                ({k: v[at] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in kwargs.items()}, float(weight))
+            )
+
+    with counted_calls(pipe) as counter:
+        handle = denoiser_of(pipe).register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            seeds = noise_seeds(settings.seed, len(conditioning))[:count]
+            for _ in run_trajectories(pipe, chosen, seeds, settings.batch_size, settings.call, begin):
+                pass
+        finally:
+            handle.remove()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))
+    picked = [rows[i] for i in sorted(order[:triples].tolist())]
+    guidance = float(settings.call.get("guidance_scale") or 1.0)
+    return Probe([arguments for arguments, _ in picked], [weight for _, weight in picked], guidance)
+
+
+def power(outputs: Iterable[Tensor], weights: Iterable[Tensor]) -> float:
+    """``Σ α_t ‖output‖²`` over batches of outputs (triples, ...) and weights (triples,)."""
+    return sum(
+        float((w * output.square().flatten(1).sum(1).cpu()).sum()) for output, w in zip(outputs, weights, strict=True)
+    )

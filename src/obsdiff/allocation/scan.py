@@ -1,0 +1,223 @@
+"""Sensitivity scan: how much the denoiser's output changes when one layer alone is pruned."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from obsdiff.allocation.candidates import Solver
+from obsdiff.allocation.probe import Probe
+from obsdiff.allocation.restart import Restart
+from obsdiff.allocation.units import Unit, removed
+from obsdiff.errors import UserError
+from obsdiff.files import read_json, write_json
+from obsdiff.models.wiring import Wiring
+from obsdiff.obs.pattern import Pattern, Structured
+from obsdiff.progress import track
+from obsdiff.pruning.solve import SolveOptions
+from obsdiff.pruning.statistics import Statistics, check_fingerprint
+from obsdiff.pruning.surgery import Edits
+from obsdiff.ranks import from_all, rank, world_size
+
+FILE = "sensitivity.json"
+FORMAT = 1
+SAVE_EVERY_S = 30.0
+SOLVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)  # shares at which layers are solved
+MEASURED = (0.5, 0.8, 0.95)  # and those at which the denoiser runs
+MEASURED_STRUCTURED = (0.25, 0.5, 0.75)
+BROKEN = 1e9  # stands for an error that is not finite
+
+
+@dataclass
+class Sensitivity:
+    """What a scan leaves.
+
+    Attributes:
+        fingerprint: Everything that the numbers depend on.
+        solved: Per unit the layers' own relative error by share removed.
+        measured: Per unit the relative error of the denoiser's output by share removed.
+        triples: (latent, step, prompt) triples of the probe.
+        cost: "scan_s", "solve_s" seconds; "passes": the whole probe through the whole denoiser, in multiples.
+    """
+
+    fingerprint: dict[str, Any]
+    solved: dict[str, dict[float, float]] = field(default_factory=dict)
+    measured: dict[str, dict[float, float]] = field(default_factory=dict)
+    triples: int = 0
+    cost: dict[str, float] = field(default_factory=lambda: {"scan_s": 0.0, "solve_s": 0.0, "passes": 0.0})
+
+
+def levels_of(unit: Unit, shares: Sequence[float]) -> list[Pattern]:
+    """The unit's options nearest to ``shares``, each once, without the dense one."""
+    found = {min(unit.options, key=lambda option: abs(removed(option) - share)) for share in shares}
+    return sorted((option for option in found if removed(option) > 0), key=removed)
+
+
+def measured_levels(unit: Unit, levels: Sequence[float] | None) -> list[Pattern]:
+    """The options at which the denoiser runs; None: the defaults of the unit's kind."""
+    structured = isinstance(unit.options[0], Structured)
+    return levels_of(unit, levels or (MEASURED_STRUCTURED if structured else MEASURED))
+
+
+def passes_needed(wiring: Wiring, units: Sequence[Unit], levels: Sequence[float] | None) -> float:
+    """What a scan costs, in multiples of the whole probe through the whole denoiser."""
+    blocks, first = wiring.num_blocks, 0
+    runs = float(blocks)  # the dense outputs
+    for unit in units:
+        if wiring.family.chain and unit.block > first:
+            runs += blocks - first  # moving on
+            first = unit.block
+        runs += len(measured_levels(unit, levels)) * (blocks - first)
+    return runs / blocks
+
+
+def scan(
+    wiring: Wiring,
+    units: Sequence[Unit],
+    statistics: Statistics,
+    options: SolveOptions,
+    probe: Probe,
+    prompts: str,
+    *,
+    levels: Sequence[float] | None = None,
+    store: Path | None = None,
+    quiet: bool = True,
+) -> Sensitivity:
+    """Prune each unit alone at a few shares, and measure the denoiser's output against the dense one on ``probe``.
+
+    Where ``torch.distributed`` is initialised the units are dealt out over its processes, and all get all results.
+
+    Args:
+        wiring: The dense denoiser; as before afterwards.
+        units: Without limits, so that a store serves every allocation; in the order of a forward pass.
+        statistics: Of the calibration.
+        options: How layers are pruned.
+        probe: Where to measure.
+        prompts: Hash of the prompts that the probe was drawn from.
+        levels: Shares to measure at; None: :data:`MEASURED`.
+        store: Folder to keep the results in; what it holds of the same settings is not measured again.
+        quiet: No progress bar.
+
+    Raises:
+        UserError: The store was made with other statistics or settings.
+    """
+    fingerprint = _fingerprint(statistics, options, len(probe), prompts, levels)
+    found = (_open(store, fingerprint) if store is not None else None) or Sensitivity(fingerprint, triples=len(probe))
+    missing = [unit for unit in units if unit.name not in found.measured]
+    mine = missing[rank() :: world_size()]
+    if missing:
+        if rank() > 0:  # what a store says was spent counts once
+            found.cost = dict.fromkeys(found.cost, 0.0)
+        restart, solver = Restart(wiring, probe), Solver(wiring, statistics, options)
+        saved = last = time.perf_counter()
+        passes = 0
+        for unit in track(mine, len(mine), "scanning", quiet):
+            if unit.block > restart.first:
+                solver.forget()
+            restart.advance(unit.block)
+            _measure(unit, restart, solver, found, levels)
+            now = time.perf_counter()
+            found.cost["scan_s"] += now - last
+            found.cost["passes"] += (restart.blocks_run - passes) / wiring.num_blocks
+            last, passes = now, restart.blocks_run
+            if store is not None and world_size() == 1 and now - saved > SAVE_EVERY_S:
+                _save(found, store)
+                saved = now
+        _gather(found)
+        if store is not None and rank() == 0:
+            _save(found, store)
+    return found
+
+
+def _measure(unit: Unit, restart: Restart, solver: Solver, found: Sensitivity, levels: Sequence[float] | None) -> None:
+    """All levels of one unit."""
+    measured = measured_levels(unit, levels)
+    patterns = sorted({*levels_of(unit, SOLVED), *measured}, key=removed)
+    started = time.perf_counter()
+    candidates = dict(zip(patterns, solver.candidates(unit.members, patterns), strict=True))
+    found.cost["solve_s"] += time.perf_counter() - started
+    errors = {}
+    for pattern in measured:
+        edits = Edits()
+        try:
+            candidates[pattern].apply(edits, solver.wiring)
+            errors[removed(pattern)] = min(restart.error(), BROKEN)
+        finally:
+            edits.undo()
+    found.solved[unit.name] = {removed(pattern): candidates[pattern].error for pattern in patterns}
+    found.measured[unit.name] = errors
+
+
+def _fingerprint(
+    statistics: Statistics, options: SolveOptions, triples: int, prompts: str, levels: Sequence[float] | None
+) -> dict[str, Any]:
+    return {
+        "statistics": dict(statistics.fingerprint),
+        "method": options.method,
+        "refit": options.refits,
+        "seed": options.seed,
+        "damping": options.damping,
+        "fusion": options.fusion,
+        "triples": triples,
+        "prompts": prompts,
+        "levels": None if levels is None else list(levels),
+    }
+
+
+def _gather(found: Sensitivity) -> None:
+    """What every process measured, in every process; the cost is that of all together."""
+    parts = from_all(found)
+    for part in parts:
+        found.solved.update(part.solved)
+        found.measured.update(part.measured)
+    found.cost = {key: math.fsum(part.cost[key] for part in parts) for key in found.cost}
+
+
+def _save(found: Sensitivity, store: Path) -> None:
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        write_json(
+            store / FILE,
+            {
+                "format": FORMAT,
+                "fingerprint": found.fingerprint,
+                "triples": found.triples,
+                "cost": found.cost,
+                "units": {
+                    name: {"solved": _pairs(found.solved[name]), "measured": _pairs(errors)}
+                    for name, errors in found.measured.items()
+                },
+            },
+        )
+    except OSError as error:
+        raise UserError(f"cannot write {store}: {error.strerror or error}; choose another folder") from error
+
+
+def _pairs(errors: Mapping[float, float]) -> list[list[float]]:
+    return [[share, error] for share, error in errors.items()]
+
+
+def _open(store: Path, fingerprint: Mapping[str, Any]) -> Sensitivity | None:
+    """What a store holds; None if there is none."""
+    if not (store / FILE).exists():
+        return None
+    content = read_json(store / FILE, "a sensitivity scan")
+    try:
+        if content["format"] != FORMAT:
+            raise UserError(f"{store} was written in format {content['format']}; this version reads {FORMAT}")
+        check_fingerprint(content["fingerprint"], fingerprint, store, "the sensitivity scan")
+        return Sensitivity(
+            dict(content["fingerprint"]),
+            {name: {s: float(e) for s, e in unit["solved"]} for name, unit in content["units"].items()},
+            {name: {s: float(e) for s, e in unit["measured"]} for name, unit in content["units"].items()},
+            int(content["triples"]),
+            {key: float(value) for key, value in content["cost"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{store / FILE} is damaged: {error!r}; delete it and scan again") from None

@@ -1,0 +1,143 @@
+"""What gets one value each, and the values it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from obsdiff.errors import UserError
+from obsdiff.models.wiring import WiredGroups, Wiring
+from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured
+from obsdiff.pruning.plan import Plan, kept_groups
+
+STEP = 0.01  # between two ratios of an unstructured layer
+HIGHEST = 0.98  # of unstructured ratios, unless a ceiling says otherwise
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the caller fixes in advance; keys and rules are shell-style name patterns.
+
+    Attributes:
+        floors: Least share to remove, by name pattern; the last that matches holds.
+        ceilings: Largest share to remove, by name pattern; the last that matches holds.
+        share: Each rule's layers (or modules) share one value.
+    """
+
+    floors: Mapping[str, float] = field(default_factory=dict)
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    share: Sequence[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers, or attention and feed-forward modules, that get one value.
+
+    Attributes:
+        members: Their names.
+        block: The first block that holds one of them.
+        options: Patterns it may get, by rising share removed.
+    """
+
+    members: tuple[str, ...]
+    block: int
+    options: tuple[Pattern, ...]
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.members)
+
+
+def removed(pattern: Pattern) -> float:
+    """The share that a pattern removes (structured: a module's own, the other share of the pattern is 0)."""
+    return pattern.sparsity
+
+
+def make_units(wiring: Wiring, plan: Plan, limits: Limits) -> list[Unit]:
+    """One unit per entry of ``plan``, or per sharing rule, in the order of a forward pass.
+
+    Raises:
+        UserError: A name pattern matches nothing, two rules share a layer, a floor is above its ceiling or leaves no
+            option, or members of a rule differ in size.
+    """
+    groups = {found.name: found for found in wiring.groups}
+    blocks = {name: groups[name].block if plan.structured else wiring.site_of[name].block for name in plan.entries}
+    for option, rules in (
+        ("floors", limits.floors),
+        ("ceilings", limits.ceilings),
+        ("share", limits.share),
+    ):
+        for rule in rules:
+            if not any(fnmatchcase(name, rule) for name in blocks):
+                raise UserError(f"--limits.{option}: {rule!r} matches none of the {len(blocks)} names in the plan")
+    units = []
+    for members in _shared(list(plan.entries), limits.share):
+        options = [_options(plan.pattern, groups.get(name), name, limits) for name in members]
+        common = tuple(pattern for pattern in options[0] if all(pattern in other for other in options[1:]))
+        if len(common) < min(2, *(len(found) for found in options)):
+            raise UserError(
+                f"{members[0]} and {members[-1]} have no ratio or width in common within their limits; they cannot "
+                "share one"
+            )
+        units.append(Unit(members, min(blocks[name] for name in members), common))
+    return sorted(units, key=lambda unit: unit.block)
+
+
+def _shared(names: Sequence[str], rules: Sequence[str]) -> list[tuple[str, ...]]:
+    """The names, those of one rule together."""
+    rule_of: dict[str, str] = {}
+    for rule in rules:
+        for name in names:
+            if fnmatchcase(name, rule):
+                if name in rule_of:
+                    raise UserError(f"--limits.share: {name} is in both {rule_of[name]!r} and {rule!r}")
+                rule_of[name] = rule
+    together: dict[str, list[str]] = {}
+    for name in names:
+        together.setdefault(rule_of.get(name, name), []).append(name)
+    return [tuple(members) for members in together.values()]
+
+
+def _options(pattern: Pattern, groups: WiredGroups | None, name: str, limits: Limits) -> list[Pattern]:
+    floor = _limit(limits.floors, name, 0.0, "floor")
+    ceiling = _limit(limits.ceilings, name, HIGHEST if isinstance(pattern, Unstructured) else 1.0, "ceiling")
+    if floor > ceiling:
+        raise UserError(f"{name}: its floor {floor:g} is above its ceiling {ceiling:g}")
+    if isinstance(pattern, Unstructured):
+        steps = [round(STEP * i, 4) for i in range(round(1 / STEP))]
+        inside = sorted({floor, ceiling, *(ratio for ratio in steps if floor <= ratio <= ceiling)})
+        return [Unstructured(ratio) for ratio in inside if ratio < 1]
+    every: list[Pattern]
+    if isinstance(pattern, NM):
+        every = [Unstructured(0.0), *(NM(n, pattern.m) for n in range(pattern.m - 1, 0, -1))]
+    else:
+        assert groups is not None
+        every = list(module_options(groups, pattern))
+    found = [option for option in every if floor <= removed(option) <= ceiling]
+    if not found:
+        shares = ", ".join(f"{removed(option):.3g}" for option in every[:8])
+        raise UserError(f"{name}: no choice between floor {floor:g} and ceiling {ceiling:g}; there are {shares}, ...")
+    return found
+
+
+def _limit(rules: Mapping[str, float], name: str, default: float, what: str) -> float:
+    value = default
+    for rule, given in rules.items():
+        if fnmatchcase(name, rule):
+            value = float(given)
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}: its {what} is {value:g}; it must be between 0 and 1")
+    return value
+
+
+def module_options(groups: WiredGroups, pattern: Structured) -> list[Structured]:
+    """What a module may keep: any number of heads, or neurons in steps of the pattern's multiple."""
+    if groups.kind == "heads":
+        return [Structured(gone / groups.count, 0.0, pattern.multiple_of) for gone in range(groups.count)]
+    step = pattern.width_step(groups.count)
+    widths = [groups.count, *(kept for kept in range(groups.count // step * step, 0, -step) if kept < groups.count)]
+    options = [Structured(0.0, 1 - kept / groups.count, pattern.multiple_of) for kept in widths]
+    for option, kept in zip(options, widths, strict=True):
+        assert kept_groups(groups, option) == kept
+    return options

@@ -1,0 +1,131 @@
+"""Plans as YAML: written by every prune run, readable and writable by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from obsdiff.errors import UserError
+from obsdiff.files import write_text
+from obsdiff.models.wiring import Wiring
+from obsdiff.obs.pattern import NM, Structured, parse_pattern
+from obsdiff.pruning.plan import Plan, check_widths
+from obsdiff.pruning.statistics import model_hash
+
+FILE = "plan.yaml"
+FORMAT = 1
+_KEYS = {"format", "denoiser", "model", "pattern", "rule", "budget", "layers"}
+
+
+def write_plan(plan: Plan, path: Path, denoiser: str, model: str | None) -> None:
+    """Write ``plan``.
+
+    Args:
+        plan: The plan.
+        path: The file.
+        denoiser: Class of the dense denoiser.
+        model: Hash of its dense weights (:func:`obsdiff.pruning.statistics.model_hash`); None leaves it out, then the
+            plan fits every denoiser with these layers.
+    """
+    import yaml
+
+    content = {
+        "format": FORMAT,
+        "denoiser": denoiser,
+        "model": model,
+        "pattern": str(plan.pattern),
+        "rule": plan.rule,
+        "budget": plan.budget,
+        "layers": {name: str(pattern) for name, pattern in plan.entries.items()},
+    }
+    written = {key: value for key, value in content.items() if value is not None}
+    write_text(path, yaml.safe_dump(written, sort_keys=False, width=120))
+
+
+def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
+    """The plan in a file, and the file's content, not checked against a model.
+
+    Needed are ``pattern`` (its kind is that of all entries) and ``layers``: a pattern by layer name, or for structured
+    plans by attention and feed-forward module; "dense" is a pattern too.
+
+    Raises:
+        UserError: The file is missing, is no plan, or holds an impossible pattern.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read plan {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a plan: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict) or not content["layers"]:
+        raise UserError(f"{path} is not a plan; it needs 'pattern' and 'layers' (a pattern by layer name)")
+    if unknown := sorted(str(key) for key in content.keys() - _KEYS):
+        raise UserError(f"plan {path} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
+    if content.get("format", FORMAT) != FORMAT:
+        raise UserError(f"plan {path} has format {content['format']}; this version reads {FORMAT}")
+    pattern = parse_pattern(content.get("pattern", ""))
+    structured = isinstance(pattern, Structured)
+    entries = {}
+    for name, text in content["layers"].items():
+        dense = "structured:0" if structured else "unstructured:0"
+        try:
+            entries[str(name)] = parse_pattern(dense if text == "dense" else str(text))
+        except UserError as error:
+            raise UserError(f"plan {path}, {name}: {error}") from None
+        if isinstance(entries[str(name)], Structured) is not structured:
+            raise UserError(f"plan {path}, {name}: {text} does not go with {pattern}; structured plans are apart")
+    budget = content.get("budget")
+    plan = Plan(pattern, entries, str(content.get("rule", "file")), None if budget is None else str(budget))
+    return plan, content
+
+
+def read_plan(path: str | Path, wiring: Wiring) -> Plan:
+    """The plan in a file, checked against a denoiser, in the order of its forward pass.
+
+    Raises:
+        UserError: As :func:`parse_plan`; or it was made for another model, or names layers that are not there.
+    """
+    plan, content = parse_plan(path)
+    made_for = content.get("denoiser", wiring.family.denoiser)
+    if made_for != wiring.family.denoiser:
+        raise UserError(f"plan {path} was made for a {made_for}; this pipeline has a {wiring.family.denoiser}")
+    plan = fitted_plan(plan, wiring, f"plan {path}")
+    if content.get("model") not in (None, model_hash(wiring.denoiser)):
+        raise UserError(
+            f"plan {path} was made for other weights of a {made_for}; remove its 'model' line to use it all the same"
+        )
+    return plan
+
+
+def fitted_plan(plan: Plan, wiring: Wiring, what: str = "the plan") -> Plan:
+    """``plan`` in the order of a forward pass.
+
+    Raises:
+        UserError: It is empty, names what is not there, or an N:M pattern does not divide a layer's inputs.
+    """
+    there = [groups.name for groups in wiring.groups] if plan.structured else list(wiring.site_of)
+    if not plan.entries:
+        raise UserError(f"{what} names no layer")
+    if unknown := [name for name in plan.entries if name not in there]:
+        kind = "attention or feed-forward module" if plan.structured else "prunable layer"
+        raise UserError(
+            f"{what} names {len(unknown)} that this denoiser has no {kind} for, such as {unknown[0]}; "
+            f"there are {len(there)} such as {there[0]}"
+        )
+    ordered = Plan(plan.pattern, {n: plan.entries[n] for n in there if n in plan.entries}, plan.rule, plan.budget)
+    check_widths(wiring, ordered)
+    return ordered
+
+
+def kinds_of(plan: Plan) -> str:
+    """For people: how the patterns of a plan spread."""
+    if any(isinstance(pattern, NM) for pattern in plan.entries.values()):
+        counts: dict[str, int] = {}
+        for pattern in plan.entries.values():
+            key = "dense" if pattern.sparsity == 0 else str(pattern)
+            counts[key] = counts.get(key, 0) + 1
+        return ", ".join(f"{count} x {key}" for key, count in sorted(counts.items()))
+    shares = sorted(pattern.sparsity for pattern in plan.entries.values())
+    return f"{shares[0]:.1%} to {shares[-1]:.1%}, median {shares[len(shares) // 2]:.1%}"

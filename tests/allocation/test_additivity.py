@@ -1,0 +1,33 @@
+"""Random plans: what is predicted is close to what is measured, and the bench says so."""
+
+import json
+
+import pytest
+
+from obsdiff.allocation.additivity import rank_correlation
+from obsdiff.cli.main import main
+
+
+def test_rank_correlation():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(0.8)
+
+
+def test_bench_scan_prints_one_json_line(capsys, monkeypatch):
+    from dataclasses import replace
+
+    from obsdiff.evaluation import bench
+
+    tiny = bench.PRESETS["sd3-tiny-cpu"]
+    small = {**tiny.transformer, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
+    monkeypatch.setitem(bench.PRESETS, "sd3-tiny-cpu", replace(tiny, transformer=small, num_prompts=2, steps=2))
+    capsys.readouterr()
+    main(["bench", "scan", "--triples", "3", "--plans", "8", "--method", "magnitude"])
+    [line] = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert found["triples"] == 3 and found["units"] == 21 and found["bare_passes"] > 0
+    assert found["ratio"] == pytest.approx(found["scan_s"] / found["calibrate_s"], rel=0.05)
+    assert found["rank_correlation"] > 0.8
+    with pytest.raises(SystemExit):
+        main(["bench", "scan", "--triples", "0"])

@@ -1,0 +1,209 @@
+"""The scan: restarting changes no figure, stores are continued and checked, processes share the work."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import obsdiff
+from obsdiff.allocation.candidates import Solver
+from obsdiff.allocation.joint import joint_errors
+from obsdiff.allocation.probe import power, record_probe
+from obsdiff.allocation.restart import Restart
+from obsdiff.allocation.scan import FILE, passes_needed, scan
+from obsdiff.allocation.units import Limits, Unit, make_units
+from obsdiff.models.conditioning import encode_prompts
+from obsdiff.models.info import call_arguments
+from obsdiff.models.wiring import wire
+from obsdiff.pruning.calibrate import Settings
+from obsdiff.pruning.plan import Plan, make_plan
+from obsdiff.pruning.solve import SolveOptions
+from obsdiff.pruning.surgery import Edits
+from tests.conftest import make_pipe
+
+PROMPTS = ["the digit two", "a seven", "the number nine", "a handwritten zero"]
+LEVELS = [0.5, 0.9]
+
+
+@pytest.fixture(scope="module")
+def setting():
+    pipe = make_pipe()
+    call = call_arguments(pipe)
+    statistics = obsdiff.calibrate(pipe, PROMPTS)
+    probe = record_probe(pipe, encode_prompts(pipe, PROMPTS, call), Settings(call), 6)
+    return pipe, wire(pipe.transformer), statistics, probe
+
+
+def units_of(wiring, pattern, **limits):
+    return make_units(wiring, make_plan(wiring, obsdiff.parse_pattern(pattern), spare_blocks=()), Limits(**limits))
+
+
+def test_the_probe_is_what_the_sampler_asks(setting):
+    """Its calls, run again on the dense model, give guided outputs that do not depend on the batch."""
+    pipe, wiring, _, probe = setting
+    assert len(probe) == 6 and all(len(row["hidden_states"]) == 2 for row in probe.rows)
+    assert probe.guidance == 2.0 and all(0.8 <= weight <= 1.2 for weight in probe.weights)
+    assert len({float(row["timestep"][0]) for row in probe.rows}) > 1
+    one, many = Restart(wiring, probe, rows=2), Restart(wiring, probe)
+    torch.testing.assert_close(torch.cat(one.dense), torch.cat(many.dense), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        row = probe.rows[0]
+        negative, positive = pipe.transformer(**row)[0].double()
+    torch.testing.assert_close(one.dense[0][0], negative + 2.0 * (positive - negative), rtol=1e-5, atol=1e-6)
+    assert one.power == pytest.approx(power(many.dense, many.weights)) and one.error() == 0
+
+
+def test_the_same_prompts_give_the_same_probe_whatever_the_batch():
+    pipe = make_pipe()
+    call = call_arguments(pipe)
+    conditioning = encode_prompts(pipe, PROMPTS, call)
+    a, b = (record_probe(pipe, conditioning, Settings(call, batch_size=size), 5) for size in (1, 3))
+    assert sorted(a.weights) == pytest.approx(sorted(b.weights))
+    by_step = [sorted(float(row["hidden_states"].sum()) for row in probe.rows) for probe in (a, b)]
+    assert by_step[0] == pytest.approx(by_step[1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
+def test_restarting_from_a_block_changes_no_figure(setting, pattern):
+    _, wiring, statistics, probe = setting
+    unchained = replace(wiring, family=replace(wiring.family, chain=False))
+    units = units_of(wiring, pattern)[::3]
+    before = {name: tensor.clone() for name, tensor in wiring.denoiser.state_dict().items()}
+    chained, whole = (
+        scan(found, units, statistics, SolveOptions("magnitude"), probe, "", levels=LEVELS)
+        for found in (wiring, unchained)
+    )
+    for unit in units:
+        assert list(chained.measured[unit.name].values()) == pytest.approx(
+            list(whole.measured[unit.name].values()), rel=1e-4
+        )
+    assert whole.cost["passes"] > chained.cost["passes"]
+    assert passes_needed(unchained, units, LEVELS) == pytest.approx(whole.cost["passes"])
+    assert passes_needed(wiring, units, LEVELS) == pytest.approx(chained.cost["passes"])
+    now = wiring.denoiser.state_dict()
+    assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+
+
+def test_a_structured_candidate_is_the_shrunk_module(setting):
+    """The masked weights that the scan measures and the tensors that a prune cuts out are one function."""
+    _, wiring, statistics, probe = setting
+    plan = make_plan(wiring, obsdiff.parse_pattern("structured:0.5"), spare_blocks=())
+    [error] = joint_errors(wiring, [plan], statistics, SolveOptions("obs"), probe)
+    pipe = make_pipe()
+    restart = Restart(wire(pipe.transformer), probe)
+    obsdiff.prune(pipe, plan, statistics=statistics)
+    assert restart.error() == pytest.approx(error, rel=1e-3)
+
+
+def test_a_single_candidate_is_what_pruning_it_alone_gives(setting):
+    _, wiring, statistics, probe = setting
+    name, pattern = "transformer_blocks.1.attn.to_k", obsdiff.Unstructured(0.7)
+    pipe = make_pipe()
+    restart = Restart(wire(pipe.transformer), probe)
+    obsdiff.prune(pipe, Plan(pattern, {name: pattern}), statistics=statistics)
+    edits, here = Edits(), Restart(wiring, probe)
+    here.advance(1)
+    [candidate] = Solver(wiring, statistics, SolveOptions("obs")).candidates([name], [pattern])
+    candidate.apply(edits, wiring)
+    try:
+        assert here.error() == pytest.approx(restart.error(), rel=1e-3)
+    finally:
+        edits.undo()
+
+
+def test_a_store_is_continued_and_refused_if_it_is_another(setting, tmp_path):
+    _, wiring, statistics, probe = setting
+    units = units_of(wiring, "unstructured:0.5")[:6]
+    options = SolveOptions("magnitude")
+    whole = scan(wiring, units, statistics, options, probe, "p", levels=LEVELS)
+    scan(wiring, units[:2], statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+    before = (tmp_path / FILE).read_text()
+    continued = scan(wiring, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+    assert continued.measured == whole.measured and continued.solved == whole.solved
+    opened = scan(wiring, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+    assert opened.measured == whole.measured and opened.cost == continued.cost
+    assert (tmp_path / FILE).read_text() != before
+    for other in (
+        {"options": SolveOptions("wanda")},
+        {"prompts": "q"},
+        {"levels": [0.5]},
+        {"statistics": replace(statistics, fingerprint={**statistics.fingerprint, "seed": 9})},
+    ):
+        given = {"statistics": statistics, "options": options, "prompts": "p", "levels": LEVELS, **other}
+        with pytest.raises(obsdiff.UserError, match="belongs to another model or other settings"):
+            scan(wiring, units, probe=probe, store=tmp_path, **given)
+    content = json.loads((tmp_path / FILE).read_text())
+    del content["units"][units[0].name]["solved"]
+    (tmp_path / FILE).write_text(json.dumps(content))
+    with pytest.raises(obsdiff.UserError, match="damaged"):
+        scan(wiring, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+
+
+def test_an_interrupted_scan_keeps_what_it_has(setting, tmp_path, monkeypatch):
+    from obsdiff.allocation import scan as module
+
+    _, wiring, statistics, probe = setting
+    units = units_of(wiring, "unstructured:0.5")[:4]
+    before = {name: tensor.clone() for name, tensor in wiring.denoiser.state_dict().items()}
+    monkeypatch.setattr(module, "SAVE_EVERY_S", -1.0)
+    real, calls = Restart.error, []
+
+    def fail_late(self):
+        calls.append(self)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(Restart, "error", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        scan(wiring, units, statistics, SolveOptions("magnitude"), probe, "", levels=LEVELS, store=tmp_path)
+    assert len(json.loads((tmp_path / FILE).read_text())["units"]) == 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in wiring.denoiser.state_dict().items())
+
+
+def test_members_of_a_unit_are_pruned_together(setting):
+    _, wiring, statistics, probe = setting
+    [unit] = [found for found in units_of(wiring, "unstructured:0.5", share=["*.to_k"]) if len(found.members) > 1]
+    assert isinstance(unit, Unit) and unit.block == 0 and len(unit.members) == 3
+    options = SolveOptions("magnitude")
+    found = scan(wiring, [unit], statistics, options, probe, "", levels=[0.5])
+    plan = Plan(obsdiff.Unstructured(0.5), dict.fromkeys(unit.members, obsdiff.Unstructured(0.5)))
+    [error] = joint_errors(wiring, [plan], statistics, options, probe)
+    assert found.measured[unit.name][0.5] == pytest.approx(error, rel=1e-4)
+
+
+def test_two_processes_find_the_same(tmp_path):
+    """Each measures half of the layers; both end with all of them."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys, torch, obsdiff\n"
+        "from tests.allocation.test_scan import *\n"
+        "rank = int(sys.argv[1])\n"
+        f"torch.distributed.init_process_group('gloo', f'file://{tmp_path}/meet', rank=rank, world_size=2)\n"
+        "pipe = make_pipe(); call = call_arguments(pipe); wiring = wire(pipe.transformer)\n"
+        "statistics = obsdiff.calibrate(pipe, PROMPTS)\n"
+        "probe = record_probe(pipe, encode_prompts(pipe, PROMPTS, call), Settings(call), 6)\n"
+        "units = units_of(wiring, 'unstructured:0.5')[:7]\n"
+        "found = scan(wiring, units, statistics, SolveOptions('magnitude'), probe, '', levels=LEVELS,\n"
+        f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
+        "torch.distributed.barrier()\n"
+        "print(json.dumps(found.measured, sort_keys=True))\n"
+    )
+    from pathlib import Path
+
+    root = str(Path(__file__).parents[2])
+    start = (
+        f"import sys; sys.path.append({root!r}); sys.argv = ['two', sys.argv[1]]; exec(open({str(script)!r}).read())"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", start, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=120) for process in running]
+    assert all(process.returncode == 0 for process in running), outputs[0][1][-2000:]
+    first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
+    stored = json.loads((tmp_path / "store" / FILE).read_text())["units"]
+    assert first == second and len(first) == 7 and set(stored) == set(first)
