@@ -117,9 +117,9 @@ def test_every_config_instantiates(path):
         parse_pattern(options.pattern)
         find_method(options.method)
     else:
-        from lightning.pytorch.cli import LightningCLI
+        from obsdiff.cli.train import command_line
 
-        built = LightningCLI(args=["--config", str(path)], run=False, save_config_callback=None)
+        built = command_line()(args=["--config", str(path)], run=False, save_config_callback=None)
         assert built.model is not None and built.datamodule is not None
 
 

@@ -71,7 +71,7 @@ class PromptEncoder:
         if len(self._known) + len(set(prompts)) > self.keep:
             self._known.clear()
         for prompt in set(prompts) - self._known.keys():
-            # one at a time: in a batch the last bit would depend on which others are new, and a resumed run on its start
+            # one at a time: in a batch the last bit would depend on which others are new, unlike in a resumed run
             encoded = encode_prompts(self.pipe, [prompt], call_arguments(self.pipe)).embeds
             self._known[prompt] = {name: tensor[0] for name, tensor in encoded.items()}
         names = self._known[prompts[0]]
