@@ -33,8 +33,9 @@ class LastCheckpoint(ModelCheckpoint):
         self._keep(trainer)
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        if trainer.training and not isinstance(exception, UserError) and done % trainer.accumulate_grad_batches == 0:
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        between_steps = progress.processed % trainer.accumulate_grad_batches == 0
+        if trainer.training and between_steps and not isinstance(exception, UserError):
             self._keep(trainer)
 
     def _keep(self, trainer: lightning.Trainer) -> None:

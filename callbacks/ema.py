@@ -53,7 +53,7 @@ class EMA(lightning.Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: object) -> None:
         if trainer.global_step > self._step and trainer.global_step % self.update_every_n_steps == 0:
             current = [local_part(parameter.detach()) for parameter in self._trained(pl_module).values()]
-            self._update(list(self._average.values()), current, torch.tensor(0))  # type: ignore[arg-type, operator]
+            self._update(list(self._average.values()), current, torch.tensor(0))
         self._step = trainer.global_step
 
     @contextmanager

@@ -65,17 +65,17 @@ def solved_in_turn(items: Sequence[T], solve: Callable[[T], R]) -> Iterator[tupl
     for start in range(0, len(items), world_size()):
         part = items[start : start + world_size()]
         found: R | None = None
-        failed: UserError | None = None
+        failure: UserError | None = None
         if rank() < len(part):
             try:
                 found = solve(part[rank()])
             except UserError as error:
                 if world_size() == 1:
                     raise
-                failed = error
-        for item, (result, error) in zip(part, from_all((found, failed)), strict=False):
-            if error is not None:
-                raise error
+                failure = error
+        for item, (result, failed) in zip(part, from_all((found, failure)), strict=False):
+            if failed is not None:
+                raise failed
             yield item, result  # type: ignore[misc]  # no error, so there is a result
 
 

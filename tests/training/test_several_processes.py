@@ -35,8 +35,10 @@ def test_one_and_two_processes_prune_alike(pipe_folder, tmp_path):
                 torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-FSDP = ("--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",)
-FSDP += ("--trainer.strategy.save_distributed_checkpoint=false",)
+FSDP = (
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    "--trainer.strategy.save_distributed_checkpoint=false",
+)
 
 
 @pytest.mark.parametrize("strategy", [("--trainer.strategy=ddp",), FSDP], ids=["ddp", "fsdp2"])

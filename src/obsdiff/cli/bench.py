@@ -1,4 +1,4 @@
-"""``obsdiff bench prune`` and ``obsdiff bench scan``."""
+"""``obsdiff bench prune``, ``obsdiff bench scan`` and ``obsdiff bench train``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from obsdiff.cli.options import BenchOptions, BenchScanOptions
+from obsdiff.cli.options import BenchOptions, BenchScanOptions, BenchTrainOptions
 from obsdiff.cli.parse import clear_errors, fail, parse_options
 
-USAGE = "usage: obsdiff bench prune|scan [--preset NAME ...]; obsdiff bench prune --help lists the options"
+USAGE = "usage: obsdiff bench prune|scan|train [--preset NAME ...]; obsdiff bench prune --help lists the options"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -21,6 +21,9 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if args[:1] == ["scan"]:
         _scan(args[1:])
+        return
+    if args[:1] == ["train"]:
+        _train(args[1:])
         return
     if args[:1] != ["prune"]:
         fail("obsdiff bench", f"say what to measure: {USAGE}")
@@ -41,6 +44,30 @@ def main(args: Sequence[str] | None = None) -> None:
                 )
             )
         )
+
+
+def _train(args: Sequence[str]) -> None:
+    options = parse_options(BenchTrainOptions, "obsdiff bench train", args)
+    with clear_errors("obsdiff bench train"):
+        import logging
+        import warnings
+
+        from obsdiff.callbacks.mask import MaskEnforcement
+        from obsdiff.data.trajectories import TrajectoryDataModule
+        from obsdiff.training.bench import bench_train
+
+        warnings.filterwarnings("ignore")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+        def data(pipeline: str, folder: Any, batch_size: int) -> TrajectoryDataModule:
+            return TrajectoryDataModule(
+                pipeline, str(folder), options.prompts, num_prompts=options.num_prompts, batch_size=batch_size
+            )
+
+        found = bench_train(
+            options.pipeline, options.pattern, MaskEnforcement, data, options.batch_size, options.steps, options.rounds
+        )
+        print(json.dumps(found))
 
 
 def _scan(args: Sequence[str]) -> None:

@@ -193,3 +193,26 @@ class BenchScanOptions:
     steps: int | None = None
     batch_size: int | None = None
     threads: int | None = None
+
+
+@dataclass
+class BenchTrainOptions:
+    """Measure a training step with masks, without, and in a plain Lightning loop; prints one JSON line.
+
+    Args:
+        pipeline: An embedded pipeline, a folder, or a hub id.
+        pattern: unstructured:RATIO or N:M.
+        prompts: Prompt set of the trajectories that are trained on.
+        num_prompts: Prompts to draw.
+        batch_size: Latents per step.
+        steps: Timed steps in each round.
+        rounds: Rounds of the three in turn.
+    """
+
+    pipeline: str = "digits-sd3"
+    pattern: str = "unstructured:0.8"
+    prompts: str = "digits-train"
+    num_prompts: int = 20
+    batch_size: int = 64
+    steps: int = 20
+    rounds: int = 5

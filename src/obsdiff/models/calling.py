@@ -21,7 +21,7 @@ def call_denoiser(denoiser: nn.Module, latents: Tensor, times: Tensor, embeds: M
     family = find_family(denoiser)
     conditions = {argument: embeds[name] for argument, name in family.conditions}
     answer = denoiser(**{family.sample: latents, family.time: times}, **conditions, return_dict=False)
-    return answer[0]  # type: ignore[no-any-return]
+    return answer[0]
 
 
 def drop_prompts(embeds: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def encode_images(pipe: Any, images: Tensor, generator: torch.Generator) -> Tens
     posterior = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
     shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    return (posterior.mean + posterior.std * noise - shift) * pipe.vae.config.scaling_factor  # type: ignore[no-any-return]
+    return (posterior.mean + posterior.std * noise - shift) * pipe.vae.config.scaling_factor
 
 
 class PromptEncoder:

@@ -29,7 +29,7 @@ class MaskedLoraLinear(LoraLinear):
         """With the effective weight, as merged: the mask does not commute with B A, so the two small products of
         ordinary LoRA do not do."""
         if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
         weight = base.weight + self.get_delta_weight(self.active_adapters[0]).to(base.weight.dtype)
         return nn.functional.linear(x, weight, base.bias)

@@ -200,7 +200,7 @@ class Recovery(lightning.LightningModule):
         options = self.optimization
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), foreach=True
+            parameters, lr=options.lr, weight_decay=options.weight_decay, betas=options.betas, foreach=True
         )
         total = self.trainer.estimated_stepping_batches
 
@@ -215,8 +215,8 @@ class Recovery(lightning.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         assert self.denoiser is not None
         # keyed by the batch's number, so that a resumed run draws what an uninterrupted one would have drawn
-        number = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        generator = keyed_generator(self.seed, number, rank())
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        generator = keyed_generator(self.seed, progress.processed, rank())
         latents, times, embeds, target = self._inputs(batch, generator)
         terms = loss_terms(self.denoiser, self.frozen.teacher, self.weights, latents, times, embeds, target, generator)
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
