@@ -94,7 +94,7 @@ class Budget(lightning.Callback):
         return {"limit": self.limits, "used": {stage: cost.to_json() for stage, cost in used.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recovery": self.recovery.to_json()}
+        return {"recovery": self.recovery.to_json(), "step": self._step_cost.to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.recovery = Cost(**state_dict["recovery"])
+        self.recovery, self._step_cost = Cost(**state_dict["recovery"]), Cost(**state_dict["step"])
