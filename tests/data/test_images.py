@@ -39,10 +39,26 @@ def test_bad_images(tmp_path):
         ({"caption_column": "words"}, "no column 'words'"),
         ({"batch_size": 6}, "fewer than one batch"),
     ):
+        module = ImageCaptionDataModule(str(tmp_path / "images"), size=16, num_workers=0, **options)
         with pytest.raises(UserError, match=word):
-            ImageCaptionDataModule(str(tmp_path / "images"), size=16, num_workers=0, **options).setup("fit")
+            module.setup("fit")
+            module.train_dataloader()
     with pytest.raises(UserError, match="cannot load images"):
         ImageCaptionDataModule(str(tmp_path / "nothing.parquet")).setup("fit")
+
+
+def test_unreadable_images_are_replaced_and_reported_up_to_a_share(tmp_path):
+    make_folder(tmp_path / "images", count=40)
+    (tmp_path / "images" / "3.png").write_bytes(b"not an image")
+    module = ImageCaptionDataModule(str(tmp_path / "images"), size=16, batch_size=8, num_workers=0)
+    module.setup("fit")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        batches = list(module.train_dataloader())
+    assert len(batches) == 5 and len(module.train.corrupt) == 1
+    for i in range(10, 30):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"not an image")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="more than the 5%"):
+        list(module.train_dataloader())
 
 
 def test_digits_batches():
