@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint slow clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python prune.py --config configs/prune/digits.yaml --overwrite true
+	$(BIN)/python train.py fit --config configs/recover/distill.yaml --model.overwrite true
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -m "not slow"
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -66,7 +66,12 @@ def step_flops(student: int, teacher: int, jacobian: bool) -> float:
 
 def fraction_used(limits: Mapping[str, float], before: Cost, now: Cost) -> float:
     """How much of what was left after pruning is spent, of the limit that is nearest, in [0, 1]."""
-    shares = [getattr(now, name) / max(limit - getattr(before, name), 1e-12) for name, limit in limits.items()]
+
+    def share(name: str, limit: float) -> float:
+        already = float(getattr(before, name))
+        return (getattr(now, name) - already) / max(limit - already, 1e-12)
+
+    shares = [share(name, limit) for name, limit in limits.items()]
     return min(1.0, max(shares, default=0.0))
 
 

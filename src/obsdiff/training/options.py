@@ -20,6 +20,7 @@ class PruningOptions:
         exclude: Names to leave alone, as shell patterns.
         spare_blocks: Blocks to leave alone, negative from the end. Default: first and last for structured patterns.
         fusion: Ranking of heads over the two streams of joint attention: reciprocal_rank or relative_error.
+        plan: Plan file with a pattern for each layer, as a prune run writes it; in place of ``pattern``.
         calibration: How layer inputs are measured.
     """
 
@@ -31,6 +32,7 @@ class PruningOptions:
     exclude: list[str] = field(default_factory=list)
     spare_blocks: list[int] | None = None
     fusion: str = "reciprocal_rank"
+    plan: str | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
 

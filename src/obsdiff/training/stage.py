@@ -21,6 +21,7 @@ from obsdiff.pruning.folder import MASKS, load_pipeline, run_folder, write_pipel
 from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.pruning.masks import load_masks
 from obsdiff.pruning.oneshot import prune, refuse_pruned
+from obsdiff.pruning.planfile import read_plan
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.ranks import rank, wait_for_all
 from obsdiff.training.options import PruningOptions
@@ -91,7 +92,9 @@ def _prune(
     """Calibrate and prune on all processes, and keep the result."""
     pattern, method, settings = parse_pattern(options.pattern), find_method(options.method), options.calibration
     pipe = load_pipeline(pipeline, device=device)
-    refuse_pruned(wire(denoiser_of(pipe)))
+    wiring = wire(denoiser_of(pipe))
+    refuse_pruned(wiring)
+    plan = None if options.plan is None else read_plan(options.plan, wiring)
     source = settings.prompts or info_of(pipe).prompts.get("calibration")
     if source is None:
         raise UserError("give --model.pruning.calibration.prompts: a file, a dataset (owner/name), or an embedded set")
@@ -116,7 +119,7 @@ def _prune(
     measured = method.needs_statistics or refits
     report = prune(
         pipe,
-        pattern,
+        plan or pattern,
         method=options.method,
         statistics=None if not measured else measure if settings.packages > 1 else measure(set()),
         refit=options.refit,
