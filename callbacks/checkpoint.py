@@ -41,5 +41,14 @@ class LastCheckpoint(ModelCheckpoint):
     def _keep(self, trainer: lightning.Trainer) -> None:
         if trainer.global_step > 0 and self._last_global_step_saved != trainer.global_step:
             path = str(Path(str(self.dirpath)) / "last.ckpt")
-            self._save_checkpoint(trainer, path)
+            try:
+                self._save_checkpoint(trainer, path)
+            except (OSError, RuntimeError) as error:
+                cause = error if isinstance(error, OSError) else error.__cause__
+                if not isinstance(cause, OSError):
+                    raise
+                raise UserError(
+                    f"cannot write {path} at step {trainer.global_step}: {cause.strerror or cause}; the checkpoint before "
+                    "it is intact, free some space and go on with --ckpt_path last"
+                ) from error
             self.last_model_path = path

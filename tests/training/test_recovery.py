@@ -1,5 +1,6 @@
 """The real training command on a tiny pipeline: zeros stay zeros, resumed runs equal uninterrupted ones."""
 
+import errno
 import json
 
 import pytest
@@ -165,6 +166,23 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_checkpoint(pipe_
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 2
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved["state_dict"].values())
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(pipe_folder, tmp_path, capsys, monkeypatch):
+    from fsspec.implementations.local import LocalFileOpener
+
+    real, calls = LocalFileOpener.write, []
+
+    def write(self, *args):
+        calls.extend([1] * self.path.endswith("last.ckpt"))
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, *args)
+
+    monkeypatch.setattr(LocalFileOpener, "write", write)
+    line = refused(capsys, pipe_folder, tmp_path / "run")
+    assert "No space left" in line and "--ckpt_path last" in line
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_masks_that_break_stop_the_run(pipe_folder, tmp_path, monkeypatch):
