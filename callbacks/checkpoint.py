@@ -43,12 +43,9 @@ class LastCheckpoint(ModelCheckpoint):
             path = str(Path(str(self.dirpath)) / "last.ckpt")
             try:
                 self._save_checkpoint(trainer, path)
-            except (OSError, RuntimeError) as error:
-                cause = error if isinstance(error, OSError) else error.__cause__
-                if not isinstance(cause, OSError):
-                    raise
+            except OSError as error:
                 raise UserError(
-                    f"cannot write {path} at step {trainer.global_step}: {cause.strerror or cause}; the checkpoint before "
-                    "it is intact, free some space and go on with --ckpt_path last"
+                    f"cannot write {path} at step {trainer.global_step}: {error.strerror or error}; the checkpoint "
+                    "before it is intact, free some space and go on with --ckpt_path last"
                 ) from error
             self.last_model_path = path
