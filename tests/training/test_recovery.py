@@ -2,6 +2,7 @@
 
 import errno
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -169,9 +170,8 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_checkpoint(pipe_
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(pipe_folder, tmp_path, capsys, monkeypatch):
-    from fsspec.implementations.local import LocalFileOpener
-
-    real, calls = LocalFileOpener.write, []
+    opener = import_module("fsspec.implementations.local").LocalFileOpener
+    real, calls = opener.write, []
 
     def write(self, *args):
         calls.extend([1] * self.path.endswith("last.ckpt"))
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(pipe_folder, tmp_path, capsys,
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, *args)
 
-    monkeypatch.setattr(LocalFileOpener, "write", write)
+    monkeypatch.setattr(opener, "write", write)
     line = refused(capsys, pipe_folder, tmp_path / "run")
     assert "No space left" in line and "--ckpt_path last" in line
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
