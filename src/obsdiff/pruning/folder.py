@@ -42,7 +42,7 @@ def save_pipeline(pipe: Any, output: str | Path, report: PruneReport, *, overwri
         write_pipeline(pipe, folder, report)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool, flag: str = "--overwrite true") -> None:
     """Refuse a folder that holds anything but an earlier run that may be replaced.
 
     Raises:
@@ -54,7 +54,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         if not (output / FILE).is_file():
             raise UserError(f"{output} exists and holds something else than a prune run; choose another output")
         if not overwrite:
-            raise UserError(f"{output} holds an earlier prune run; choose another output or pass --overwrite true")
+            raise UserError(f"{output} holds an earlier prune run; choose another output or pass {flag}")
 
 
 def write_pipeline(pipe: Any, folder: Path, report: PruneReport) -> None:
