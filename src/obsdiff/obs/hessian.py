@@ -66,12 +66,14 @@ class SiteStatistics:
         input_sum: ``Σ α x``, float32 (groups, n).
         weight_sum: ``Σ α`` over all inputs seen.
         num_tokens: Inputs seen.
+        disposable: Nobody else needs the sums: :meth:`hessian` may work in their memory, once per group.
     """
 
     hessian_sum: Tensor
     input_sum: Tensor
     weight_sum: float = 0.0
     num_tokens: int = 0
+    disposable: bool = False
 
     @classmethod
     def empty(cls, columns: int, groups: int = 1, device: torch.device | str = "cpu") -> SiteStatistics:
@@ -101,9 +103,9 @@ class SiteStatistics:
 
     def hessian(self, group: int = 0) -> Tensor:
         """``H = Σ α x xᵀ / Σ α``, symmetric float32 (n, n) (OBS-Diff eq. 5 up to a constant)."""
-        upper = self.hessian_sum[group].triu().div_(self.weight_sum)
-        lower = upper.T.tril(-1)
-        return upper.add_(lower)
+        total = self.hessian_sum[group] if self.disposable else self.hessian_sum[group].clone()
+        upper = total.triu_().div_(self.weight_sum)
+        return upper.add_(upper.T.tril(-1))
 
     def mean(self, group: int = 0) -> Tensor:
         """Weighted mean input, float32 (n,)."""

@@ -24,7 +24,7 @@ from obsdiff.ranks import world_size
 
 # A refit step costs 2 · rows products per entry of H, measuring cost one per token: spend at most this share of it, so
 # that a small calibration is not followed by a long solve.
-REFIT_SHARE = 0.1
+REFIT_SHARE = 0.09
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Statistics:
         """Like :meth:`site`, and forget it: for statistics that serve one prune only."""
         found = self.site(name, device)
         self.sites.pop(name, None)
-        return found
+        return replace(found, disposable=True)
 
 
 def model_hash(denoiser: nn.Module) -> str:
