@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from obsdiff.callbacks.find import find
 from obsdiff.ranks import full_tensor, local_part, sharded_like
 
 
@@ -96,20 +97,20 @@ class EMA(lightning.Callback):
 
 def _like(local: Tensor, parameter: Tensor) -> Tensor:
     """This process's part as a sharded tensor again, if the parameter is one."""
-    if not hasattr(parameter, "device_mesh"):
-        return local
     from torch.distributed.tensor import DTensor
 
-    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    if not isinstance(parameter, DTensor):
+        return local
+    mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
 @contextmanager
 def averaged_weights(trainer: lightning.Trainer, pl_module: Any) -> Iterator[None]:
     """The module with averaged weights if the trainer keeps an average, otherwise as it is."""
-    found = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
-    if not found:
+    average = find(trainer, EMA)
+    if average is None:
         yield
         return
-    with found[0].averaged(pl_module):
+    with average.averaged(pl_module):
         yield

@@ -8,6 +8,7 @@ import lightning
 
 from obsdiff.callbacks.budget import Budget
 from obsdiff.callbacks.ema import averaged_weights
+from obsdiff.callbacks.find import find
 from obsdiff.export.recovered import RESULT, write_recovered
 from obsdiff.pruning.folder import check_output
 from obsdiff.ranks import full_tensor, rank, wait_for_all
@@ -36,14 +37,12 @@ class Export(lightning.Callback):
         if self._written:
             return
         self._written = True
-        budgets = [callback for callback in trainer.callbacks if isinstance(callback, Budget)]  # type: ignore[attr-defined]
+        budget = find(trainer, Budget)
         loss = trainer.callback_metrics.get("loss")
         with averaged_weights(trainer, pl_module):
             images = pl_module.draw_all()
             state = {name: full_tensor(tensor).cpu() for name, tensor in pl_module.denoiser.state_dict().items()}
         if rank() == 0:
-            budget = budgets[0].report() if budgets else None
-            write_recovered(
-                pl_module, state, images, trainer.global_step, None if loss is None else float(loss), budget
-            )
+            last, spent = None if loss is None else float(loss), None if budget is None else budget.report()
+            write_recovered(pl_module, state, images, trainer.global_step, last, spent)
         wait_for_all()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import lightning
-import torch
 from torch import Tensor, nn
 
-from obsdiff.pruning.masks import nonzero_outside
+from obsdiff.pruning.masks import apply_masks, nonzero_outside
 from obsdiff.ranks import from_all, local_part, sharded_like
 
 
@@ -46,8 +45,7 @@ class MaskEnforcement(lightning.Callback):
 
     def apply(self) -> None:
         """Zero what is masked."""
-        if self._weights:
-            torch._foreach_mul_(self._weights, self._factors)
+        apply_masks(self._weights, self._factors)
 
     def check(self, when: str) -> None:
         """Stop if a masked weight is not exactly zero on any process.

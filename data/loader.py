@@ -24,7 +24,7 @@ class EpochSampler(DistributedSampler[int]):
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         # one of torch's own, so that Lightning leaves it alone on several processes
-        super().__init__(range(count), world_size(), rank(), seed=seed, drop_last=True)  # type: ignore[arg-type]
+        super().__init__(range(count), world_size(), rank(), seed=seed, drop_last=True)  # type: ignore[arg-type]  # only its length counts
         self.count, self.batch_size = count, batch_size
         self.skipped = (0, 0)  # in this epoch, so many batches are done already
         self.num_batches = count // (batch_size * world_size())

@@ -33,14 +33,14 @@ def parse_options(kind: type[T], program: str, args: Sequence[str] | None, posit
 
     given = list(sys.argv[1:] if args is None else args)
     if positional and given and not given[0].startswith("-"):
-        given[:1] = [f"--{fields(kind)[0].name}", given[0]]  # type: ignore[arg-type]
+        given[:1] = [f"--{fields(kind)[0].name}", given[0]]  # type: ignore[arg-type]  # every kind is a dataclass
     parser = OneLineParser(prog=program, description=kind.__doc__.splitlines()[0] if kind.__doc__ else None)
     parser.add_argument("--config", action="config", help="YAML file with the same keys")
     parser.add_class_arguments(kind)
     _check_config_files(given, program)
     config = parser.parse_args(given)
     values: Any = parser.instantiate_classes(config)
-    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]  # as above
 
 
 def _check_config_files(args: Sequence[str], program: str) -> None:

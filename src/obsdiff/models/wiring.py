@@ -87,6 +87,13 @@ def denoiser_of(pipe: Any) -> nn.Module:
     raise UserError(f"{type(pipe).__name__} has neither a transformer nor a unet; nothing to prune")
 
 
+def shrunk_of(denoiser: nn.Module) -> dict[str, Any] | None:
+    """The ``shrunk`` entry of a denoiser's config (sizes of its cut layers), or None if nothing was cut out of it."""
+    config: Any = denoiser.config
+    found: dict[str, Any] | None = config.get("shrunk")
+    return found
+
+
 def wire(denoiser: nn.Module) -> Wiring:
     """Resolve the family row of ``denoiser`` on its blocks.
 

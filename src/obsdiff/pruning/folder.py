@@ -12,7 +12,7 @@ from obsdiff.models import obsdiff_shrunk
 from obsdiff.models.info import INFO_FILE, info_of
 from obsdiff.models.loading import open_pipeline, to_device
 from obsdiff.models.register import LIBRARY
-from obsdiff.models.wiring import denoiser_of, wire
+from obsdiff.models.wiring import denoiser_of, shrunk_of, wire
 from obsdiff.pruning import planfile
 from obsdiff.pruning.manifest import FILE, manifest_of, read_manifest
 from obsdiff.pruning.masks import broken_masks, load_masks, save_masks
@@ -75,7 +75,7 @@ def write_pipeline_files(pipe: Any, folder: Path) -> None:
     pipe.save_pretrained(target, safe_serialization=True)
     write_json(target / INFO_FILE, info_of(pipe).to_json())
     component = wiring.family.component
-    if wiring.denoiser.config.get("shrunk") is not None:  # type: ignore[operator, union-attr]
+    if shrunk_of(wiring.denoiser) is not None:
         shutil.copyfile(str(obsdiff_shrunk.__file__), target / component / f"{LIBRARY}.py")
         index = read_json(target / "model_index.json", "a pipeline's index")
         index[component] = [LIBRARY, type(wiring.denoiser).__name__]

@@ -50,16 +50,19 @@ def load_masks(path: Path) -> dict[str, Tensor]:
 
 
 def broken_masks(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
-    """Layers with a weight that is not exactly zero where its mask says so."""
-    broken = []
-    for name, mask in masks.items():
-        weight = denoiser.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        if weight.shape != mask.shape or bool(weight.detach().cpu()[~mask].any()):
-            broken.append(name)
-    return broken
+    """Layers with a weight that is not exactly zero where its mask says so, or of another shape."""
+    weights = {name: denoiser.get_parameter(f"{name}.weight").detach().cpu() for name in masks}
+    fitting = {name: (weights[name], mask) for name, mask in masks.items() if weights[name].shape == mask.shape}
+    broken = {name for name in masks if name not in fitting} | set(nonzero_outside(fitting))
+    return [name for name in masks if name in broken]
 
 
 def nonzero_outside(named: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
-    """Names of the weights that are not exactly zero (or not finite) somewhere their mask (True = kept) is False."""
+    """Names of the weights that are not exactly zero (NaN included) somewhere their mask (True = kept) is False."""
     return [name for name, (weight, kept) in named.items() if bool((weight.ne(0) & ~kept).any())]
+
+
+def apply_masks(weights: list[Tensor], factors: list[Tensor]) -> None:
+    """Multiply each weight by its factor (1 = kept, 0 = pruned, of the same shape and dtype), in place and at once."""
+    if weights:
+        torch._foreach_mul_(weights, factors)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
-from obsdiff.models.wiring import WiredGroups, WiredSite, Wiring, denoiser_of, wire
+from obsdiff.models.wiring import WiredGroups, WiredSite, Wiring, denoiser_of, shrunk_of, wire
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
@@ -128,7 +128,7 @@ def prune(
     """
     started = time.perf_counter()
     given = pattern if isinstance(pattern, Plan) else None
-    pattern = given.pattern if given is not None else parse_pattern(pattern)  # type: ignore[arg-type]
+    pattern = pattern.pattern if isinstance(pattern, Plan) else parse_pattern(pattern)
     options = SolveOptions(method, refit, seed, damping, fusion)
     _check(pattern, options, statistics, packages)
     if given is not None and (include or exclude or spare_blocks is not None):
@@ -168,7 +168,7 @@ def refuse_pruned(wiring: Wiring) -> None:
         UserError: It is.
     """
     hint = "pass --prune_again true to prune it further"
-    if wiring.denoiser.config.get("shrunk") is not None:  # type: ignore[operator, union-attr]
+    if shrunk_of(wiring.denoiser) is not None:
         raise UserError(f"this pipeline is pruned already (its {type(wiring.denoiser).__name__} is shrunk); {hint}")
     for layer in wiring.site_of:
         if (share := zero_share(wiring.weight(layer))) > 0.01:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obsdiff.models.wiring import WiredGroups, Wiring
+from obsdiff.models.wiring import WiredGroups, Wiring, shrunk_of
 
 
 class Edits:
@@ -117,7 +117,7 @@ def become_shrunk(edits: Edits, denoiser: nn.Module, shapes: Mapping[str, Any]) 
 
     from obsdiff.models.obsdiff_shrunk import shrunk_class
 
-    before = denoiser.config.get("shrunk")  # type: ignore[operator, union-attr]
+    before = shrunk_of(denoiser)
     if before is None:
         kind: Any = type(denoiser)
         edits.set(denoiser, "__class__", shrunk_class(kind))

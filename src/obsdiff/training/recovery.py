@@ -84,6 +84,7 @@ class Recovery(lightning.LightningModule):
         self.denoiser: nn.Module | None = None
         self._frozen: list[_Frozen] = []  # in a list, so that nn.Module does not register what is inside
         self._drawn: dict[int, Tensor] = {}
+        self._sharded = False
         if self.optimization.schedule not in ("cosine", "constant"):
             raise UserError(f"unknown schedule {self.optimization.schedule!r}; choose cosine or constant")
         if not 0 <= prompt_dropout <= 1:
@@ -100,7 +101,7 @@ class Recovery(lightning.LightningModule):
         denoiser = denoiser_of(start.pipe)
         call = call_arguments(start.pipe)
         flops = denoiser_flops(start.pipe, call)
-        teacher, refs, dense_flops = None, None, flops
+        teacher, dense_flops = None, flops
         needs_teacher = fitting and any(term in self.weights for term in TEACHER_TERMS)
         dense = load_pipeline(start.dense, dtype="float32", device=device) if fitting else None
         if dense is not None:
@@ -163,7 +164,7 @@ class Recovery(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Shard the denoiser block by block where the strategy has a mesh of processes (FSDP2)."""
-        if self.device_mesh is None or self.denoiser is None or getattr(self, "_sharded", False):
+        if self.device_mesh is None or self.denoiser is None or self._sharded:
             return
         from torch.distributed.fsdp import fully_shard
 
