@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -12,6 +14,29 @@ from obsdiff.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@contextmanager
+def joined_processes(device: str) -> Iterator[str]:
+    """Join the processes that ``torchrun`` started, if it did, for as long as the context lasts.
+
+    Args:
+        device: What the user named; for "cuda" each process of a machine gets a device of its own.
+
+    Yields:
+        This process's device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
 
 
 def world_size() -> int:

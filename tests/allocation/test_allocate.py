@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.allocation.allocate import ScanOptions, allocate
+from obsdiff.allocation.allocate import allocate
 from obsdiff.allocation.budget import Budget, parse_budget
-from obsdiff.allocation.units import Limits, removed
+from obsdiff.allocation.units import removed
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.info import call_arguments
 from obsdiff.models.wiring import wire
+from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import make_plan
 from tests.conftest import make_pipe
 
@@ -24,19 +25,15 @@ def statistics():
 PROMPTS = ["the digit two", "a seven", "the number nine", "a handwritten zero"]
 
 
-def made(pattern, statistics, *, pipe=None, scanning=None, **options):
+def made(pattern, statistics, *, pipe=None, scanning=QUICK, **options):
     pipe = make_pipe() if pipe is None else pipe
-    rule = options.get("rule", "measured")
-    return allocate(
-        pipe, pattern, statistics, PROMPTS, scanning=(scanning or QUICK) if rule == "measured" else None, **options
-    )
+    return allocate(pipe, pattern, statistics, PROMPTS, scanning=scanning, **options)
 
 
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory, statistics):
     """Scan stores by kind of pattern, so that each kind is scanned once."""
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("unstructured", "nm", "structured")}
-    return {kind: ScanOptions(QUICK.levels, QUICK.triples, folder) for kind, folder in folders.items()}
+    return {kind: tmp_path_factory.mktemp(kind) for kind in ("unstructured", "nm", "structured")}
 
 
 @pytest.mark.parametrize("rule", ["measured", "owl", "uniform"])
@@ -46,7 +43,7 @@ def test_total_sparsity_is_exact(statistics, scanned, rule, share):
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     found = made(
         "unstructured:0.5", statistics, pipe=pipe, rule=rule, budget=f"sparsity:{share}",
-        scanning=scanned["unstructured"],
+        store=scanned["unstructured"],
     )  # fmt: skip
     assert all(torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
     report = obsdiff.prune(pipe, found.plan, statistics=statistics)
@@ -61,7 +58,7 @@ def test_total_sparsity_is_exact(statistics, scanned, rule, share):
 def test_parameters_budgets_count_what_is_not_zero(statistics, scanned):
     pipe = make_pipe()
     dense = sum(p.numel() for p in pipe.transformer.parameters())
-    found = made("unstructured:0.5", statistics, pipe=pipe, budget="parameters:0.6", scanning=scanned["unstructured"])
+    found = made("unstructured:0.5", statistics, pipe=pipe, budget="parameters:0.6", store=scanned["unstructured"])
     report = obsdiff.prune(pipe, found.plan, statistics=statistics)
     assert 0.59 * dense < report.parameters["nonzero"] <= 0.6 * dense
 
@@ -76,7 +73,7 @@ def test_structured_budgets_are_met_and_never_exceeded(statistics, scanned, rule
     dense = {"parameters": sum(p.numel() for p in pipe.transformer.parameters()), "flops": denoiser_flops(pipe, call)}
     found = made(
         "structured:heads=0.3,ffn=0.3,multiple_of=1", statistics, pipe=pipe, rule=rule, budget=f"{kind}:{share}",
-        scanning=scanned["structured"], spare_blocks=(),
+        store=scanned["structured"], spare_blocks=(),
     )  # fmt: skip
     report = obsdiff.prune(pipe, found.plan, statistics=statistics)
     now = {"parameters": report.parameters["pruned"], "flops": denoiser_flops(pipe, call)}
@@ -92,7 +89,7 @@ def test_latency_budgets_are_met_on_the_clock(statistics, scanned):
 
     found = made(
         "structured:heads=0.3,ffn=0.3,multiple_of=1", statistics, budget="latency:0.7",
-        scanning=scanned["structured"], clock=clock,
+        store=scanned["structured"], clock=clock,
     )  # fmt: skip
     pipe = make_pipe()
     dense = sum(p.numel() for p in pipe.transformer.parameters()) + 2000
@@ -101,13 +98,48 @@ def test_latency_budgets_are_met_on_the_clock(statistics, scanned):
     assert found.record["achieved"] == pytest.approx((report.parameters["pruned"] + 2000) / dense)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_latency_budgets_are_met_on_a_noisy_clock(statistics, scanned, seed):
+    """Rounds differ by 0.6 %, now and then by half, and modules alone save twice what they save in the whole."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def clock(calls):
+        noise = (1 + 0.006 * torch.randn(len(calls), generator=generator)).tolist()
+        hiccup = 1.5 if float(torch.rand((), generator=generator)) < 0.05 else 1.0
+        true = [sum(p.numel() for p in call.func.parameters()) + 20_000 * (len(calls) < 3) for call in calls]
+        return [seconds * n * (hiccup if i else 1) for i, (seconds, n) in enumerate(zip(true, noise, strict=True))]
+
+    found = made(
+        "structured:heads=0.3,ffn=0.3,multiple_of=1", statistics, budget="latency:0.8",
+        store=scanned["structured"], clock=clock,
+    )  # fmt: skip
+    pipe = make_pipe()
+    dense = sum(p.numel() for p in pipe.transformer.parameters()) + 20_000
+    share = (obsdiff.prune(pipe, found.plan, statistics=statistics).parameters["pruned"] + 20_000) / dense
+    low, high = found.record["achieved_interval"]
+    assert low <= found.record["achieved"] <= high <= 0.8
+    assert 0.99 * 0.8 <= share <= 0.8
+
+
+def test_the_interval_of_a_median_covers_it():
+    """Of 400 samples of 9 the 95 % interval, which covers 96.1 % by the binomial law, misses the median in about 16."""
+    from obsdiff.allocation.latency import share_of
+
+    draws = torch.randn(400, 9, generator=torch.Generator().manual_seed(0))
+    shares = [share_of(row) for row in draws.tolist()]
+    assert all(share.low <= share.value <= share.high for share in shares)
+    assert 5 <= sum(not share.low <= 0 <= share.high for share in shares) <= 30
+    assert share_of([0.5] * 5 + [9.0]).value == 0.5
+
+
 def test_the_real_clock_runs(statistics, scanned, monkeypatch):
     from obsdiff.allocation import latency
 
     monkeypatch.setattr(latency, "AT_LEAST_S", 0.0)
-    monkeypatch.setattr(latency, "ROUNDS", 2)
+    monkeypatch.setattr(latency, "TRIES", 2)
+    monkeypatch.setattr(latency, "MOST_ROUNDS", 6)
     try:
-        found = made("structured:0.3", statistics, budget="latency:0.97", scanning=scanned["structured"])
+        found = made("structured:0.3", statistics, budget="latency:0.97", store=scanned["structured"])
     except obsdiff.UserError as error:  # a busy machine may miss it
         assert "latency:0.97" in str(error)
     else:
@@ -118,7 +150,7 @@ def test_nm_layers_get_different_n_or_stay_dense(statistics, scanned):
     pipe = make_pipe()
     before = pipe.transformer.transformer_blocks[0].attn.to_q.weight.clone()
     found = made(
-        "2:4", statistics, pipe=pipe, budget="sparsity:0.4", scanning=scanned["nm"],
+        "2:4", statistics, pipe=pipe, budget="sparsity:0.4", store=scanned["nm"],
         limits=Limits(ceilings={"*.0.attn.to_q": 0.0}),
     )  # fmt: skip
     assert len({str(pattern) for pattern in found.plan.entries.values()}) > 2
@@ -130,7 +162,7 @@ def test_nm_layers_get_different_n_or_stay_dense(statistics, scanned):
 
 
 def test_measured_is_better_than_uniform_and_errors_add_up(statistics, scanned):
-    found = made("unstructured:0.6", statistics, scanning=scanned["unstructured"])
+    found = made("unstructured:0.6", statistics, store=scanned["unstructured"])
     record = found.record
     assert record["error_bound"] <= record["predicted_error"] <= 1.001 * record["error_bound"]
     assert record["joint_error"] < record["uniform_joint_error"]
@@ -154,7 +186,7 @@ def test_the_default_budget_of_a_structured_pattern_is_the_uniform_plan(statisti
     uniform = make_pipe()
     wanted = obsdiff.prune(uniform, "structured:0.5", statistics=statistics).parameters["pruned"]
     pipe = make_pipe()
-    found = made("structured:0.5", statistics, pipe=pipe, scanning=scanned["structured"])
+    found = made("structured:0.5", statistics, pipe=pipe, store=scanned["structured"])
     left = obsdiff.prune(pipe, found.plan, statistics=statistics).parameters["pruned"]
     assert 0.97 * wanted <= left <= wanted
     assert len(found.plan.entries) == len(wire(uniform.transformer).groups)  # no block is spared in advance

@@ -14,11 +14,12 @@ from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.probe import power, record_probe
 from obsdiff.allocation.restart import Restart
 from obsdiff.allocation.scan import FILE, passes_needed, scan
-from obsdiff.allocation.units import Limits, Unit, make_units
+from obsdiff.allocation.units import Unit, make_units
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.wiring import wire
 from obsdiff.pruning.calibrate import Settings
+from obsdiff.pruning.options import Limits
 from obsdiff.pruning.plan import Plan, make_plan
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.surgery import Edits
@@ -189,7 +190,7 @@ def test_two_processes_find_the_same(tmp_path):
         "units = units_of(wiring, 'unstructured:0.5')[:7]\n"
         "found = scan(wiring, units, statistics, SolveOptions('magnitude'), probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
-        "torch.distributed.barrier()\n"
+        "torch.distributed.barrier(); torch.distributed.destroy_process_group()\n"
         "print(json.dumps(found.measured, sort_keys=True))\n"
     )
     from pathlib import Path
@@ -203,7 +204,8 @@ def test_two_processes_find_the_same(tmp_path):
         for rank in (0, 1)
     ]
     outputs = [process.communicate(timeout=120) for process in running]
-    assert all(process.returncode == 0 for process in running), outputs[0][1][-2000:]
+    failures = b"\n".join(error[-2000:] for _, error in outputs).decode()
+    assert all(process.returncode == 0 for process in running), failures
     first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
     stored = json.loads((tmp_path / "store" / FILE).read_text())["units"]
     assert first == second and len(first) == 7 and set(stored) == set(first)

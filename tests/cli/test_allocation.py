@@ -55,7 +55,7 @@ def test_rules_budgets_and_limits_have_effects(pipe_folder, measured, tmp_path):
     stores = measured[1]
     owl = prune(pipe_folder, tmp_path / "owl", "--allocation", "owl", *stores[:2])
     assert owl["rule"] == "owl" and len(set(owl["sparsity"]["per_layer"].values())) > 1
-    even = prune(pipe_folder, tmp_path / "even", "--budget", "sparsity:0.55", *stores[:2])
+    even = prune(pipe_folder, tmp_path / "even", "--allocation", "uniform", "--budget", "sparsity:0.55", *stores[:2])
     assert max(even["sparsity"]["per_layer"].values()) == pytest.approx(0.55, abs=0.01)
     limited = prune(pipe_folder, tmp_path / "limited", *SCAN, *stores,
                     "--limits.floors", "{'*.to_q': 0.55}", "--limits.ceilings", "{'*': 0.7}")  # fmt: skip
@@ -66,6 +66,18 @@ def test_rules_budgets_and_limits_have_effects(pipe_folder, measured, tmp_path):
     assert 0.79 * structured["flops"]["dense"] < structured["flops"]["pruned"] <= 0.8 * structured["flops"]["dense"]
     shared = prune(pipe_folder, tmp_path / "shared", *SCAN, "--limits.share", "['*.to_q', '*.to_k']")
     assert len({s for name, s in shared["sparsity"]["per_layer"].items() if name.endswith("to_q")}) == 1
+
+
+def test_the_default_allocation_is_the_methods_own(pipe_folder, tmp_path):
+    """Measured for those whom it was shown to pay; uniform for N:M kernels, packages and published baselines."""
+    rules = {
+        "measured": [[], ["--pattern", "structured:0.5"], ["--method", "admm"], ["--pattern", "unstructured:0.99"]],
+        "uniform": [["--pattern", "2:4"], ["--method", "wanda"], ["--calibration.packages", "2"],
+                    ["--method", "magnitude", "--pattern", "structured:0.5"]],
+    }  # fmt: skip
+    for rule, runs in rules.items():
+        for i, more in enumerate(runs):
+            assert prune(pipe_folder, tmp_path / f"{rule}{i}", *more)["rule"] == rule, more
 
 
 def test_mistakes(pipe_folder, measured, tmp_path, capsys):
@@ -88,9 +100,11 @@ def test_mistakes(pipe_folder, measured, tmp_path, capsys):
         (["--plan", mine], "below 1"),
         (["--plan", plan, "--allocation", "measured"], "leave out allocation"),
         (["--plan", plan, "--exclude", "['*.to_q']"], "leave out"),
-        (["--sensitivity", tmp_path / "s"], "--allocation measured"),
+        (["--sensitivity", tmp_path / "s", "--pattern", "2:4"], "--allocation measured"),
+        (["--method", "admm", "--pattern", "structured:0.3"], "cannot prune heads"),
         (["--scan.triples", "8", "--allocation", "owl"], "--allocation measured"),
-        (["--limits.floors", "{'*': 0.1}"], "--budget"),
+        (["--limits.floors", "{'*': 0.1}", "--allocation", "uniform"], "--budget"),
+        (["--limits.floors", "{'*': 0.1}", "--method", "wanda"], "--budget"),
         ([*SCAN, "--calibration.packages", "2"], "packages"),
         ([*SCAN, "--budget", "sparsity:0.9", "--limits.ceilings", "{'*': 0.5}"], "cannot be met"),
         ([*SCAN, *stores, "--method", "wanda"], "the sensitivity scan in"),

@@ -41,7 +41,7 @@ def test_prune_script_leaves_exactly_the_artifacts(pipe_folder, tmp_path):
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == ARTIFACTS
+    assert {path.name for path in (tmp_path / "out").iterdir()} == ARTIFACTS | {"ratios.png"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "sparsity 50.00%" in done.stdout and "calibrating" in done.stderr
 
@@ -239,7 +239,8 @@ def test_an_output_with_something_else_or_an_earlier_run(pipe_folder, tmp_path, 
 
 
 def test_a_pruned_pipeline_is_pruned_again_only_when_asked(pipe_folder, tmp_path, capsys):
-    prune(pipe_folder, tmp_path / "a")
+    uniform = ["--allocation", "uniform"]
+    prune(pipe_folder, tmp_path / "a", *uniform)
     base = [
         "prune",
         "--pipeline",
@@ -251,7 +252,7 @@ def test_a_pruned_pipeline_is_pruned_again_only_when_asked(pipe_folder, tmp_path
         tmp_path / "b",
     ]
     assert "--prune_again true" in refused(capsys, *base)
-    report = prune(tmp_path / "a", tmp_path / "b", "--pattern", "unstructured:0.7", "--prune_again", "true")
+    report = prune(tmp_path / "a", tmp_path / "b", "--pattern", "unstructured:0.7", "--prune_again", "true", *uniform)
     assert abs(report["sparsity"]["achieved"] - 0.7) < 2e-3
     kept = load_file(tmp_path / "b" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
     zeros = sum(int((t == 0).sum()) for name, t in kept.items() if name.endswith("attn.to_q.weight"))

@@ -108,10 +108,10 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_instantiates(path):
     if path.parent.name == "prune":
-        from obsdiff.cli.options import PruneOptions
         from obsdiff.cli.parse import parse_options
         from obsdiff.criteria import find_method
         from obsdiff.obs.pattern import parse_pattern
+        from obsdiff.pruning.options import PruneOptions
 
         options = parse_options(PruneOptions, "obsdiff prune", ["--config", str(path)])
         parse_pattern(options.pattern)

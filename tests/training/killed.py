@@ -9,6 +9,7 @@ from importlib import import_module
 MOMENTS = {
     "calibration": ("obsdiff.obs.hessian", "SiteStatistics.add", 40, False),
     "statistics written": ("obsdiff.pruning.calibrate", "save_statistics", 1, True),
+    "scanning": ("obsdiff.allocation.scan", "_measure", 20, False),
     "solving": ("obsdiff.pruning.oneshot", "solve_site", 3, False),
     "pruned pipeline half written": ("obsdiff.training.stage", "write_pipeline", 1, True),
     "references": ("obsdiff.evaluation.references", "sample", 2, False),

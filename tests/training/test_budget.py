@@ -3,7 +3,8 @@ import pytest
 from obsdiff.training.budget import Cost, calibration_cost, exhausted, fraction_used, step_flops
 
 MANIFEST = {
-    "time_s": {"calibrate": 8.0, "solve": 2.0},
+    "time_s": {"calibrate": 8.0, "allocate": 4.0, "solve": 2.0},
+    "allocation": {"scan": {"denoiser_calls": 100}},
     "packages": 2,
     "statistics": {"num_prompts": 10, "steps": 5, "guidance_scale": 2.0},
 }
@@ -12,6 +13,7 @@ MANIFEST = {
 def test_pruning_counts_in_full():
     found = calibration_cost(MANIFEST, flops=7, processes=3)
     assert found["calibration"] == Cost(0, 0, 2 * 10 * 5 * 2 * 7, 24.0, 8.0)
+    assert found["allocation"] == Cost(0, 0, 100 * 2 * 7, 12.0, 4.0)
     assert found["solving"] == Cost(0, 0, 0, 6.0, 2.0)
     assert calibration_cost({}, 7, 1)["calibration"] == Cost()
 

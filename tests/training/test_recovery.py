@@ -30,7 +30,10 @@ def test_a_run_leaves_a_pipeline_that_loads_and_a_whole_report(pipe_folder, tmp_
     for key in ("fidelity", "alignment", "frechet"):
         assert f"{key}_before" in report["recovery"] and f"{key}_after" in report["recovery"]
     assert report["budget"]["limit"] == {"steps": 6}
-    assert set(report["budget"]["used"]) == {"calibration", "solving", "recovery"}
+    assert set(report["budget"]["used"]) == {"calibration", "allocation", "solving", "recovery"}
+    measured = pattern != "2:4"  # N:M stays uniform unless asked
+    assert (report["allocation"] is not None) is measured
+    assert (report["budget"]["used"]["allocation"]["denoiser_flops"] > 0) is measured
     assert report["budget"]["used"]["recovery"]["images"] == 24
     loaded = obsdiff.load_pipeline(folder)
     assert images(loaded).shape[0] == 2

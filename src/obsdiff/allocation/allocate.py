@@ -13,40 +13,26 @@ from obsdiff.allocation.budget import Budget, Costs, costs_of, module_parameters
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.knapsack import Infeasible, choose
-from obsdiff.allocation.latency import Clock, latency_costs, meet_on_the_clock, time_calls
+from obsdiff.allocation.latency import Clock, Share, latency_costs, meet_on_the_clock, shared_clock, time_calls
 from obsdiff.allocation.owl import owl_offsets
 from obsdiff.allocation.probe import Probe, record_probe
 from obsdiff.allocation.scan import Sensitivity, passes_needed, scan
 from obsdiff.allocation.targets import meet_with_offsets
-from obsdiff.allocation.units import Limits, Unit, make_units, removed
+from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.wiring import Wiring, denoiser_of, wire
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.calibrate import Settings, prompts_hash
+from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import Plan, kept_groups, make_plan
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics
 
 RULES = ("uniform", "measured", "owl")
 TRIPLES = 160
+CHECKS = 3  # passes of the probe that compare the plan and the uniform one with the dense outputs
 MOST_PASSES = 12.0  # cost of a scan that chooses its own number of triples, in bare passes over the calibration set
-
-
-@dataclass(frozen=True)
-class ScanOptions:
-    """How sensitivity is measured.
-
-    Attributes:
-        levels: Shares removed at which the denoiser runs; None: 0.5, 0.8 and 0.95 (structured: 0.25, 0.5 and 0.75).
-        triples: (latent, step, prompt) triples to measure on; None: 160, or fewer, so that the scan does not run the
-            denoiser on more than 12 times what a calibration pass does (at least 4).
-        store: Folder to keep the scan in; one of the same settings is used or continued instead of measured again.
-    """
-
-    levels: Sequence[float] | None = None
-    triples: int | None = None
-    store: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,8 @@ class Allocation:
 
     Attributes:
         plan: What to prune.
-        record: For reports: rule, budget, costs, errors and what the scan cost; JSON-able.
+        record: For reports: rule, budget, what it came to (by the clock with a 95 % interval), errors, and what the
+            scan cost; JSON-able.
         sensitivity: The scan, of the measured rule.
     """
 
@@ -75,6 +62,7 @@ def allocate(
     method: str = "obs",
     options: SolveOptions | None = None,
     scanning: ScanOptions | None = None,
+    store: str | Path | None = None,
     limits: Limits | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -95,8 +83,9 @@ def allocate(
             ``pattern`` costs (total sparsity; structured: parameters).
         method: How layers are pruned; the scan prunes them so.
         options: Refit, seed, damping and fusion, in place of ``method``'s defaults.
-        scanning: See :class:`ScanOptions`.
-        limits: Floors, ceilings and shared values, see :class:`obsdiff.allocation.units.Limits`.
+        scanning: See :class:`obsdiff.pruning.options.ScanOptions`.
+        store: Folder to keep the scan in; one of the same settings is used or continued instead of measured again.
+        limits: Floors, ceilings and shared values, see :class:`obsdiff.pruning.options.Limits`.
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`; the measured rule spares no block
             unless told to.
         batch_size: Prompts per pipeline call.
@@ -110,16 +99,18 @@ def allocate(
     scanning, limits = scanning or ScanOptions(), limits or Limits()
     check_request(rule, scanning)
     wiring = wire(denoiser_of(pipe))
-    uniform = make_plan(wiring, pattern, include, exclude, spare_blocks)
-    spared = () if rule == "measured" and spare_blocks is None else spare_blocks
-    base = make_plan(wiring, pattern, include, exclude, spared)
     if budget is None:
-        budget = default_budget(wiring, uniform)
+        budget = default_budget(wiring, make_plan(wiring, pattern, include, exclude, spare_blocks))
     elif isinstance(budget, str):
         budget = parse_budget(budget)
+    if isinstance(pattern, Unstructured) and budget.kind == "sparsity":
+        pattern = Unstructured(budget.share)
+    spared = () if rule == "measured" and spare_blocks is None else spare_blocks
+    base = make_plan(wiring, pattern, include, exclude, spared)
     settings = settings_of(statistics, batch_size)
     units = make_units(wiring, base, limits)
     if budget.kind == "latency":
+        clock = shared_clock(clock)
         costs = latency_costs(pipe, wiring, units, budget, settings.call, clock)
     else:
         costs = costs_of(pipe, wiring, units, budget, settings.call)
@@ -127,10 +118,11 @@ def allocate(
     job = _Job(pipe, wiring, base, rule, budget, units, costs, settings, clock)
     if rule == "measured":
         free = make_units(wiring, base, Limits(share=limits.share))
-        return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, quiet)
+        keep = None if store is None else Path(store)
+        return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, keep, quiet)
     offsets = owl_offsets(wiring, units, statistics) if rule == "owl" else [0.0] * len(units)
     plan, achieved = _meet(job, lambda limit: meet_with_offsets(units, offsets, replace(costs, limit=limit)))
-    return Allocation(plan, {"rule": rule, "budget": str(budget), "achieved": achieved})
+    return Allocation(plan, {"rule": rule, "budget": str(budget), **achieved})
 
 
 @dataclass(frozen=True)
@@ -155,6 +147,7 @@ def _measured(
     prompts: Sequence[str] | Conditioning,
     options: SolveOptions,
     scanning: ScanOptions,
+    store: Path | None,
     quiet: bool,
 ) -> Allocation:
     """Scan the ``free`` units (without limits: a store serves all), minimise the summed error, check the sum."""
@@ -167,7 +160,7 @@ def _measured(
         probe,
         prompts_hash(prompts),
         levels=scanning.levels,
-        store=scanning.store,
+        store=store,
         quiet=quiet,
     )
     errors = [_curve(unit, sensitivity) for unit in job.units]
@@ -190,12 +183,17 @@ def _measured(
     record = {
         "rule": job.rule,
         "budget": str(job.budget),
-        "achieved": achieved,
+        **achieved,
         "predicted_error": predicted,
         "error_bound": bound,
         "joint_error": joint,
         "uniform_joint_error": uniform,
-        "scan": {**sensitivity.cost, "triples": sensitivity.triples, "bare_passes": bare},
+        "scan": {
+            **sensitivity.cost,
+            "triples": sensitivity.triples,
+            "bare_passes": bare,
+            "denoiser_calls": probe.recorded + round(len(probe) * (sensitivity.cost["passes"] + CHECKS)),
+        },
     }
     return Allocation(plan, record, sensitivity)
 
@@ -205,15 +203,16 @@ def _used(job: _Job, patterns: Sequence[Pattern]) -> float:
     return table_cost(job.units, patterns, job.costs) if job.budget.kind == "latency" else job.costs.limit
 
 
-def _meet(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[Plan, float]:
-    """The plan that ``solve`` gives under the budget, and the budget's figure that it comes to."""
+def _meet(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[Plan, dict[str, Any]]:
+    """The plan that ``solve`` gives under the budget, and the budget's figure that it comes to, for the record."""
     if job.budget.kind == "latency":
-        patterns, achieved = _on_the_clock(job, solve)
+        patterns, share = _on_the_clock(job, solve)
+        achieved: dict[str, Any] = {"achieved": share.value, "achieved_interval": [share.low, share.high]}
     else:
         patterns = solve(job.costs.limit)
         if isinstance(job.base.pattern, Unstructured):
             patterns = settle(job.wiring, job.units, patterns, job.costs.limit)
-        achieved = achieved_share(job.wiring, job.units, patterns, job.costs, job.budget)
+        achieved = {"achieved": achieved_share(job.wiring, job.units, patterns, job.costs, job.budget)}
     return plan_of(job.wiring, job.base, job.units, patterns, job.rule, job.budget), achieved
 
 
@@ -298,7 +297,7 @@ def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
     return error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], shares)
 
 
-def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[list[Pattern], float]:
+def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[list[Pattern], Share]:
     """Patterns that meet a latency budget on the clock."""
     modules = {groups.name: groups for groups in job.wiring.groups}
     least = sum(min(of_unit) for of_unit in job.costs.options)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from obsdiff.allocation.additivity import check_additivity
-from obsdiff.allocation.allocate import ScanOptions, default_budget, probe_for, settings_of
+from obsdiff.allocation.allocate import default_budget, probe_for, settings_of
 from obsdiff.allocation.budget import costs_of
 from obsdiff.allocation.scan import scan
-from obsdiff.allocation.units import Limits, make_units
+from obsdiff.allocation.units import make_units
 from obsdiff.evaluation.bench import Preset, build, forward_only
 from obsdiff.models.wiring import wire
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.calibrate import calibrate, prompts_hash
+from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import make_plan
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.versions import versions

@@ -28,11 +28,13 @@ class Probe:
             one, or with guidance two, the negative prompt's first.
         weights: Timestep weight α_t of each triple.
         guidance: The pipeline's guidance scale.
+        recorded: Calls of the denoiser, one prompt each, that recording took.
     """
 
     rows: list[dict[str, Any]]
     weights: list[float]
     guidance: float = 1.0
+    recorded: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,24 +80,23 @@ def record_probe(pipe: Any, conditioning: Conditioning, settings: Settings, trip
     steps = int(settings.call.get("num_inference_steps") or 1)
     count = min(len(conditioning), max(1, -(-CHOICE * triples // steps)))
     chosen = Conditioning({name: tensor[:count] for name, tensor in conditioning.embeds.items()})
-    rows: list[tuple[dict[str, Any], float]] = []
-    prompts = 0
+    rows: dict[tuple[int, int], tuple[dict[str, Any], float]] = {}  # by prompt and call, whatever the batches
+    now = slice(0)
 
     def begin(part: slice) -> None:
-        nonlocal prompts
+        nonlocal now
         counter.restart()
-        prompts = part.stop - part.start
+        now = part
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args:
             raise TypeError("the pipeline calls its denoiser with positional arguments; the scan needs keywords")
         weight = timestep_weights(settings.weighting, counter.total)[counter.index]
-        total = _rows_of(kwargs)
-        for prompt in range(prompts):  # with guidance, prompt i has rows i and prompts + i
-            at = list(range(prompt, total, prompts))
-            rows.append(
-                ({k: v[at] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in kwargs.items()}, float(weight))
-            )
+        total, prompts = _rows_of(kwargs), now.stop - now.start
+        for i in range(prompts):  # with guidance, prompt i has rows i and prompts + i
+            at = list(range(i, total, prompts))
+            own = {k: v[at] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in kwargs.items()}
+            rows[now.start + i, counter.calls] = own, float(weight)
 
     with counted_calls(pipe) as counter:
         handle = denoiser_of(pipe).register_forward_pre_hook(record, with_kwargs=True)
@@ -106,9 +107,10 @@ def record_probe(pipe: Any, conditioning: Conditioning, settings: Settings, trip
         finally:
             handle.remove()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))
-    picked = [rows[i] for i in sorted(order[:triples].tolist())]
+    keys = sorted(rows)
+    picked = [rows[keys[i]] for i in sorted(order[:triples].tolist())]
     guidance = float(settings.call.get("guidance_scale") or 1.0)
-    return Probe([arguments for arguments, _ in picked], [weight for _, weight in picked], guidance)
+    return Probe([arguments for arguments, _ in picked], [weight for _, weight in picked], guidance, len(rows))
 
 
 def power(outputs: Iterable[Tensor], weights: Iterable[Tensor]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +20,13 @@ from obsdiff.progress import track
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics, check_fingerprint
 from obsdiff.pruning.surgery import Edits
-from obsdiff.ranks import from_all, rank, world_size
+from obsdiff.ranks import rank, solved_in_turn, world_size
 
 FILE = "sensitivity.json"
 FORMAT = 1
 SAVE_EVERY_S = 30.0
 SOLVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)  # shares at which layers are solved
-MEASURED = (0.5, 0.8, 0.95)  # and those at which the denoiser runs
+MEASURED = (0.5, 0.8, 0.98)  # and those at which the denoiser runs; the last is the highest ratio: no extrapolation
 MEASURED_STRUCTURED = (0.25, 0.5, 0.75)
 BROKEN = 1e9  # stands for an error that is not finite
 
@@ -41,7 +40,9 @@ class Sensitivity:
         solved: Per unit the layers' own relative error by share removed.
         measured: Per unit the relative error of the denoiser's output by share removed.
         triples: (latent, step, prompt) triples of the probe.
-        cost: "scan_s", "solve_s" seconds; "passes": the whole probe through the whole denoiser, in multiples.
+        cost: "scan_s" seconds; "solve_s" seconds and "passes" (the whole probe through the whole denoiser, in
+            multiples), both of all processes together.
+        earlier_s: Seconds of "scan_s" that earlier runs spent, whose results the store held.
     """
 
     fingerprint: dict[str, Any]
@@ -49,6 +50,7 @@ class Sensitivity:
     measured: dict[str, dict[float, float]] = field(default_factory=dict)
     triples: int = 0
     cost: dict[str, float] = field(default_factory=lambda: {"scan_s": 0.0, "solve_s": 0.0, "passes": 0.0})
+    earlier_s: float = 0.0
 
 
 def levels_of(unit: Unit, shares: Sequence[float]) -> list[Pattern]:
@@ -89,7 +91,8 @@ def scan(
 ) -> Sensitivity:
     """Prune each unit alone at a few shares, and measure the denoiser's output against the dense one on ``probe``.
 
-    Where ``torch.distributed`` is initialised the units are dealt out over its processes, and all get all results.
+    Where ``torch.distributed`` is initialised the units are dealt out over its processes, and all get all results; a
+    store is continued by any number of them.
 
     Args:
         wiring: The dense denoiser; as before afterwards.
@@ -107,39 +110,52 @@ def scan(
     """
     fingerprint = _fingerprint(statistics, options, len(probe), prompts, levels)
     found = (_open(store, fingerprint) if store is not None else None) or Sensitivity(fingerprint, triples=len(probe))
+    found.earlier_s = found.cost["scan_s"]
     missing = [unit for unit in units if unit.name not in found.measured]
-    mine = missing[rank() :: world_size()]
-    if missing:
-        if rank() > 0:  # what a store says was spent counts once
-            found.cost = dict.fromkeys(found.cost, 0.0)
-        restart, solver = Restart(wiring, probe), Solver(wiring, statistics, options)
-        saved = last = time.perf_counter()
-        passes = 0
-        for unit in track(mine, len(mine), "scanning", quiet):
-            if unit.block > restart.first:
-                solver.forget()
-            restart.advance(unit.block)
-            _measure(unit, restart, solver, found, levels)
-            now = time.perf_counter()
-            found.cost["scan_s"] += now - last
-            found.cost["passes"] += (restart.blocks_run - passes) / wiring.num_blocks
-            last, passes = now, restart.blocks_run
-            if store is not None and world_size() == 1 and now - saved > SAVE_EVERY_S:
-                _save(found, store)
-                saved = now
-        _gather(found)
-        if store is not None and rank() == 0:
+    if not missing:
+        return found
+    restart, solver = Restart(wiring, probe), Solver(wiring, statistics, options)
+    found.cost["passes"] += world_size() * restart.blocks_run / wiring.num_blocks  # the dense outputs
+
+    def measure(unit: Unit) -> _Measured:
+        if unit.block > restart.first:
+            solver.forget()
+        return _measure(unit, restart, solver, levels)
+
+    started = saved = time.perf_counter()
+    scanned = solved_in_turn(missing, measure)
+    for unit, result in track(scanned, len(missing), "scanning", quiet or rank() > 0):
+        found.solved[unit.name], found.measured[unit.name] = result.solved, result.measured
+        found.cost["solve_s"] += result.solve_s
+        found.cost["passes"] += result.blocks_run / wiring.num_blocks
+        found.cost["scan_s"] = found.earlier_s + time.perf_counter() - started
+        if store is not None and rank() == 0 and time.perf_counter() - saved > SAVE_EVERY_S:
             _save(found, store)
+            saved = time.perf_counter()
+    if store is not None and rank() == 0:
+        _save(found, store)
     return found
 
 
-def _measure(unit: Unit, restart: Restart, solver: Solver, found: Sensitivity, levels: Sequence[float] | None) -> None:
+@dataclass(frozen=True)
+class _Measured:
+    """One unit: its own and its output errors by share removed, and what they cost."""
+
+    solved: dict[float, float]
+    measured: dict[float, float]
+    solve_s: float
+    blocks_run: int
+
+
+def _measure(unit: Unit, restart: Restart, solver: Solver, levels: Sequence[float] | None) -> _Measured:
     """All levels of one unit."""
+    before = restart.blocks_run
+    restart.advance(unit.block)
     measured = measured_levels(unit, levels)
     patterns = sorted({*levels_of(unit, SOLVED), *measured}, key=removed)
     started = time.perf_counter()
     candidates = dict(zip(patterns, solver.candidates(unit.members, patterns), strict=True))
-    found.cost["solve_s"] += time.perf_counter() - started
+    solve_s = time.perf_counter() - started
     errors = {}
     for pattern in measured:
         edits = Edits()
@@ -148,8 +164,8 @@ def _measure(unit: Unit, restart: Restart, solver: Solver, found: Sensitivity, l
             errors[removed(pattern)] = min(restart.error(), BROKEN)
         finally:
             edits.undo()
-    found.solved[unit.name] = {removed(pattern): candidates[pattern].error for pattern in patterns}
-    found.measured[unit.name] = errors
+    solved = {removed(pattern): candidates[pattern].error for pattern in patterns}
+    return _Measured(solved, errors, solve_s, restart.blocks_run - before)
 
 
 def _fingerprint(
@@ -166,15 +182,6 @@ def _fingerprint(
         "prompts": prompts,
         "levels": None if levels is None else list(levels),
     }
-
-
-def _gather(found: Sensitivity) -> None:
-    """What every process measured, in every process; the cost is that of all together."""
-    parts = from_all(found)
-    for part in parts:
-        found.solved.update(part.solved)
-        found.measured.update(part.measured)
-    found.cost = {key: math.fsum(part.cost[key] for part in parts) for key in found.cost}
 
 
 def _save(found: Sensitivity, store: Path) -> None:

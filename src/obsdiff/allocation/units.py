@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from obsdiff.errors import UserError
 from obsdiff.models.wiring import WiredGroups, Wiring
 from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured
+from obsdiff.pruning.options import Limits
 from obsdiff.pruning.plan import Plan, kept_groups
 
 STEP = 0.01  # between two ratios of an unstructured layer
-HIGHEST = 0.98  # of unstructured ratios, unless a ceiling says otherwise
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the caller fixes in advance; keys and rules are shell-style name patterns.
-
-    Attributes:
-        floors: Least share to remove, by name pattern; the last that matches holds.
-        ceilings: Largest share to remove, by name pattern; the last that matches holds.
-        share: Each rule's layers (or modules) share one value.
-    """
-
-    floors: Mapping[str, float] = field(default_factory=dict)
-    ceilings: Mapping[str, float] = field(default_factory=dict)
-    share: Sequence[str] = field(default_factory=list)
+HIGHEST = 0.98  # of unstructured ratios, unless a ceiling says otherwise or the total comes near it
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,8 @@ def _shared(names: Sequence[str], rules: Sequence[str]) -> list[tuple[str, ...]]
 
 def _options(pattern: Pattern, groups: WiredGroups | None, name: str, limits: Limits) -> list[Pattern]:
     floor = _limit(limits.floors, name, 0.0, "floor")
-    ceiling = _limit(limits.ceilings, name, HIGHEST if isinstance(pattern, Unstructured) else 1.0, "ceiling")
+    highest = max(HIGHEST, (1 + pattern.ratio) / 2) if isinstance(pattern, Unstructured) else 1.0
+    ceiling = _limit(limits.ceilings, name, highest, "ceiling")
     if floor > ceiling:
         raise UserError(f"{name}: its floor {floor:g} is above its ceiling {ceiling:g}")
     if isinstance(pattern, Unstructured):

@@ -7,8 +7,10 @@ from obsdiff.criteria.base import Method, Problem, Solution
 from obsdiff.errors import UserError
 
 METHODS: dict[str, Method] = {
-    "obs": Method(obs.solve, refit=True, refit_steps=obs.REFIT_STEPS, structured="obs", centred=True),
-    "admm": Method(admm.solve, refit=True, centred=True),
+    "obs": Method(
+        obs.solve, refit=True, refit_steps=obs.REFIT_STEPS, structured="obs", centred=True, allocation="measured"
+    ),
+    "admm": Method(admm.solve, refit=True, centred=True, allocation="measured"),
     "sparsegpt": Method(sparsegpt.solve, weighting="uniform"),
     "wanda": Method(wanda.solve),
     "magnitude": Method(magnitude.solve, needs_statistics=False, structured="magnitude"),

@@ -58,6 +58,7 @@ class Method:
         structured: How it chooses heads and neurons ("obs", "magnitude", "random"), or None.
         weighting: Timestep weights it asks of a calibration made for it.
         centred: Whether it selects on centred inputs where the refit lets the biases take up the mean.
+        allocation: How sparsity is shared out among layers by default: baselines are published with uniform ratios.
     """
 
     solve: Callable[[Problem], list[Solution]]
@@ -67,3 +68,4 @@ class Method:
     structured: str | None = None
     weighting: str = "log_decrease"
     centred: bool = False
+    allocation: str = "uniform"

@@ -18,7 +18,7 @@ from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
 from obsdiff.evaluation.sampling import sample
 from obsdiff.ranks import from_all, rank, wait_for_all, world_size
 
-UNGUIDED = {"guidance_scale": 1.0}
+UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class References:
     alignment: str | None
 
 
-def sample_shared(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, **call: Any) -> Tensor:
+def sample_shared(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, quiet: bool = True, **call: Any
+) -> Tensor:
     """All images on every process, each process drawing its share; an image depends on its own seed only.
 
     Every process draws equally many (the last image again where they do not divide), since a sharded denoiser runs on
@@ -59,7 +61,8 @@ def sample_shared(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch
     """
     count = -(-len(prompts) // world_size())
     chosen = [min(rank() * count + i, len(prompts) - 1) for i in range(count)]
-    mine = sample(pipe, [prompts[i] for i in chosen], [seeds[i] for i in chosen], batch_size=batch_size, call=call)
+    own_prompts, own_seeds = [prompts[i] for i in chosen], [seeds[i] for i in chosen]
+    mine = sample(pipe, own_prompts, own_seeds, batch_size=batch_size, call=call, quiet=quiet)
     return torch.cat(from_all(mine))[: len(prompts)]
 
 

@@ -98,7 +98,7 @@ def recovered_report(
     errors = manifest.get("layer_error", {})
     report: dict[str, Any] = {
         "pipeline": module.start.dense,
-        **{key: manifest.get(key) for key in ("method", "pattern", "refit", "seed")},
+        **{key: manifest.get(key) for key in ("method", "pattern", "rule", "refit", "seed", "allocation")},
         "device": str(module.device),
         "versions": versions(),
         "calibration": manifest.get("statistics"),

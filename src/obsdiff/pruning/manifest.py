@@ -37,6 +37,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "plan": {name: str(pattern) for name, pattern in report.plan.entries.items()},
         "rule": report.plan.rule,
         "budget": report.plan.budget,
+        "allocation": report.allocation,
         "sparsity": report.sparsity,
         "sparsity_per_layer": report.sparsity_per_layer,
         "layer_error": report.layer_error,

@@ -47,11 +47,12 @@ class PruneReport:
         sparsity_per_layer: Share of zeros by layer, or share of heads or neurons removed by module.
         parameters: Of the denoiser: "dense", "pruned" (what is left), "nonzero".
         layer_error: Relative weighted output error by layer; empty if nothing was measured.
-        time_s: Seconds: "calibrate", "forward_only", "solve", "total".
+        time_s: Seconds: "calibrate", "forward_only", "allocate", "solve", "total".
         fingerprint: Of the statistics, or None.
         shrunk: New shapes, or None.
         packages: Calibration passes.
         model: Hash of the dense denoiser.
+        allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
     """
 
     pattern: Pattern
@@ -68,6 +69,7 @@ class PruneReport:
     shrunk: Mapping[str, Any] | None = None
     packages: int = 1
     model: str | None = None
+    allocation: Mapping[str, Any] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -175,7 +177,12 @@ def refuse_pruned(wiring: Wiring) -> None:
             raise UserError(f"this pipeline is pruned already ({share:.0%} of {layer} is zero); {hint}")
 
 
-def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int) -> None:
+def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) -> None:
+    """Refuse what no statistics can make possible.
+
+    Raises:
+        UserError: The method cannot do it, or an option is out of range.
+    """
     method = find_method(options.method)
     if isinstance(pattern, Structured) and method.structured is None:
         raise UserError(
@@ -187,6 +194,11 @@ def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Cal
         raise UserError(f"calibration.damping is {options.damping:g}; it must be a finite number, at least 0")
     if packages < 1:
         raise UserError(f"calibration.packages is {packages}; it must be at least 1")
+
+
+def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int) -> None:
+    check_solving(pattern, options, packages)
+    method = find_method(options.method)
     if packages > 1 and not callable(statistics):
         raise UserError("several packages calibrate with earlier layers pruned; stored statistics cannot serve them")
     if statistics is None and (method.needs_statistics or options.refits):

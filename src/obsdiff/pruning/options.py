@@ -1,8 +1,10 @@
-"""How to calibrate and how to evaluate: the part of the options that pruning and recovery share."""
+"""What pruning is asked for. The dataclasses are the schema of command line and YAML alike; ``prune`` and the one-shot
+stage of a recovery share them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -54,3 +56,102 @@ class EvaluationOptions:
     column: str | None = None
     seed: int = 1000
     batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How layers' sensitivity is measured, for the measured allocation.
+
+    Args:
+        levels: Shares removed at which the denoiser runs; default: 0.5, 0.8, 0.98 (structured: 0.25, 0.5, 0.75).
+        triples: Recorded (latent, step, prompt) triples to measure on; default: 160, or fewer where the scan would run
+            the denoiser on more than 12 times what a calibration pass does.
+    """
+
+    levels: Sequence[float] | None = None
+    triples: int | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an allocation may not change; keys and rules are shell patterns of names.
+
+    Args:
+        floors: Least share to remove; the last pattern that matches a name holds.
+        ceilings: Largest share to remove; the last pattern that matches a name holds; 0 spares a layer.
+        share: The layers (structured: modules) that one of these patterns matches get the same value.
+    """
+
+    floors: Mapping[str, float] = field(default_factory=dict)
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    share: Sequence[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class PruningOptions:
+    """Prune in one shot.
+
+    Args:
+        pattern: unstructured:RATIO, N:M, structured:RATIO, or structured:heads=R,ffn=R[,multiple_of=W].
+        method: obs, admm, sparsegpt, wanda, magnitude or random.
+        plan: YAML file with a pattern by layer, such as an earlier run's plan.yaml; stands in place of pattern.
+        allocation: uniform (every layer the same), measured (by a sensitivity scan, where it hurts least) or owl (by
+            outliers of each block). Default: measured for obs and admm, but uniform for N:M, for several packages and
+            for the other methods, which are published so.
+        budget: sparsity:SHARE (of the chosen layers, removed), parameters:SHARE, flops:SHARE or latency:SHARE (of the
+            denoiser, kept; the last two for structured patterns); of pattern only the kind then counts. Default: what
+            pattern costs when it is uniform.
+        scan: How sensitivity is measured.
+        limits: What an allocation may not change.
+        seed: Seed of calibration noise and of random methods.
+        refit: Least squares on the kept weights; default: on for obs and admm.
+        include: Names of layers (structured: of attention and feed-forward modules) to prune, as shell patterns.
+        exclude: Names to leave alone, as shell patterns.
+        spare_blocks: Blocks to leave alone, negative from the end. Default: first and last for structured patterns,
+            none with the measured allocation.
+        fusion: Ranking of heads over the two streams of joint attention: reciprocal_rank or relative_error.
+        calibration: How layer inputs are measured.
+    """
+
+    pattern: str = "unstructured:0.5"
+    method: str = "obs"
+    plan: str | None = None
+    allocation: str | None = None
+    budget: str | None = None
+    scan: ScanOptions = field(default_factory=ScanOptions)
+    limits: Limits = field(default_factory=Limits)
+    seed: int = 0
+    refit: bool | None = None
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    spare_blocks: list[int] | None = None
+    fusion: str = "reciprocal_rank"
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+
+@dataclass(kw_only=True)
+class PruneOptions(PruningOptions):
+    """Prune a pipeline in one shot.
+
+    Args:
+        pipeline: An embedded pipeline (digits-sd3), a folder, or a hub id (owner/name).
+        output: Folder for the results; must be new, empty, or (with overwrite) an earlier run.
+        device: Such as cpu or cuda; with several processes (torchrun) each takes its own cuda device.
+        dtype: float32, bfloat16 or float16; statistics and solves are float32 always. Default: as saved by an earlier
+            run, else float32.
+        statistics: Folder to keep the calibration in; an existing one is used instead of calibrating again.
+        sensitivity: Folder to keep the scan in; an existing one is used instead of scanning again.
+        overwrite: Replace an earlier run in the output folder.
+        prune_again: Allow a pipeline that is pruned already.
+        evaluation: How the result is measured.
+    """
+
+    pipeline: str
+    output: str
+    device: str = "cpu"
+    dtype: str | None = None
+    statistics: str | None = None
+    sensitivity: str | None = None
+    overwrite: bool = False
+    prune_again: bool = False
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)

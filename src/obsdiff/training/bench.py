@@ -15,8 +15,8 @@ from obsdiff.diffusion.distill import output_loss
 from obsdiff.models.calling import call_denoiser, drop_prompts
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.pruning.folder import load_pipeline
-from obsdiff.pruning.options import EvaluationOptions
-from obsdiff.training.options import Objective, PruningOptions
+from obsdiff.pruning.options import EvaluationOptions, PruningOptions
+from obsdiff.training.options import Objective
 from obsdiff.training.recovery import Recovery
 from obsdiff.versions import versions
 
@@ -49,7 +49,7 @@ def _recovery(pipeline: str, pattern: str, output: Path) -> Recovery:
     return Recovery(
         pipeline,
         str(output),
-        PruningOptions(pattern, method="magnitude"),
+        PruningOptions(pattern=pattern, method="magnitude"),
         Objective(distill_output=1.0),
         evaluation=EvaluationOptions(num_images=0),
     )

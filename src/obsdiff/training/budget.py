@@ -45,11 +45,17 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
     """
     times, settings = manifest.get("time_s", {}), manifest.get("statistics") or {}
     halves = 2 if (settings.get("guidance_scale") or 0) > 1 else 1
-    calls = manifest.get("packages", 1) * settings.get("num_prompts", 0) * (settings.get("steps") or 0) * halves
-    calibration, solving = float(times.get("calibrate", 0.0)), float(times.get("solve", 0.0))
+    calls = manifest.get("packages", 1) * settings.get("num_prompts", 0) * (settings.get("steps") or 0)
+    scan = (manifest.get("allocation") or {}).get("scan", {})
+
+    def cost(stage: str, calls: float) -> Cost:
+        wall_s = float(times.get(stage, 0.0))
+        return Cost(0, 0, calls * halves * flops, wall_s * processes, wall_s)
+
     return {
-        "calibration": Cost(0, 0, calls * flops, calibration * processes, calibration),
-        "solving": Cost(0, 0, 0.0, solving * processes, solving),
+        "calibration": cost("calibrate", calls),
+        "allocation": cost("allocate", scan.get("denoiser_calls", 0)),
+        "solving": cost("solve", 0),
     }
 
 

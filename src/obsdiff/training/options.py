@@ -4,37 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from obsdiff.pruning.options import CalibrationOptions
-
-
-@dataclass
-class PruningOptions:
-    """The one-shot stage before training; the fields mean what they mean to ``prune``.
-
-    Args:
-        pattern: unstructured:RATIO, N:M, structured:RATIO, or structured:heads=R,ffn=R[,multiple_of=W].
-        method: obs, admm, sparsegpt, wanda, magnitude or random.
-        seed: Seed of calibration noise and of random methods.
-        refit: Least squares on the kept weights; default: the method's own.
-        include: Names of layers (structured: of attention and feed-forward modules) to prune, as shell patterns.
-        exclude: Names to leave alone, as shell patterns.
-        spare_blocks: Blocks to leave alone, negative from the end. Default: first and last for structured patterns.
-        fusion: Ranking of heads over the two streams of joint attention: reciprocal_rank or relative_error.
-        plan: Plan file with a pattern for each layer, as a prune run writes it; in place of ``pattern``.
-        calibration: How layer inputs are measured.
-    """
-
-    pattern: str = "unstructured:0.5"
-    method: str = "obs"
-    seed: int = 0
-    refit: bool | None = None
-    include: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
-    spare_blocks: list[int] | None = None
-    fusion: str = "reciprocal_rank"
-    plan: str | None = None
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-
 
 @dataclass
 class Objective:

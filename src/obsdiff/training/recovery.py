@@ -24,11 +24,11 @@ from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.pruning.folder import load_pipeline
-from obsdiff.pruning.options import EvaluationOptions
+from obsdiff.pruning.options import EvaluationOptions, PruningOptions
 from obsdiff.ranks import from_all, full_tensor, keyed_generator, rank, world_size
 from obsdiff.training.budget import Cost, calibration_cost, step_flops
 from obsdiff.training.objectives import TEACHER_TERMS, check_objective, loss_terms
-from obsdiff.training.options import Objective, Optimization, PruningOptions, Trained
+from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.stage import Start, start_from
 
 REFERENCES = "references.safetensors"

@@ -9,24 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from obsdiff.criteria import find_method
-from obsdiff.data.prompts import load_prompts
+from obsdiff.allocation.planning import rule_of
+from obsdiff.allocation.stage import announce, calibration_prompts, measures, prepare, prune_stage
 from obsdiff.errors import UserError
 from obsdiff.files import read_json, whole_folder, write_json
-from obsdiff.models.info import info_of
-from obsdiff.models.wiring import denoiser_of, wire
-from obsdiff.obs.pattern import parse_pattern
-from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.folder import MASKS, load_pipeline, run_folder, write_pipeline
 from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.pruning.masks import load_masks
-from obsdiff.pruning.oneshot import prune, refuse_pruned
-from obsdiff.pruning.planfile import read_plan
-from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.options import PruningOptions
 from obsdiff.ranks import rank, wait_for_all
-from obsdiff.training.options import PruningOptions
 
-PRUNED, STATISTICS = "pruned", "statistics"
+PRUNED, STATISTICS, SENSITIVITY = "pruned", "statistics", "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,8 @@ def start_from(
     Args:
         pipeline: The dense pipeline, or a prune run's folder (then ``options`` must be None).
         options: How to prune; None takes the pipeline as it is.
-        output: The run's folder; the pruned pipeline is kept in ``pruned``, the calibration in ``statistics``.
+        output: The run's folder; the pruned pipeline is kept in ``pruned``, the calibration in ``statistics``, the
+            scan of a measured allocation in ``sensitivity``.
         device: Where to calibrate and train.
         may_prune: Prune if it was not done before (fit), instead of refusing (validate, test, predict).
         overwrite: Prune again if an earlier run in ``output`` pruned otherwise.
@@ -82,56 +76,22 @@ def start_from(
             )
     elif not may_prune:
         raise UserError(f"{folder} not found; run fit first, with the same --model.output")
-    _prune(pipeline, options, folder, output / STATISTICS, device, wanted)
+    _prune(pipeline, options, output, folder, device, wanted)
     return _opened(folder, pipeline, device)
 
 
 def _prune(
-    pipeline: str, options: PruningOptions, folder: Path, store: Path, device: str, request: Mapping[str, Any]
+    pipeline: str, options: PruningOptions, output: Path, folder: Path, device: str, request: Mapping[str, Any]
 ) -> None:
     """Calibrate and prune on all processes, and keep the result."""
-    pattern, method, settings = parse_pattern(options.pattern), find_method(options.method), options.calibration
     pipe = load_pipeline(pipeline, device=device)
-    wiring = wire(denoiser_of(pipe))
-    refuse_pruned(wiring)
-    plan = None if options.plan is None else read_plan(options.plan, wiring)
-    source = settings.prompts or info_of(pipe).prompts.get("calibration")
-    if source is None:
-        raise UserError("give --model.pruning.calibration.prompts: a file, a dataset (owner/name), or an embedded set")
-    prompts = load_prompts(source, settings.column, settings.num_prompts, options.seed)
-
-    def measure(sites: set[str]) -> Statistics:
-        return calibrate(
-            pipe,
-            prompts,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            weighting=settings.weighting or method.weighting,
-            tokens=settings.tokens,
-            batch_size=settings.batch_size,
-            seed=options.seed,
-            store=store if settings.packages == 1 else None,
-            sites=None if settings.packages == 1 else sites,
-            quiet=rank() > 0,
-        )
-
-    refits = method.refit if options.refit is None else options.refit
-    measured = method.needs_statistics or refits
-    report = prune(
-        pipe,
-        plan or pattern,
-        method=options.method,
-        statistics=None if not measured else measure if settings.packages > 1 else measure(set()),
-        refit=options.refit,
-        include=options.include,
-        exclude=options.exclude,
-        spare_blocks=options.spare_blocks,
-        packages=settings.packages,
-        seed=options.seed,
-        damping=settings.damping,
-        fusion=options.fusion,
-        quiet=rank() > 0,
-    )
+    wiring, plan = prepare(pipe, options)
+    prompts = calibration_prompts(pipe, options)
+    store = output / STATISTICS if options.calibration.packages == 1 and measures(options, None) else None
+    scan = output / SENSITIVITY if rule_of(options) == "measured" else None
+    if rank() == 0:
+        announce(pipe, wiring, plan, options, len(prompts), store)
+    report = prune_stage(pipe, options, prompts, statistics=store, sensitivity=scan, quiet=rank() > 0)
     if rank() == 0:
         with whole_folder(folder, replace=True) as temporary:
             write_pipeline(pipe, temporary, report)

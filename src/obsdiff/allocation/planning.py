@@ -1,0 +1,102 @@
+"""Which plan pruning options ask for: a file's, the uniform one, or one allocated under a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from obsdiff.allocation.allocate import check_request, triples_of
+from obsdiff.allocation.budget import parse_budget
+from obsdiff.allocation.scan import passes_needed
+from obsdiff.allocation.units import make_units
+from obsdiff.criteria import find_method
+from obsdiff.errors import UserError
+from obsdiff.models.wiring import Wiring
+from obsdiff.obs.pattern import NM, parse_pattern
+from obsdiff.pruning.oneshot import check_solving
+from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
+from obsdiff.pruning.plan import Plan, make_plan
+from obsdiff.pruning.planfile import parse_plan, read_plan
+from obsdiff.pruning.solve import SolveOptions
+
+
+def rule_of(options: PruningOptions) -> str:
+    """The allocation rule; the default is the method's own, which asks for one calibration of the dense model.
+
+    N:M stays uniform by default: kernels that use it are made for one N, and a mixture holds others.
+    """
+    if options.allocation is not None:
+        return options.allocation
+    if options.plan is not None or options.calibration.packages > 1 or isinstance(parse_pattern(options.pattern), NM):
+        return "uniform"
+    return find_method(options.method).allocation
+
+
+def solve_options(options: PruningOptions) -> SolveOptions:
+    """How layers are solved."""
+    return SolveOptions(options.method, options.refit, options.seed, options.calibration.damping, options.fusion)
+
+
+def allocates(options: PruningOptions) -> bool:
+    """Whether statistics and a budget decide, not the pattern alone."""
+    return rule_of(options) != "uniform" or options.budget is not None
+
+
+def check_options(options: PruningOptions, statistics: Path | None = None, sensitivity: Path | None = None) -> None:
+    """Refuse what needs no pipeline to refuse: contradictions, unknown names, unreadable files.
+
+    Args:
+        options: What is asked for.
+        statistics, sensitivity: Folders to keep calibration and scan in, if the user named any.
+
+    Raises:
+        UserError: The request cannot be met.
+    """
+    pattern = parse_pattern(options.pattern) if options.plan is None else parse_plan(options.plan)[0].pattern
+    check_solving(pattern, solve_options(options), options.calibration.packages)
+    rule, packages = rule_of(options), options.calibration.packages
+    check_request(rule, options.scan)
+    if options.budget is not None:
+        parse_budget(options.budget)
+    if packages > 1 and statistics is not None:
+        raise UserError(
+            "several packages calibrate with earlier layers pruned, which a statistics folder cannot hold; "
+            "leave out --statistics or use --calibration.packages 1"
+        )
+    if options.plan is not None:
+        chosen = options.include or options.exclude or options.spare_blocks is not None
+        if options.allocation is not None or options.budget is not None or options.limits != Limits() or chosen:
+            raise UserError(
+                "a plan names its layers and their patterns; leave out allocation, budget, limits, include, exclude "
+                "and spare_blocks, or the plan"
+            )
+    if packages > 1 and allocates(options):
+        raise UserError("an allocation goes by one calibration of the dense model; use --calibration.packages 1")
+    if rule != "measured" and (options.scan != ScanOptions() or sensitivity is not None):
+        raise UserError("sensitivity and scan options belong to --allocation measured")
+    if options.limits != Limits() and not allocates(options):
+        raise UserError("floors, ceilings and shared values need --allocation measured or owl, or a --budget")
+
+
+def first_plan(wiring: Wiring, options: PruningOptions) -> Plan:
+    """The plan before anything is measured: the file's, or the uniform one.
+
+    Raises:
+        UserError: The plan does not fit the denoiser.
+    """
+    if options.plan is not None:
+        return read_plan(options.plan, wiring)
+    measured = rule_of(options) == "measured"
+    spared: Any = () if measured and options.spare_blocks is None else options.spare_blocks
+    return make_plan(wiring, parse_pattern(options.pattern), options.include, options.exclude, spared)
+
+
+def describe_scan(wiring: Wiring, plan: Plan, options: PruningOptions, prompts: int, steps: int) -> str:
+    """For people: what a sensitivity scan is about to run, unless its folder holds it already."""
+    units = make_units(wiring, plan, Limits(share=options.limits.share))
+    triples = triples_of(wiring, units, options.scan, prompts * steps)
+    passes = passes_needed(wiring, units, options.scan.levels) * triples / (prompts * steps)
+    return (
+        f"sensitivity scan: {len(units)} layers or groups on {triples} recorded calls, {passes:.1f} times the denoiser "
+        "calls of a calibration pass"
+    )

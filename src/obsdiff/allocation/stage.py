@@ -1,0 +1,186 @@
+"""The one-shot stage as options ask for it: calibrate, allocate, prune. Prune runs and recoveries share it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from obsdiff.allocation.allocate import allocate
+from obsdiff.allocation.planning import allocates, check_options, describe_scan, first_plan, rule_of, solve_options
+from obsdiff.criteria import find_method
+from obsdiff.data.prompts import load_prompts
+from obsdiff.errors import UserError
+from obsdiff.models.info import call_arguments, info_of
+from obsdiff.models.wiring import Wiring, denoiser_of, wire
+from obsdiff.obs.hessian import weight_matrices
+from obsdiff.pruning.calibrate import calibrate
+from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
+from obsdiff.pruning.options import PruningOptions
+from obsdiff.pruning.plan import Plan, describe, packages_of
+from obsdiff.pruning.planfile import kinds_of
+from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
+
+
+def calibration_prompts(pipe: Any, options: PruningOptions) -> list[str]:
+    """The prompts that the options name, else the pipeline's own.
+
+    Raises:
+        UserError: There are none.
+    """
+    calibration = options.calibration
+    source = calibration.prompts or info_of(pipe).prompts.get("calibration")
+    if source is None:
+        raise UserError("give calibration.prompts: a file, a dataset (owner/name), or an embedded set")
+    return list(load_prompts(source, calibration.column, calibration.num_prompts, options.seed))
+
+
+def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tuple[Wiring, Plan]:
+    """The wiring, and the plan before anything is measured.
+
+    Raises:
+        UserError: The plan does not fit, or the pipeline is pruned already.
+    """
+    wiring = wire(denoiser_of(pipe))
+    plan = first_plan(wiring, options)
+    if not prune_again:
+        refuse_pruned(wiring)
+    return wiring, plan
+
+
+def measures(options: PruningOptions, statistics: Path | None) -> bool:
+    """Whether the stage calibrates: the method needs it, or a folder was named to keep it in."""
+    method = find_method(options.method)
+    refits = method.refit if options.refit is None else options.refit
+    return method.needs_statistics or refits or statistics is not None or allocates(options)
+
+
+def prune_stage(
+    pipe: Any,
+    options: PruningOptions,
+    prompts: Sequence[str],
+    *,
+    statistics: Path | None = None,
+    sensitivity: Path | None = None,
+    prune_again: bool = False,
+    quiet: bool = True,
+) -> PruneReport:
+    """Prune a pipeline in place as the options ask; on all processes alike where there are several.
+
+    Args:
+        pipe: The dense pipeline. If anything fails, no weight has changed.
+        options: What is asked for.
+        prompts: For the calibration.
+        statistics, sensitivity: Folders to keep calibration and scan in, or to find them.
+        prune_again: Allow a pipeline that is pruned already.
+        quiet: No progress bars.
+
+    Returns:
+        What was done; its ``allocation`` and ``time_s["allocate"]`` say how an allocated plan came about.
+
+    Raises:
+        UserError: The request cannot be met.
+    """
+    check_options(options, statistics, sensitivity)
+    _, plan = prepare(pipe, options, prune_again)
+    settings, solving = options.calibration, solve_options(options)
+
+    def measure(sites: set[str] | None) -> Statistics:
+        return calibrate(
+            pipe,
+            prompts,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            weighting=weighting_of(options, statistics),
+            tokens=settings.tokens,
+            batch_size=settings.batch_size,
+            seed=options.seed,
+            store=statistics,
+            sites=sites,
+            quiet=quiet,
+        )
+
+    found: Any = measure if measures(options, statistics) else None
+    if allocates(options) or statistics is not None:
+        found = measure(None)  # a store serves every pattern and method, and an allocation asks about every layer
+    record, allocate_s = None, 0.0
+    if allocates(options):
+        started = time.perf_counter()
+        allocation = allocate(
+            pipe,
+            options.pattern,
+            found,
+            prompts,
+            rule=rule_of(options),
+            budget=options.budget,
+            options=solving,
+            scanning=options.scan,
+            store=sensitivity,
+            limits=options.limits,
+            include=options.include,
+            exclude=options.exclude,
+            spare_blocks=options.spare_blocks,
+            batch_size=settings.batch_size,
+            quiet=quiet,
+        )
+        plan, record = allocation.plan, allocation.record
+        earlier_s = 0.0 if allocation.sensitivity is None else allocation.sensitivity.earlier_s
+        allocate_s = earlier_s + time.perf_counter() - started
+    report = prune(
+        pipe,
+        plan,
+        method=options.method,
+        statistics=found,
+        refit=options.refit,
+        packages=settings.packages,
+        seed=options.seed,
+        damping=settings.damping,
+        fusion=options.fusion,
+        prune_again=prune_again,
+        quiet=quiet,
+    )
+    report.allocation = record
+    report.time_s["allocate"] = allocate_s
+    return report
+
+
+def weighting_of(options: PruningOptions, statistics: Path | None) -> str:
+    """Timestep weights: as asked, else those of a finished store (which serves every method), else the method's own."""
+    stored = None
+    if statistics is not None and (statistics / INDEX).exists():
+        stored = str(open_statistics(statistics).fingerprint.get("weighting"))
+    return options.calibration.weighting or stored or find_method(options.method).weighting
+
+
+def announce(
+    pipe: Any, wiring: Wiring, plan: Plan, options: PruningOptions, num_prompts: int, statistics: Path | None
+) -> None:
+    """Say on standard error what is about to happen: layers, passes, memory."""
+    sites = plan.sites(wiring)
+    whole = statistics is not None or allocates(options)
+    chosen = [site for site in wiring.sites if whole or site.name in sites]
+    numbers = [weight_matrices(wiring.layer(site.name)).shape for site in chosen]
+    hessians = sum(4 * groups * columns**2 for groups, _, columns in numbers)
+    what = describe(plan.pattern)
+    if allocates(options):
+        what = f"{rule_of(options)} allocation, budget {options.budget or f'as uniform {plan.pattern}'}"
+    elif options.plan is not None:
+        what = f"plan {options.plan}, {kinds_of(plan)}"
+    lines = [
+        f"{info_of(pipe).source}: {what}; {len(plan.entries)} {'modules' if plan.structured else 'layers'}, "
+        f"{len(sites)} distinct inputs, method {options.method}"
+    ]
+    settings = options.calibration
+    call = call_arguments(pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
+    steps = int(call.get("num_inference_steps") or 1)
+    if measures(options, statistics):
+        passes = len(packages_of(wiring, plan, settings.packages))
+        lines.append(
+            f"calibration: {num_prompts} prompts x {steps} steps, guidance {call.get('guidance_scale')}, "
+            f"{passes} pass{'es' if passes > 1 else ''}; Hessians take {hessians / passes / 2**20:,.0f} MiB"
+        )
+    if rule_of(options) == "measured":
+        lines.append(describe_scan(wiring, plan, options, num_prompts, steps))
+    print("\n".join(lines), file=sys.stderr)
