@@ -136,6 +136,9 @@ def test_a_store_is_continued_and_refused_if_it_is_another(setting, tmp_path):
         given = {"statistics": statistics, "options": options, "prompts": "p", "levels": LEVELS, **other}
         with pytest.raises(obsdiff.UserError, match="belongs to another model or other settings"):
             scan(wiring, units, probe=probe, store=tmp_path, **given)
+    for pattern in ("2:4", "structured:0.5"):  # layers have the same names there, but other curves
+        with pytest.raises(obsdiff.UserError, match="belongs to another model or other settings"):
+            scan(wiring, units_of(wiring, pattern), statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
     content = json.loads((tmp_path / FILE).read_text())
     del content["units"][units[0].name]["solved"]
     (tmp_path / FILE).write_text(json.dumps(content))
@@ -177,7 +180,7 @@ def test_members_of_a_unit_are_pruned_together(setting):
 
 
 def test_two_processes_find_the_same(tmp_path):
-    """Each measures half of the layers; both end with all of them."""
+    """Each measures half of the layers, both end with all of them; and one clock decides for both."""
     script = tmp_path / "two.py"
     script.write_text(
         "import sys, torch, obsdiff\n"
@@ -190,8 +193,13 @@ def test_two_processes_find_the_same(tmp_path):
         "units = units_of(wiring, 'unstructured:0.5')[:7]\n"
         "found = scan(wiring, units, statistics, SolveOptions('magnitude'), probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
+        "from obsdiff.allocation.allocate import allocate\n"
+        "clock = lambda calls: [3000.0 * rank + sum(p.numel() for p in c.func.parameters()) for c in calls]\n"
+        "pattern = 'structured:heads=0.3,ffn=0.3,multiple_of=1'\n"
+        "plan = allocate(pipe, pattern, statistics, PROMPTS, rule='uniform', budget='latency:0.8', spare_blocks=(),\n"
+        "                clock=clock).plan\n"
         "torch.distributed.barrier(); torch.distributed.destroy_process_group()\n"
-        "print(json.dumps(found.measured, sort_keys=True))\n"
+        "print(json.dumps([found.measured, {k: str(p) for k, p in plan.entries.items()}], sort_keys=True))\n"
     )
     from pathlib import Path
 
@@ -208,4 +216,4 @@ def test_two_processes_find_the_same(tmp_path):
     assert all(process.returncode == 0 for process in running), failures
     first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
     stored = json.loads((tmp_path / "store" / FILE).read_text())["units"]
-    assert first == second and len(first) == 7 and set(stored) == set(first)
+    assert first == second and len(first[0]) == 7 and set(stored) == set(first[0])

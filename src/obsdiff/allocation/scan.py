@@ -15,7 +15,7 @@ from obsdiff.allocation.units import Unit, removed
 from obsdiff.errors import UserError
 from obsdiff.files import read_json, write_json
 from obsdiff.models.wiring import Wiring
-from obsdiff.obs.pattern import Pattern, Structured
+from obsdiff.obs.pattern import NM, Pattern, Structured
 from obsdiff.progress import track
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics, check_fingerprint
@@ -23,7 +23,7 @@ from obsdiff.pruning.surgery import Edits
 from obsdiff.ranks import rank, solved_in_turn, world_size
 
 FILE = "sensitivity.json"
-FORMAT = 1
+FORMAT = 2
 SAVE_EVERY_S = 30.0
 SOLVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)  # shares at which layers are solved
 MEASURED = (0.5, 0.8, 0.98)  # and those at which the denoiser runs; the last is the highest ratio: no extrapolation
@@ -108,7 +108,7 @@ def scan(
     Raises:
         UserError: The store was made with other statistics or settings.
     """
-    fingerprint = _fingerprint(statistics, options, len(probe), prompts, levels)
+    fingerprint = _fingerprint(units, statistics, options, len(probe), prompts, levels)
     found = (_open(store, fingerprint) if store is not None else None) or Sensitivity(fingerprint, triples=len(probe))
     found.earlier_s = found.cost["scan_s"]
     missing = [unit for unit in units if unit.name not in found.measured]
@@ -169,9 +169,16 @@ def _measure(unit: Unit, restart: Restart, solver: Solver, levels: Sequence[floa
 
 
 def _fingerprint(
-    statistics: Statistics, options: SolveOptions, triples: int, prompts: str, levels: Sequence[float] | None
+    units: Sequence[Unit],
+    statistics: Statistics,
+    options: SolveOptions,
+    triples: int,
+    prompts: str,
+    levels: Sequence[float] | None,
 ) -> dict[str, Any]:
+    sparsest = units[0].options[-1]  # options begin dense, which N:M has no pattern of its own for
     return {
+        "kind": f"N:{sparsest.m}" if isinstance(sparsest, NM) else type(sparsest).__name__.lower(),
         "statistics": dict(statistics.fingerprint),
         "method": options.method,
         "refit": options.refits,
@@ -215,7 +222,9 @@ def _open(store: Path, fingerprint: Mapping[str, Any]) -> Sensitivity | None:
     content = read_json(store / FILE, "a sensitivity scan")
     try:
         if content["format"] != FORMAT:
-            raise UserError(f"{store} was written in format {content['format']}; this version reads {FORMAT}")
+            raise UserError(
+                f"{store} was written in format {content['format']}; this version reads {FORMAT}; delete it"
+            )
         check_fingerprint(content["fingerprint"], fingerprint, store, "the sensitivity scan")
         return Sensitivity(
             dict(content["fingerprint"]),

@@ -1,0 +1,26 @@
+"""``obsdiff prune`` under torchrun: two processes share the work, one writes, the plan is the same as of one."""
+
+import json
+
+from safetensors.torch import load_file
+
+from obsdiff.cli.main import main
+from tests.cli.test_commands import ARTIFACTS, QUICK, ROOT
+from tests.training.test_several_processes import run_two
+
+
+def test_two_processes_write_one_result(pipe_folder, tmp_path):
+    options = ["--pipeline", str(pipe_folder), *QUICK, "--pattern", "unstructured:0.6", "--calibration.batch_size", "2"]
+    scan = ["--scan.levels", "[0.5,0.9]", "--scan.triples", "4", "--sensitivity"]
+    run_two(ROOT / "prune.py", *options, *scan, tmp_path / "scan2", "--output", tmp_path / "two")
+    main(["prune", *options, *scan, str(tmp_path / "scan1"), "--output", str(tmp_path / "one")])
+    assert {path.name for path in (tmp_path / "two").iterdir()} == ARTIFACTS | {"ratios.png"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "scan1", "scan2", "two"]
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
+    assert two["rule"] == "measured" and two["sparsity"]["achieved"] == one["sparsity"]["achieved"]
+    assert two["sparsity"]["per_layer"] == one["sparsity"]["per_layer"]
+    assert two["allocation"]["scan"]["passes"] >= one["allocation"]["scan"]["passes"]
+    masks = [load_file(tmp_path / name / "masks.safetensors") for name in ("one", "two")]
+    assert masks[0].keys() == masks[1].keys()
+    assert all(bool((masks[0][name] == masks[1][name]).all()) for name in masks[0])
+    assert abs(two["fidelity"]["mse"] - one["fidelity"]["mse"]) < 1e-3 * one["fidelity"]["mse"]
