@@ -23,7 +23,9 @@ ALL_LOSSES = (
 def test_a_run_leaves_a_pipeline_that_loads_and_a_whole_report(pipe_folder, tmp_path, pattern, images):
     fit(pipe_folder, tmp_path / "run", *ALL_LOSSES, pattern=pattern)
     folder = tmp_path / "run" / "recovered"
+    measured = pattern != "2:4"  # N:M stays uniform unless asked
     expected = {"pipeline", "pruning.json", "masks.safetensors", "report.json", "report.md", "samples.png"}
+    expected |= {"ratios.png"} if measured else set()
     assert {path.name for path in folder.iterdir()} == expected
     report = json.loads((folder / "report.json").read_text())
     assert report["recovery"]["steps"] == 6
@@ -31,7 +33,6 @@ def test_a_run_leaves_a_pipeline_that_loads_and_a_whole_report(pipe_folder, tmp_
         assert f"{key}_before" in report["recovery"] and f"{key}_after" in report["recovery"]
     assert report["budget"]["limit"] == {"steps": 6}
     assert set(report["budget"]["used"]) == {"calibration", "allocation", "solving", "recovery"}
-    measured = pattern != "2:4"  # N:M stays uniform unless asked
     assert (report["allocation"] is not None) is measured
     assert (report["budget"]["used"]["allocation"]["denoiser_flops"] > 0) is measured
     assert report["budget"]["used"]["recovery"]["images"] == 24

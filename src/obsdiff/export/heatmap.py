@@ -1,45 +1,41 @@
-"""A plan as a picture: the share removed by layer and block."""
+"""What was pruned as a picture: the share removed by layer and block."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from obsdiff.models.wiring import WiredGroups, Wiring
-from obsdiff.obs.pattern import Pattern, Structured
-from obsdiff.pruning.plan import Plan, kept_groups
+from obsdiff.models.wiring import Wiring
 
 
-def ratio_table(wiring: Wiring, plan: Plan) -> tuple[list[str], list[list[float | None]]]:
+def ratio_table(wiring: Wiring, removed: Mapping[str, float]) -> tuple[list[str], list[list[float | None]]]:
     """Names within a block in the order of a forward pass, and per name and block the share removed.
 
-    None where a block has no such layer, or the plan leaves it out.
+    None where a block has no such layer, or it was left alone.
+
+    Args:
+        wiring: Of the dense or of the pruned denoiser.
+        removed: Share removed by layer, or by attention and feed-forward module.
     """
-    modules = {groups.name: groups for groups in wiring.groups}
-    blocks = {name: groups.block for name, groups in modules.items()}
-    if not plan.structured:
+    blocks = {groups.name: groups.block for groups in wiring.groups}
+    if not removed.keys() <= blocks.keys():
         blocks = {layer: site.block for layer, site in wiring.site_of.items()}
-    names = list(dict.fromkeys(_short(wiring, name, block) for name, block in blocks.items()))
+
+    def short(name: str) -> str:
+        return name.removeprefix(f"{wiring.family.blocks}.{blocks[name]}.")
+
+    names = list(dict.fromkeys(map(short, blocks)))
     table: list[list[float | None]] = [[None] * wiring.num_blocks for _ in names]
-    for name, pattern in plan.entries.items():
-        share = _removed(pattern, modules[name]) if plan.structured else pattern.sparsity
-        table[names.index(_short(wiring, name, blocks[name]))][blocks[name]] = share
+    for name, share in removed.items():
+        table[names.index(short(name))][blocks[name]] = share
     return names, table
 
 
-def _short(wiring: Wiring, name: str, block: int) -> str:
-    return name.removeprefix(f"{wiring.family.blocks}.{block}.")
-
-
-def _removed(pattern: Pattern, groups: WiredGroups) -> float:
-    assert isinstance(pattern, Structured)
-    return 1 - kept_groups(groups, pattern) / groups.count
-
-
-def draw_ratios(path: Path, wiring: Wiring, plan: Plan, title: str) -> None:
+def draw_ratios(path: Path, wiring: Wiring, removed: Mapping[str, float], title: str) -> None:
     """A heat map of :func:`ratio_table`, with the percentages written in where they fit."""
     from matplotlib.figure import Figure
 
-    names, table = ratio_table(wiring, plan)
+    names, table = ratio_table(wiring, removed)
     columns = wiring.num_blocks
     figure = Figure(figsize=(2.8 + 0.5 * columns, 1.4 + 0.3 * len(names)), dpi=110, layout="constrained")
     axis = figure.subplots()

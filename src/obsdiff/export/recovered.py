@@ -11,10 +11,11 @@ from torch import Tensor
 
 from obsdiff.errors import UserError
 from obsdiff.evaluation.references import Images, References, measure
+from obsdiff.export.heatmap import draw_ratios
 from obsdiff.export.report import draw_samples
 from obsdiff.files import whole_folder, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.wiring import denoiser_of, wire
 from obsdiff.pruning.folder import MASKS, load_pipeline, write_pipeline_files
 from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.masks import broken_masks, load_masks
@@ -23,6 +24,7 @@ from obsdiff.versions import versions
 
 RESULT = "recovered"
 SHOWN = 8
+EQUAL = (None, "uniform")  # rules that leave nothing to draw
 
 
 def write_recovered(
@@ -65,6 +67,9 @@ def write_recovered(
             write_json(folder / FILE, manifest)
         write_json(folder / "report.json", report)
         write_text(folder / "report.md", render_recovery(report))
+        if report["rule"] not in EQUAL:
+            title = f"{report['pipeline']}, {report['method']}, {start.manifest['budget']}"
+            draw_ratios(folder / "ratios.png", wire(denoiser), start.manifest["sparsity_per_layer"], title)
         if images is not None:
             _draw(folder / "samples.png", module.frozen.refs, images, report)
     return report
@@ -175,6 +180,8 @@ def render_recovery(report: Mapping[str, Any]) -> str:
                 f"| {stage} | {cost['steps']:,.0f} | {cost['images']:,.0f} | {cost['denoiser_flops']:.3g} | "
                 f"{cost['wall_s']:.1f} |"
             )
+    if report["rule"] not in EQUAL:
+        lines += ["", f"Sparsity allocated: {report['rule']}.", "", "![share removed by layer and block](ratios.png)"]
     if "fidelity_after" in recovery:
         lines += ["", "![dense, pruned and recovered, same prompts and seeds](samples.png)"]
     return "\n".join(lines) + "\n"

@@ -125,7 +125,7 @@ def _write(
     write_text(folder / "report.md", render_markdown(report))
     if done.plan.rule != "uniform":
         title = f"{report['pipeline']}, {report['method']}, {done.plan.budget}"
-        draw_ratios(folder / "ratios.png", wiring, done.plan, title)
+        draw_ratios(folder / "ratios.png", wiring, done.sparsity_per_layer, title)
     if images is not None:
         title = f"{report['pipeline']}, {report['pattern']}, {report['method']}"
         rows = {"dense": images.dense, "pruned": images.pruned}
