@@ -29,5 +29,15 @@ def test_bench_scan_prints_one_json_line(capsys, monkeypatch):
     assert found["triples"] == 3 and found["units"] == 21 and found["bare_passes"] > 0
     assert found["ratio"] == pytest.approx(found["scan_s"] / found["calibrate_s"], rel=0.05)
     assert found["rank_correlation"] > 0.8
-    with pytest.raises(SystemExit):
-        main(["bench", "scan", "--triples", "0"])
+    for wrong in (["--triples", "0"], ["--preset", "sd3-tiny-cpu", "--pipeline", "digits-sd3"], ["--pipeline", "none"]):
+        with pytest.raises(SystemExit):
+            main(["bench", "scan", *wrong])
+
+
+def test_bench_scan_takes_a_pipeline(capsys, pipe_folder):
+    capsys.readouterr()
+    scan = ["bench", "scan", "--pipeline", str(pipe_folder), "--num_prompts", "4", "--triples", "6"]
+    main([*scan, "--pattern", "structured:heads=0.3,ffn=0.3,multiple_of=1", "--plans", "6"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["num_prompts"], found["steps"], found["triples"], found["units"]) == (4, 3, 6, 8)
+    assert len(found["predicted"]) == len(found["joint"]) == 6 and all(error > 0 for error in found["joint"])

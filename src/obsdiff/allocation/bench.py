@@ -11,26 +11,78 @@ from obsdiff.allocation.additivity import check_additivity
 from obsdiff.allocation.allocate import default_budget, probe_for, settings_of
 from obsdiff.allocation.budget import costs_of
 from obsdiff.allocation.scan import scan
+from obsdiff.allocation.stage import calibration_prompts
 from obsdiff.allocation.units import make_units
-from obsdiff.evaluation.bench import Preset, build, forward_only
-from obsdiff.models.wiring import wire
+from obsdiff.evaluation.bench import Preset, forward_only
+from obsdiff.models.conditioning import Conditioning, encode_prompts
+from obsdiff.models.info import call_arguments
+from obsdiff.models.wiring import denoiser_of, wire
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.calibrate import calibrate, prompts_hash
-from obsdiff.pruning.options import Limits, ScanOptions
+from obsdiff.pruning.folder import load_pipeline
+from obsdiff.pruning.options import CalibrationOptions, Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import make_plan
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.versions import versions
 
 
-def bench_scan(name: str, preset: Preset, pattern: str, method: str, triples: int | None, plans: int) -> dict[str, Any]:
+def workload_of(
+    pipeline: str,
+    num_prompts: int = 100,
+    steps: int | None = None,
+    batch_size: int = 4,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> tuple[Any, Conditioning, Preset]:
+    """A real pipeline with its own prompts, in place of a preset: the pipeline, encoded prompts, and what is run.
+
+    Raises:
+        UserError: It cannot be loaded, or has no prompts of its own.
+    """
+    pipe = load_pipeline(pipeline, dtype=dtype, device=device)
+    call = call_arguments(pipe, num_inference_steps=steps)
+    prompts = calibration_prompts(pipe, PruningOptions(calibration=CalibrationOptions(num_prompts=num_prompts)))
+    denoiser: Any = denoiser_of(pipe)
+    return (
+        pipe,
+        encode_prompts(pipe, prompts, call),
+        Preset(
+            dict(denoiser.config),
+            int(call.get("max_sequence_length") or 0),
+            num_prompts,
+            int(call["num_inference_steps"]),
+            batch_size,
+            float(call.get("guidance_scale") or 1.0),
+            device,
+            str(denoiser.dtype).removeprefix("torch."),
+        ),
+    )
+
+
+def bench_scan(
+    name: str,
+    pipe: Any,
+    conditioning: Conditioning,
+    preset: Preset,
+    pattern: str,
+    method: str,
+    triples: int | None,
+    plans: int,
+) -> dict[str, Any]:
     """Time a calibration pass and a scan, then compare predicted and measured errors of random plans.
+
+    Args:
+        name: Of the preset or pipeline.
+        pipe, conditioning, preset: What to run (:func:`obsdiff.evaluation.bench.build`, :func:`workload_of`).
+        pattern, method: How layers are pruned.
+        triples: Recorded calls; None: as for prune.
+        plans: Random plans to compare.
 
     Returns:
         ``forward_only_s, calibrate_s, scan_s, ratio`` (scan / calibrate), ``triples, bare_passes``,
-        ``rank_correlation`` over ``plans`` random plans at the budget of ``pattern`` (None for fewer than two), and
-        what else the figures depend on.
+        ``rank_correlation`` over ``plans`` random plans at the budget of ``pattern`` (None for fewer than two), the
+        ``predicted`` and ``joint`` error of each, and what else the figures depend on.
     """
-    pipe, conditioning = build(preset)
     forward_s = forward_only(pipe, conditioning, preset)
     started = time.perf_counter()
     statistics = calibrate(
@@ -41,7 +93,7 @@ def bench_scan(name: str, preset: Preset, pattern: str, method: str, triples: in
         batch_size=preset.batch_size,
     )
     calibrate_s = time.perf_counter() - started
-    wiring = wire(pipe.transformer)
+    wiring = wire(denoiser_of(pipe))
     base = make_plan(wiring, parse_pattern(pattern), spare_blocks=())
     units = make_units(wiring, base, Limits())
     options = SolveOptions(method)
@@ -60,6 +112,8 @@ def bench_scan(name: str, preset: Preset, pattern: str, method: str, triples: in
         "triples": len(probe),
         "bare_passes": round(bare, 3),
         "plans": plans,
+        "predicted": added.predicted,
+        "joint": added.joint,
         "rank_correlation": added.rank_correlation if plans > 1 else None,
         "units": len(units),
         "preset": name,

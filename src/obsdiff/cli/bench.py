@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with clear_errors("obsdiff bench prune"):
         from obsdiff.evaluation.bench import bench_prune
 
-        preset = _preset(options)
+        preset = _preset(options, options.preset)
         print(
             json.dumps(
                 bench_prune(
@@ -73,29 +73,40 @@ def _train(args: Sequence[str]) -> None:
 def _scan(args: Sequence[str]) -> None:
     options = parse_options(BenchScanOptions, "obsdiff bench scan", args)
     with clear_errors("obsdiff bench scan"):
-        from obsdiff.allocation.bench import bench_scan
+        from obsdiff.allocation.bench import bench_scan, workload_of
         from obsdiff.errors import UserError
+        from obsdiff.evaluation.bench import build
 
         if options.plans < 0 or (options.triples is not None and options.triples < 1):
             raise UserError("plans must be at least 0 and triples at least 1")
-        preset = _preset(options)
-        found = bench_scan(options.preset, preset, options.pattern, options.method, options.triples, options.plans)
+        if options.pipeline is not None and options.preset is not None:
+            raise UserError("give a preset or a pipeline, not both")
+        name = options.pipeline or options.preset or "sd3-tiny-cpu"
+        if options.pipeline is None:
+            preset = _preset(options, name)
+            pipe, conditioning = build(preset)
+        else:
+            pipe, conditioning, preset = workload_of(name, **_given(options))
+        found = bench_scan(
+            name, pipe, conditioning, preset, options.pattern, options.method, options.triples, options.plans
+        )
         print(json.dumps(found))
 
 
-def _preset(options: BenchOptions | BenchScanOptions) -> Any:
-    """The preset with what the options change; sets the threads."""
+def _preset(options: BenchOptions | BenchScanOptions, name: str) -> Any:
+    """The preset with what the options change."""
     from dataclasses import replace
-
-    import torch
 
     from obsdiff.evaluation.bench import find_preset
 
+    return replace(find_preset(name), **_given(options))
+
+
+def _given(options: BenchOptions | BenchScanOptions) -> dict[str, Any]:
+    """What the options say about the workload; sets the threads."""
+    import torch
+
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    given = {
-        key: value
-        for key in ("device", "dtype", "num_prompts", "steps", "batch_size")
-        if (value := getattr(options, key)) is not None
-    }
-    return replace(find_preset(options.preset), **given)
+    keys = ("device", "dtype", "num_prompts", "steps", "batch_size")
+    return {key: value for key in keys if (value := getattr(options, key)) is not None}

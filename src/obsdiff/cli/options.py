@@ -76,23 +76,25 @@ class BenchOptions:
 
 @dataclass
 class BenchScanOptions:
-    """Measure the cost of a sensitivity scan over a calibration, on a model with random weights; prints one JSON line.
+    """Measure the cost of a sensitivity scan over a calibration, and whether its errors add up; prints one JSON line.
 
     Args:
-        preset: sd3-tiny-cpu, sd3-medium or sd35-large.
+        preset: Random weights in the shape of sd3-tiny-cpu (the default), sd3-medium or sd35-large.
+        pipeline: An embedded pipeline, a folder, or a hub id, with its own prompts; in place of a preset.
         pattern: As for prune.
         method: As for prune.
         triples: Recorded calls to measure on; default: as for prune.
         plans: Random plans whose predicted and measured errors are compared.
-        device: Such as cpu or cuda; default: the preset's.
-        dtype: Default: the preset's.
-        num_prompts: Default: the preset's.
-        steps: Default: the preset's.
-        batch_size: Default: the preset's.
+        device: Such as cpu or cuda; default: the preset's, or cpu.
+        dtype: Default: the preset's, or as the pipeline was saved.
+        num_prompts: Default: the preset's, or 100.
+        steps: Default: the preset's or the pipeline's.
+        batch_size: Prompts per call; default: the preset's, or 4.
         threads: CPU threads; default: torch's own choice.
     """
 
-    preset: str = "sd3-tiny-cpu"
+    preset: str | None = None
+    pipeline: str | None = None
     pattern: str = "unstructured:0.5"
     method: str = "obs"
     triples: int | None = None

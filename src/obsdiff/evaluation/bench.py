@@ -13,7 +13,7 @@ import torch
 from obsdiff.errors import UserError
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.conditioning import Conditioning
-from obsdiff.models.info import PipelineInfo, attach_info
+from obsdiff.models.info import PipelineInfo, attach_info, call_arguments
 from obsdiff.models.loading import DTYPES, to_device
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.pruning.calibrate import calibrate
@@ -225,7 +225,7 @@ def forward_only(pipe: Any, conditioning: Conditioning, preset: Preset) -> float
 
     handles = [denoiser.register_forward_pre_hook(enter), denoiser.register_forward_hook(leave)]
     seeds = noise_seeds(0, len(conditioning))
-    call = {"num_inference_steps": 1, "guidance_scale": preset.guidance_scale}
+    call = call_arguments(pipe, num_inference_steps=1, guidance_scale=preset.guidance_scale)
     try:
         for _ in run_trajectories(pipe, conditioning, seeds, preset.batch_size, call):
             break
