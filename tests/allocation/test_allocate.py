@@ -161,6 +161,16 @@ def test_nm_layers_get_different_n_or_stay_dense(statistics, scanned):
         assert set(mask.view(-1, 4).sum(1).tolist()) == {round(4 * (1 - removed(found.plan.entries[name])))}
 
 
+def test_sparse_tensor_cores_get_two_of_four_or_nothing(statistics, scanned):
+    """Which layers get 2:4 and which stay dense; the scan of all N serves the choice."""
+    found = made(
+        "2:4", statistics, budget="sparsity:0.4", store=scanned["nm"], limits=Limits(choices=["2:4", "dense"]),
+    )  # fmt: skip
+    assert {str(pattern) for pattern in found.plan.entries.values()} == {"2:4", "unstructured:0"}
+    assert 0.4 <= found.record["achieved"] <= 0.41  # whole layers
+    assert found.record["joint_error"] < found.record["uniform_joint_error"]
+
+
 def test_measured_is_better_than_uniform_and_errors_add_up(statistics, scanned):
     found = made("unstructured:0.6", statistics, store=scanned["unstructured"])
     record = found.record
@@ -220,6 +230,9 @@ def test_owl_follows_outliers_within_its_range(statistics):
         ("2:4", {"limits": Limits(floors={"*": 0.55}, ceilings={"*": 0.6})}, "no choice between"),
         ("unstructured:0.5", {"limits": Limits(share=["*.attn.to_q", "*.0.attn.*"])}, "both"),
         ("structured:0.5", {"limits": Limits(share=["*"])}, "in common"),
+        ("2:4", {"limits": Limits(choices=["2:8"])}, "'2:8' is none of dense, 3:4, 2:4, 1:4"),
+        ("2:4", {"limits": Limits(choices=["3:4"])}, "cannot be met"),
+        ("unstructured:0.5", {"limits": Limits(choices=["dense"])}, "N:M patterns"),
         ("unstructured:0.5", {"rule": "dice"}, "unknown allocation"),
         ("unstructured:0.5", {"scanning": ScanOptions(levels=[1.0])}, "levels"),
         ("unstructured:0.5", {"scanning": ScanOptions(levels=[])}, "empty"),

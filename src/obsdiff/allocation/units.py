@@ -47,6 +47,8 @@ def make_units(wiring: Wiring, plan: Plan, limits: Limits) -> list[Unit]:
         UserError: A name pattern matches nothing, two rules share a layer, a floor is above its ceiling or leaves no
             option, or members of a rule differ in size.
     """
+    if limits.choices and not isinstance(plan.pattern, NM):
+        raise UserError(f"--limits.choices are for N:M patterns; the pattern is {plan.pattern}")
     groups = {found.name: found for found in wiring.groups}
     blocks = {name: groups[name].block if plan.structured else wiring.site_of[name].block for name in plan.entries}
     for option, rules in (
@@ -97,7 +99,7 @@ def _options(pattern: Pattern, groups: WiredGroups | None, name: str, limits: Li
         return [Unstructured(ratio) for ratio in inside if ratio < 1]
     every: list[Pattern]
     if isinstance(pattern, NM):
-        every = [Unstructured(0.0), *(NM(n, pattern.m) for n in range(pattern.m - 1, 0, -1))]
+        every = _nm_options(pattern, limits.choices)
     else:
         assert groups is not None
         every = list(module_options(groups, pattern))
@@ -106,6 +108,15 @@ def _options(pattern: Pattern, groups: WiredGroups | None, name: str, limits: Li
         shares = ", ".join(f"{removed(option):.3g}" for option in every[:8])
         raise UserError(f"{name}: no choice between floor {floor:g} and ceiling {ceiling:g}; there are {shares}, ...")
     return found
+
+
+def _nm_options(pattern: NM, choices: Sequence[str]) -> list[Pattern]:
+    """Dense and every N of M, or of these the ones that were named."""
+    every: dict[str, Pattern] = {"dense": Unstructured(0.0)}
+    every |= {f"{n}:{pattern.m}": NM(n, pattern.m) for n in range(pattern.m - 1, 0, -1)}
+    if unknown := [choice for choice in choices if choice not in every]:
+        raise UserError(f"--limits.choices: {unknown[0]!r} is none of {', '.join(every)}")
+    return [option for name, option in every.items() if not choices or name in choices]
 
 
 def _limit(rules: Mapping[str, float], name: str, default: float, what: str) -> float:

@@ -80,11 +80,14 @@ class Limits:
         floors: Least share to remove; the last pattern that matches a name holds.
         ceilings: Largest share to remove; the last pattern that matches a name holds; 0 spares a layer.
         share: The layers (structured: modules) that one of these patterns matches get the same value.
+        choices: N:M only: what a layer may get, such as [dense, 2:4], which sparse tensor cores run; default: dense and
+            every N of M.
     """
 
     floors: Mapping[str, float] = field(default_factory=dict)
     ceilings: Mapping[str, float] = field(default_factory=dict)
     share: Sequence[str] = field(default_factory=list)
+    choices: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
