@@ -84,7 +84,7 @@ def prune_stage(
         UserError: The request cannot be met.
     """
     check_options(options, statistics, sensitivity)
-    _, plan = prepare(pipe, options, prune_again)
+    wiring, plan = prepare(pipe, options, prune_again)
     settings, solving = options.calibration, solve_options(options)
 
     def measure(sites: set[str] | None) -> Statistics:
@@ -104,7 +104,7 @@ def prune_stage(
 
     found: Any = measure if measures(options, statistics) else None
     if allocates(options) or statistics is not None:
-        found = measure(None)  # a store serves every pattern and method, and an allocation asks about every layer
+        found = measure(plan.sites(wiring) if statistics is None else None)  # a store serves every pattern and method
     record, allocate_s = None, 0.0
     if allocates(options):
         started = time.perf_counter()
@@ -159,8 +159,7 @@ def announce(
 ) -> None:
     """Say on standard error what is about to happen: layers, passes, memory."""
     sites = plan.sites(wiring)
-    whole = statistics is not None or allocates(options)
-    chosen = [site for site in wiring.sites if whole or site.name in sites]
+    chosen = [site for site in wiring.sites if statistics is not None or site.name in sites]
     numbers = [weight_matrices(wiring.layer(site.name)).shape for site in chosen]
     hessians = sum(4 * groups * columns**2 for groups, _, columns in numbers)
     what = describe(plan.pattern)
