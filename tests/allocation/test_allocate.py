@@ -137,6 +137,7 @@ def test_the_real_clock_runs(statistics, scanned, monkeypatch):
 
     monkeypatch.setattr(latency, "AT_LEAST_S", 0.0)
     monkeypatch.setattr(latency, "TRIES", 2)
+    monkeypatch.setattr(latency, "LEAST_ROUNDS", 6)
     monkeypatch.setattr(latency, "MOST_ROUNDS", 6)
     try:
         found = made("structured:0.3", statistics, budget="latency:0.97", store=scanned["structured"])

@@ -30,8 +30,8 @@ from obsdiff.ranks import from_rank, rank
 POINTS = 5  # widths at which each kind of module is timed
 TRIES = 12  # choices to measure on the clock until one meets the budget
 TOLERANCE = 0.99  # of a budget must be spent
-LEAST_ROUNDS, MOST_ROUNDS = 6, 40  # of the clock, for one choice
-REPEATS, AT_LEAST_S = 15, 0.25  # calls of each, and seconds, in one round
+LEAST_ROUNDS, MOST_ROUNDS = 12, 40  # of the clock, for one choice; to confirm one it takes all
+REPEATS, AT_LEAST_S = 15, 0.5  # calls of each, and seconds, in one round
 Calls = Sequence[Callable[[], Any]]
 Clock = Callable[[Calls], list[float]]
 
@@ -140,8 +140,8 @@ def _table(wiring: Wiring, groups: WiredGroups, inputs: Any, clock: Clock) -> li
         shapes = shapes_with(wiring, {groups.name: kept})
         prefix = groups.name + "."
         layers = {name.removeprefix(prefix): shape for name, shape in shapes["layers"].items()}
-        module = copy.deepcopy(wiring.layer(groups.name))
-        apply_shapes(module, {"layers": layers, "attributes": {"": shapes["attributes"].get(groups.name, {})}})
+        attributes = {"": shapes["attributes"].get(groups.name, {})}
+        module = _smaller(wiring.layer(groups.name), {"layers": layers, "attributes": attributes})
         calls.append(partial(module, *args, **kwargs))
     # a noisy clock may call a wider module faster: what is kept never costs less
     return list(zip(map(float, widths), accumulate(clock(calls), max), strict=True))
@@ -178,6 +178,33 @@ def share_of(ratios: Sequence[float]) -> Share:
     return Share(statistics.median(ordered), ordered[at], ordered[n - 1 - at])
 
 
+@torch.no_grad()
+def _smaller(module: nn.Module, shapes: Mapping[str, Any]) -> Any:
+    """A copy with smaller layers that hold the corner of their dense weights: as fast as what a prune leaves.
+
+    A latency that depended on values would be that of random weights otherwise.
+    """
+    smaller: Any = copy.deepcopy(module)
+    apply_shapes(smaller, shapes)
+    for name, (rows, columns) in shapes["layers"].items():
+        dense: Any = module.get_submodule(name)
+        layer = smaller.get_submodule(name)
+        layer.weight.copy_(dense.weight[:rows, :columns])
+        if dense.bias is not None:
+            layer.bias.copy_(dense.bias[:rows])
+    return smaller
+
+
+@torch.no_grad()
+def _move(module: nn.Module) -> None:
+    """Give a module's parameters new places in memory, values unchanged.
+
+    Where weights lie changes a small model's latency by up to 1 %: rounds at one place would measure that place.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+
+
 def meet_on_the_clock(
     pipe: Any,
     wiring: Wiring,
@@ -189,9 +216,9 @@ def meet_on_the_clock(
 ) -> tuple[dict[str, int], Share]:
     """Tighten or loosen the table's limit until the whole denoiser meets the budget, within 1 % and never above.
 
-    A choice is accepted if its interval fits, and fits again in a measurement made afterwards: the first alone would
-    favour choices that the clock's noise flatters. Where the clock is too noisy for that, it is the slowest choice
-    whose interval stays below the budget.
+    A choice is accepted if its interval fits, and fits again in a measurement made afterwards, of fixed length: the
+    first alone would favour choices that the clock's noise flatters. Where the clock is too noisy for that, it is the
+    slowest choice whose interval stays below the budget.
 
     Args:
         pipe, wiring, budget, call: As for :func:`latency_costs`.
@@ -211,15 +238,16 @@ def meet_on_the_clock(
     dense_s: list[float] = []
 
     def measured(kept: dict[str, int], afresh: bool = False) -> Share:
-        shrunk = copy.deepcopy(wiring.denoiser)
-        apply_shapes(shrunk, shapes_with(wiring, kept))
+        shrunk = _smaller(wiring.denoiser, shapes_with(wiring, kept))
         known = seen.setdefault(tuple(kept.items()), [])
         ratios: list[float] = [] if afresh else known
         for done in range(MOST_ROUNDS):
+            _move(wiring.denoiser)
+            _move(shrunk)
             seconds = clock([dense, partial(shrunk, **arguments)])
             dense_s.append(seconds[0])
             ratios.append(seconds[1] / seconds[0])
-            if done + 1 >= LEAST_ROUNDS and share_of(ratios).decides(budget.share):
+            if not afresh and done + 1 >= LEAST_ROUNDS and share_of(ratios).decides(budget.share):
                 break
         if afresh:
             known += ratios
