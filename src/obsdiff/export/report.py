@@ -139,5 +139,5 @@ def summary(report: Mapping[str, Any], output: str) -> str:
         lines.append(f"fidelity to dense: MSE {report['fidelity']['mse']:.5f} over {report['fidelity']['n']} images")
     if report["alignment"] is not None:
         lines.append(f"alignment: {report['alignment']['dense']:.1%} -> {report['alignment']['pruned']:.1%}")
-    lines.append(f"{output}: pipeline/ report.md report.json samples.png pruning.json plan.yaml masks.safetensors")
+    lines.append(f"{output}: {' '.join(sorted(path.name for path in Path(output).iterdir()))}")
     return "\n".join(lines)
