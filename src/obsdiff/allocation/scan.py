@@ -26,7 +26,7 @@ FILE = "sensitivity.json"
 FORMAT = 2
 SAVE_EVERY_S = 30.0
 SOLVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)  # shares at which layers are solved
-MEASURED = (0.5, 0.8, 0.98)  # and those at which the denoiser runs; the last is the highest ratio: no extrapolation
+MEASURED = (0.5, 0.8, 0.98)  # and those at which the denoiser runs; the last is the usual ceiling: no extrapolation
 MEASURED_STRUCTURED = (0.25, 0.5, 0.75)
 BROKEN = 1e9  # stands for an error that is not finite
 
