@@ -132,10 +132,24 @@ def test_the_interval_of_a_median_covers_it():
     assert share_of([0.5] * 5 + [9.0]).value == 0.5
 
 
+def test_a_call_that_another_call_has_slowed_down_is_not_counted(monkeypatch):
+    """Each call costs 7 ms more right after the other; sampling repeats one of them."""
+    from obsdiff.allocation import latency
+
+    now, last = 0.0, None
+
+    def call(name, seconds):
+        nonlocal now, last
+        now, last = now + seconds + 0.007 * (last != name), name
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
+    found = latency.time_calls([lambda: call("dense", 0.008), lambda: call("shrunk", 0.006), lambda: call("slow", 9.0)])
+    assert found == pytest.approx([0.008, 0.006, 9.0])
+
+
 def test_the_real_clock_runs(statistics, scanned, monkeypatch):
     from obsdiff.allocation import latency
 
-    monkeypatch.setattr(latency, "AT_LEAST_S", 0.0)
     monkeypatch.setattr(latency, "TRIES", 2)
     monkeypatch.setattr(latency, "LEAST_ROUNDS", 6)
     monkeypatch.setattr(latency, "MOST_ROUNDS", 6)

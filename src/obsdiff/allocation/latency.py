@@ -30,31 +30,37 @@ from obsdiff.ranks import from_rank, rank
 POINTS = 5  # widths at which each kind of module is timed
 TRIES = 12  # choices to measure on the clock until one meets the budget
 TOLERANCE = 0.99  # of a budget must be spent
-LEAST_ROUNDS, MOST_ROUNDS = 12, 40  # of the clock, for one choice; to confirm one it takes all
-REPEATS, AT_LEAST_S = 15, 0.5  # calls of each, and seconds, in one round
+LEAST_ROUNDS, MOST_ROUNDS, MOST_S = 24, 500, 60.0  # of the clock, for one choice; to confirm one, twice the most
+WARM_S, TIMED_S = 0.01, 0.02  # of each call's turn in a round: not counted, and counted
 Calls = Sequence[Callable[[], Any]]
 Clock = Callable[[Calls], list[float]]
 
 
 @torch.no_grad()
 def time_calls(calls: Calls) -> list[float]:
-    """Median seconds of each call, taken in turns so that a slow spell of the machine hits all alike."""
+    """Median seconds of each call in one round of short turns, so that a slow spell of the machine hits all alike.
+
+    A turn repeats one call, as sampling does, and does not count its first ``WARM_S``: right after another model a call
+    finds its weights out of the caches, which hides a part of what was saved (docs/results.md).
+    """
 
     def now() -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    for call in calls:
+    def turn(call: Callable[[], Any]) -> float:
+        started, times = now(), list[float]()
         call()
-    found: list[list[float]] = [[] for _ in calls]
-    started = now()
-    while len(found[0]) < REPEATS or now() - started < AT_LEAST_S:
-        for call, times in zip(calls, found, strict=True):
-            begun = now()
+        while (ended := now()) - started < WARM_S:
             call()
-            times.append(now() - begun)
-    return [statistics.median(times) for times in found]
+        while sum(times) < TIMED_S:
+            call()
+            begun, ended = ended, now()
+            times.append(ended - begun)
+        return statistics.median(times)
+
+    return [turn(call) for call in calls]
 
 
 def shared_clock(clock: Clock) -> Clock:
@@ -97,7 +103,7 @@ def latency_costs(
         if key not in tables:
             tables[key] = _table(wiring, modules[name], inputs[name], clock)
         table_of[name] = tables[key]
-    dense = clock([partial(wiring.denoiser, **arguments)])[0]
+    dense = _seconds([partial(wiring.denoiser, **arguments)], clock)[0]
     whole = sum(interpolate(table_of[name], modules[name].count) for name in planned)
 
     def cost(unit: Unit, pattern: Any) -> float:
@@ -144,7 +150,13 @@ def _table(wiring: Wiring, groups: WiredGroups, inputs: Any, clock: Clock) -> li
         module = _smaller(wiring.layer(groups.name), {"layers": layers, "attributes": attributes})
         calls.append(partial(module, *args, **kwargs))
     # a noisy clock may call a wider module faster: what is kept never costs less
-    return list(zip(map(float, widths), accumulate(clock(calls), max), strict=True))
+    return list(zip(map(float, widths), accumulate(_seconds(calls, clock), max), strict=True))
+
+
+def _seconds(calls: Calls, clock: Clock) -> list[float]:
+    """Medians over rounds."""
+    rounds = [clock(calls) for _ in range(LEAST_ROUNDS)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -161,45 +173,28 @@ class Share:
     high: float
 
     def decides(self, budget: float) -> bool:
-        """Whether the interval lies on one side of what a budget accepts, or all inside."""
+        """Whether the interval lies on one side of what a budget accepts, or fits."""
         return self.high < TOLERANCE * budget or self.low > budget or self.fits(budget)
 
     def fits(self, budget: float) -> bool:
-        """Whether the whole interval is within 1 % of the budget and never above."""
-        return self.low >= TOLERANCE * budget and self.high <= budget
+        """Whether it is within 1 % of the budget, and the whole interval not above."""
+        return self.value >= TOLERANCE * budget and self.high <= budget
 
 
 def share_of(ratios: Sequence[float]) -> Share:
     """Median and 95 % interval of at least :data:`LEAST_ROUNDS` ratios, by order statistics: no outlier counts."""
     ordered, n = sorted(ratios), len(ratios)
     # the median is below the value at rank `at` only if at most `at` of n fair coins show heads
-    rare = [at for at in range(n // 2) if sum(math.comb(n, i) for i in range(at + 1)) <= 0.025 * 2**n]
-    at = max(rare, default=0)
+    tails = accumulate(math.comb(n, heads) for heads in range(n // 2))
+    at = max(sum(1 for tail in tails if 40 * tail <= 2**n) - 1, 0)
     return Share(statistics.median(ordered), ordered[at], ordered[n - 1 - at])
 
 
-@torch.no_grad()
-def _smaller(module: nn.Module, shapes: Mapping[str, Any]) -> Any:
-    """A copy with smaller layers that hold the corner of their dense weights, not random ones that no prune leaves."""
-    smaller: Any = copy.deepcopy(module)
+def _smaller(module: nn.Module, shapes: Mapping[str, Any]) -> nn.Module:
+    """A copy with smaller layers of random weights, laid out in memory as loading does: in one piece."""
+    smaller = copy.deepcopy(module)
     apply_shapes(smaller, shapes)
-    for name, (rows, columns) in shapes["layers"].items():
-        dense: Any = module.get_submodule(name)
-        layer = smaller.get_submodule(name)
-        layer.weight.copy_(dense.weight[:rows, :columns])
-        if dense.bias is not None:
-            layer.bias.copy_(dense.bias[:rows])
-    return smaller
-
-
-@torch.no_grad()
-def _move(module: nn.Module) -> None:
-    """Give a module's parameters new places in memory, values unchanged.
-
-    So that rounds do not all measure one place; no effect of it was found in the models tried (docs/results.md).
-    """
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone()
+    return copy.deepcopy(smaller)  # the first copy's layers lie where the larger ones left gaps
 
 
 def meet_on_the_clock(
@@ -213,9 +208,9 @@ def meet_on_the_clock(
 ) -> tuple[dict[str, int], Share]:
     """Tighten or loosen the table's limit until the whole denoiser meets the budget, within 1 % and never above.
 
-    A choice is accepted if its interval fits, and fits again in a measurement made afterwards, of fixed length: the
-    first alone would favour choices that the clock's noise flatters. Where the clock is too noisy for that, it is the
-    slowest choice whose interval stays below the budget.
+    A choice is accepted if it fits, and fits again in a longer measurement made afterwards: the first alone would
+    favour choices that the clock's noise flatters. Where the clock is too noisy for that, it is the slowest choice
+    whose interval stays below the budget.
 
     Args:
         pipe, wiring, budget, call: As for :func:`latency_costs`.
@@ -234,19 +229,21 @@ def meet_on_the_clock(
     seen: dict[tuple[tuple[str, int], ...], list[float]] = {}
     dense_s: list[float] = []
 
-    def measured(kept: dict[str, int], afresh: bool = False) -> Share:
-        shrunk = _smaller(wiring.denoiser, shapes_with(wiring, kept))
+    def measured(kept: dict[str, int], confirming: bool = False) -> Share:
+        calls = [dense, partial(_smaller(wiring.denoiser, shapes_with(wiring, kept)), **arguments)]
         known = seen.setdefault(tuple(kept.items()), [])
-        ratios: list[float] = [] if afresh else known
-        for done in range(MOST_ROUNDS):
-            _move(wiring.denoiser)
-            _move(shrunk)
-            seconds = clock([dense, partial(shrunk, **arguments)])
+        ratios: list[float] = [] if confirming else known
+        most, started = 1 + confirming, time.perf_counter()
+        for done in range(1, most * MOST_ROUNDS + 1):
+            seconds = clock(calls)
             dense_s.append(seconds[0])
             ratios.append(seconds[1] / seconds[0])
-            if not afresh and done + 1 >= LEAST_ROUNDS and share_of(ratios).decides(budget.share):
+            if done >= LEAST_ROUNDS and (
+                from_rank(time.perf_counter() - started) > most * MOST_S
+                or (not confirming and share_of(ratios).decides(budget.share))
+            ):
                 break
-        if afresh:
+        if confirming:
             known += ratios
         return share_of(ratios)
 
@@ -256,7 +253,7 @@ def meet_on_the_clock(
         kept = solve(limit)
         share = measured(kept)
         if share.fits(budget.share):
-            share = measured(kept, afresh=True)
+            share = measured(kept, confirming=True)
             if share.fits(budget.share):
                 return kept, share
         if share.high <= budget.share:
