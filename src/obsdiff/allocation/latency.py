@@ -173,12 +173,12 @@ class Share:
     high: float
 
     def decides(self, budget: float) -> bool:
-        """Whether the interval lies on one side of what a budget accepts, or fits."""
+        """Whether the interval lies on one side of what a budget accepts, or all inside."""
         return self.high < TOLERANCE * budget or self.low > budget or self.fits(budget)
 
     def fits(self, budget: float) -> bool:
-        """Whether it is within 1 % of the budget, and the whole interval not above."""
-        return self.value >= TOLERANCE * budget and self.high <= budget
+        """Whether the whole interval is within 1 % of the budget and never above."""
+        return self.low >= TOLERANCE * budget and self.high <= budget
 
 
 def share_of(ratios: Sequence[float]) -> Share:
@@ -219,9 +219,9 @@ def meet_on_the_clock(
 ) -> tuple[dict[str, int], Share]:
     """Tighten or loosen the table's limit until the whole denoiser meets the budget, within 1 % and never above.
 
-    A choice is accepted if it fits, and fits again in a longer measurement made afterwards: the first alone would
-    favour choices that the clock's noise flatters. Where the clock is too noisy for that, it is the slowest choice
-    whose interval stays below the budget.
+    A choice is accepted if its interval fits, and fits again in a longer measurement made afterwards: the first alone
+    would favour choices that the clock's noise flatters. Where the clock is too noisy for that, it is the slowest
+    choice whose interval stays below the budget.
 
     Args:
         pipe, wiring, budget, call: As for :func:`latency_costs`.
