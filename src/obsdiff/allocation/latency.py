@@ -192,10 +192,10 @@ def share_of(ratios: Sequence[float]) -> Share:
 
 @torch.no_grad()
 def _smaller(module: nn.Module, shapes: Mapping[str, Any]) -> nn.Module:
-    """A copy with smaller layers that is as fast as a pruned model which was loaded (docs/results.md).
+    """A copy with smaller layers, as near to a pruned model which was loaded as can be had before pruning.
 
     Its layers hold the corner of their dense weights, not random ones, and lie in memory in one piece, not in the gaps
-    that the larger layers left.
+    that the larger layers left. How much either matters is not settled (docs/results.md).
     """
     smaller: Any = copy.deepcopy(module)
     apply_shapes(smaller, shapes)
