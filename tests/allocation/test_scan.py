@@ -194,10 +194,12 @@ def test_two_processes_find_the_same(tmp_path):
         "found = scan(wiring, units, statistics, SolveOptions('magnitude'), probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
         "from obsdiff.allocation.allocate import allocate\n"
+        "from tests.allocation.test_allocate import written_parameters\n"
+        "trial = lambda folder: written_parameters(folder, 3000 * rank)\n"
         "clock = lambda calls: [3000.0 * rank + sum(p.numel() for p in c.func.parameters()) for c in calls]\n"
         "pattern = 'structured:heads=0.3,ffn=0.3,multiple_of=1'\n"
         "plan = allocate(pipe, pattern, statistics, PROMPTS, rule='uniform', budget='latency:0.8', spare_blocks=(),\n"
-        "                clock=clock).plan\n"
+        "                clock=clock, trial=trial).plan\n"
         "torch.distributed.barrier(); torch.distributed.destroy_process_group()\n"
         "print(json.dumps([found.measured, {k: str(p) for k, p in plan.entries.items()}], sort_keys=True))\n"
     )

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from obsdiff.allocation.allocate import allocate
 from obsdiff.cli.main import main
+from tests.allocation.test_allocate import count_parameters, written_parameters
 from tests.cli.test_commands import ARTIFACTS, prune, refused
 
 SCAN = ["--allocation", "measured", "--scan.triples", "4", "--scan.levels", "[0.5,0.9]"]
@@ -66,6 +68,20 @@ def test_rules_budgets_and_limits_have_effects(pipe_folder, measured, tmp_path):
     assert 0.79 * structured["flops"]["dense"] < structured["flops"]["pruned"] <= 0.8 * structured["flops"]["dense"]
     shared = prune(pipe_folder, tmp_path / "shared", *SCAN, "--limits.share", "['*.to_q', '*.to_k']")
     assert len({s for name, s in shared["sparsity"]["per_layer"].items() if name.endswith("to_q")}) == 1
+
+
+def test_a_latency_budget_says_how_it_was_measured(pipe_folder, tmp_path, monkeypatch, capsys):
+    """On clocks that take a microsecond per parameter."""
+    monkeypatch.setitem(allocate.__kwdefaults__, "clock", count_parameters)
+    monkeypatch.setitem(allocate.__kwdefaults__, "trial", written_parameters)
+    report = prune(pipe_folder, tmp_path / "out", *SCAN, "--budget", "latency:0.8",
+                   "--pattern", "structured:heads=0.3,ffn=0.3,multiple_of=1")  # fmt: skip
+    record, parameters = report["allocation"], report["parameters"]
+    assert record["achieved"] == pytest.approx(parameters["pruned"] / parameters["dense"]) and record["achieved"] <= 0.8
+    said = capsys.readouterr().err
+    assert "latency: new processes, at least 10" in said and f"latency:0.8: again, {record['achieved']:.4f} (" in said
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert f"{record['achieved']:.4%} ({record['achieved']:.2%} to {record['achieved']:.2%}, 5 new processes)" in page
 
 
 def test_the_default_allocation_is_the_methods_own(pipe_folder, tmp_path):

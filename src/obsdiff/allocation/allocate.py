@@ -10,10 +10,11 @@ from typing import Any
 
 from obsdiff.allocation.assemble import achieved_share, plan_of, settle, table_cost
 from obsdiff.allocation.budget import Budget, Costs, costs_of, module_parameters, parse_budget
+from obsdiff.allocation.clock import Clock, Trial, new_process, time_calls
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.knapsack import Infeasible, choose
-from obsdiff.allocation.latency import Clock, Share, latency_costs, meet_on_the_clock, shared_clock, time_calls
+from obsdiff.allocation.latency import Share, latency_costs, meet_on_the_clock, shared_clock
 from obsdiff.allocation.owl import owl_offsets
 from obsdiff.allocation.probe import Probe, record_probe
 from obsdiff.allocation.scan import Sensitivity, passes_needed, scan
@@ -69,6 +70,7 @@ def allocate(
     spare_blocks: Sequence[int] | None = None,
     batch_size: int = 4,
     clock: Clock = time_calls,
+    trial: Trial = new_process,
     quiet: bool = True,
 ) -> Allocation:
     """Give each layer (structured: each attention and feed-forward module) its own pattern under one budget.
@@ -89,7 +91,7 @@ def allocate(
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`; the measured rule spares no block
             unless told to.
         batch_size: Prompts per pipeline call.
-        clock: Times calls, for budgets in latency.
+        clock, trial: Time modules, and dense and shrunk denoisers, for budgets in latency.
         quiet: No progress bar.
 
     Raises:
@@ -115,11 +117,11 @@ def allocate(
     else:
         costs = costs_of(pipe, wiring, units, budget, settings.call)
     _check_feasible(units, costs, budget)
-    job = _Job(pipe, wiring, base, rule, budget, units, costs, settings, clock)
+    job = _Job(pipe, wiring, base, rule, budget, units, costs, settings, trial, quiet)
     if rule == "measured":
         free = make_units(wiring, base, Limits(share=limits.share))
         keep = None if store is None else Path(store)
-        return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, keep, quiet)
+        return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, keep)
     offsets = owl_offsets(wiring, units, statistics) if rule == "owl" else [0.0] * len(units)
     plan, achieved = _meet(job, lambda limit: meet_with_offsets(units, offsets, replace(costs, limit=limit)))
     return Allocation(plan, {"rule": rule, "budget": str(budget), **achieved})
@@ -137,7 +139,8 @@ class _Job:
     units: Sequence[Unit]
     costs: Costs
     settings: Settings
-    clock: Clock
+    trial: Trial
+    quiet: bool
 
 
 def _measured(
@@ -148,7 +151,6 @@ def _measured(
     options: SolveOptions,
     scanning: ScanOptions,
     store: Path | None,
-    quiet: bool,
 ) -> Allocation:
     """Scan the ``free`` units (without limits: a store serves all), minimise the summed error, check the sum."""
     probe, bare = probe_for(job.pipe, job.wiring, free, prompts, job.settings, scanning)
@@ -161,7 +163,7 @@ def _measured(
         prompts_hash(prompts),
         levels=scanning.levels,
         store=store,
-        quiet=quiet,
+        quiet=job.quiet,
     )
     errors = [_curve(unit, sensitivity) for unit in job.units]
     bounds: dict[tuple[Pattern, ...], tuple[float, float]] = {}
@@ -207,7 +209,11 @@ def _meet(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[Plan, dic
     """The plan that ``solve`` gives under the budget, and the budget's figure that it comes to, for the record."""
     if job.budget.kind == "latency":
         patterns, share = _on_the_clock(job, solve)
-        achieved: dict[str, Any] = {"achieved": share.value, "achieved_interval": [share.low, share.high]}
+        achieved: dict[str, Any] = {
+            "achieved": share.value,
+            "achieved_interval": [share.low, share.high],
+            "achieved_processes": share.processes,
+        }
     else:
         patterns = solve(job.costs.limit)
         if isinstance(job.base.pattern, Unstructured):
@@ -303,7 +309,7 @@ def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[l
     least = sum(min(of_unit) for of_unit in job.costs.options)
     tried: list[tuple[dict[str, int], list[Pattern]]] = []
 
-    def kept(limit: float) -> dict[str, int]:
+    def kept(limit: float) -> tuple[dict[str, int], float]:
         patterns = solve(max(limit, least))
         widths = {
             name: kept_groups(modules[name], pattern)
@@ -312,8 +318,8 @@ def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[l
             if isinstance(pattern, Structured)
         }
         tried.append((widths, patterns))
-        return widths
+        return widths, table_cost(job.units, patterns, job.costs)
 
     call = job.settings.call
-    best, share = meet_on_the_clock(job.pipe, job.wiring, job.budget, call, kept, job.costs.limit, job.clock)
+    best, share = meet_on_the_clock(job.pipe, job.wiring, job.budget, call, kept, job.costs.limit, job.trial, job.quiet)
     return next(patterns for widths, patterns in tried if widths == best), share

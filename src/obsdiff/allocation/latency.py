@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 from torch import nn
 
 from obsdiff.allocation.budget import Budget, Costs, _costs, shapes_with
+from obsdiff.allocation.clock import Calls, Clock, Trial, new_process, time_calls, write_trial
 from obsdiff.allocation.curves import interpolate
 from obsdiff.allocation.units import Unit
 from obsdiff.errors import UserError
@@ -25,42 +29,16 @@ from obsdiff.models.obsdiff_shrunk import apply_shapes
 from obsdiff.models.wiring import WiredGroups, Wiring
 from obsdiff.obs.pattern import Structured
 from obsdiff.pruning.plan import kept_groups
-from obsdiff.ranks import from_rank, rank
+from obsdiff.pruning.surgery import Edits, become_shrunk
+from obsdiff.ranks import from_rank, rank, solved_in_turn
 
 POINTS = 5  # widths at which each kind of module is timed
-TRIES = 12  # choices to measure on the clock until one meets the budget
+ROUNDS = 24  # of the clock, for one table
 TOLERANCE = 0.99  # of a budget must be spent
-LEAST_ROUNDS, MOST_ROUNDS, MOST_S = 24, 500, 60.0  # of the clock, for one choice; to confirm one, twice the most
-WARM_S, TIMED_S = 0.01, 0.02  # of each call's turn in a round: not counted, and counted
-Calls = Sequence[Callable[[], Any]]
-Clock = Callable[[Calls], list[float]]
-
-
-@torch.no_grad()
-def time_calls(calls: Calls) -> list[float]:
-    """Median seconds of each call in one round of short turns, so that a slow spell of the machine hits all alike.
-
-    A turn repeats one call, as sampling does, and does not count its first ``WARM_S``: right after another model a call
-    finds its weights out of the caches, which hides a part of what was saved (docs/results.md).
-    """
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def turn(call: Callable[[], Any]) -> float:
-        started, times = now(), list[float]()
-        call()
-        while (ended := now()) - started < WARM_S:
-            call()
-        while sum(times) < TIMED_S:
-            call()
-            begun, ended = ended, now()
-            times.append(ended - begun)
-        return statistics.median(times)
-
-    return [turn(call) for call in calls]
+NEAR = 0.005  # of the dense time: choices that differ by so much tell of each other
+CHOICES = 24  # of widths to try until one meets the budget
+LEAST_PROCESSES, MOST_PROCESSES = 5, 24  # that measure a choice, and that confirm it
+MOST_TRIALS = 100  # processes in all
 
 
 def shared_clock(clock: Clock) -> Clock:
@@ -155,48 +133,13 @@ def _table(wiring: Wiring, groups: WiredGroups, inputs: Any, clock: Clock) -> li
 
 def _seconds(calls: Calls, clock: Clock) -> list[float]:
     """Medians over rounds."""
-    rounds = [clock(calls) for _ in range(LEAST_ROUNDS)]
+    rounds = [clock(calls) for _ in range(ROUNDS)]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
-
-
-@dataclass(frozen=True)
-class Share:
-    """A measured share of the dense latency.
-
-    Attributes:
-        value: Median over rounds.
-        low, high: Its 95 % interval.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def decides(self, budget: float) -> bool:
-        """Whether the interval lies on one side of what a budget accepts, or all inside."""
-        return self.high < TOLERANCE * budget or self.low > budget or self.fits(budget)
-
-    def fits(self, budget: float) -> bool:
-        """Whether the whole interval is within 1 % of the budget and never above."""
-        return self.low >= TOLERANCE * budget and self.high <= budget
-
-
-def share_of(ratios: Sequence[float]) -> Share:
-    """Median and 95 % interval of at least :data:`LEAST_ROUNDS` ratios, by order statistics: no outlier counts."""
-    ordered, n = sorted(ratios), len(ratios)
-    # the median is below the value at rank `at` only if at most `at` of n fair coins show heads
-    tails = accumulate(math.comb(n, heads) for heads in range(n // 2))
-    at = max(sum(1 for tail in tails if 40 * tail <= 2**n) - 1, 0)
-    return Share(statistics.median(ordered), ordered[at], ordered[n - 1 - at])
 
 
 @torch.no_grad()
 def _smaller(module: nn.Module, shapes: Mapping[str, Any]) -> nn.Module:
-    """A copy with smaller layers, as near to a pruned model which was loaded as can be had before pruning.
-
-    Its layers hold the corner of their dense weights, not random ones, and lie in memory in one piece, not in the gaps
-    that the larger layers left. How much either matters is not settled (docs/results.md).
-    """
+    """A copy whose layers are smaller and hold the corner of their dense weights."""
     smaller: Any = copy.deepcopy(module)
     apply_shapes(smaller, shapes)
     for name, (rows, columns) in shapes["layers"].items():
@@ -205,7 +148,45 @@ def _smaller(module: nn.Module, shapes: Mapping[str, Any]) -> nn.Module:
         layer.weight.copy_(dense.weight[:rows, :columns])
         if dense.bias is not None:
             layer.bias.copy_(dense.bias[:rows])
-    return copy.deepcopy(smaller)
+    return smaller
+
+
+@dataclass(frozen=True)
+class Share:
+    """A measured share of the dense latency.
+
+    Attributes:
+        value: Mean over new processes.
+        low, high: Its 95 % interval.
+        processes: How many measured it.
+    """
+
+    value: float
+    low: float
+    high: float
+    processes: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f}) of the dense time in {self.processes} processes"
+
+    def decides(self, budget: float) -> bool:
+        """Whether the interval lies all inside or all outside of what a budget accepts."""
+        return self.fits(budget) or self.misses(budget)
+
+    def misses(self, budget: float) -> bool:
+        """Whether the whole interval is more than 1 % below the budget, or above it."""
+        return self.high < TOLERANCE * budget or self.low > budget
+
+    def fits(self, budget: float) -> bool:
+        """Whether the whole interval is within 1 % of the budget and never above."""
+        return self.low >= TOLERANCE * budget and self.high <= budget
+
+
+def share_of(shares: Sequence[float]) -> Share:
+    """Mean and Student's 95 % interval of what processes, at least two, measured."""
+    mean, n = statistics.fmean(shares), len(shares)
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(shares) / math.sqrt(n)
+    return Share(mean, mean - half, mean + half, n)
 
 
 def meet_on_the_clock(
@@ -213,70 +194,122 @@ def meet_on_the_clock(
     wiring: Wiring,
     budget: Budget,
     call: Mapping[str, Any],
-    solve: Callable[[float], dict[str, int]],
+    solve: Callable[[float], tuple[dict[str, int], float]],
     limit: float,
-    clock: Clock = time_calls,
+    trial: Trial = new_process,
+    quiet: bool = True,
 ) -> tuple[dict[str, int], Share]:
     """Tighten or loosen the table's limit until the whole denoiser meets the budget, within 1 % and never above.
 
-    A choice is accepted if its interval fits, and fits again in a longer measurement made afterwards: the first alone
-    would favour choices that the clock's noise flatters. Where the clock is too noisy for that, it is the slowest
-    choice whose interval stays below the budget.
+    New processes measure each choice of widths, a few at a time. They load the dense and the shrunk denoiser from
+    files, as a user will: what share a process reads is decided anew in each, and this process, which has done other
+    things before, reads higher ones (docs/results.md). Choices that differ little share what they measured, moved by
+    what the table says of their difference. A choice whose interval fits is accepted if that over other processes,
+    which measure it afterwards, fits as well: the first alone would favour choices that chance flatters. Where
+    processes differ too much for that, a choice is taken whose interval stays below the budget.
 
     Args:
         pipe, wiring, budget, call: As for :func:`latency_costs`.
-        solve: Heads and neurons kept by module, for a limit of the table.
+        solve: Heads and neurons kept by module for a limit of the table, and what they cost by the table in seconds.
         limit: The table's own.
-        clock: Times calls.
+        trial: Times the denoisers in a folder, see :func:`obsdiff.allocation.clock.new_process`.
+        quiet: Do not say on standard error what was measured.
 
     Returns:
-        The widths found, and their measured share of the dense latency.
+        The widths found, and their share of the dense latency as the last measurement has it.
 
     Raises:
-        UserError: No try came out below the budget.
+        UserError: No choice came out below the budget, or a trial failed.
     """
-    arguments = inputs_of(pipe, wiring, call)
-    dense = partial(wiring.denoiser, **arguments)
-    seen: dict[tuple[tuple[str, int], ...], list[float]] = {}
-    dense_s: list[float] = []
+    inputs = inputs_of(pipe, wiring, call)
+    tried: list[_Tried] = []
+    with tempfile.TemporaryDirectory(prefix="obsdiff-") as folder:
 
-    def measured(kept: dict[str, int], confirming: bool = False) -> Share:
-        calls = [dense, partial(_smaller(wiring.denoiser, shapes_with(wiring, kept)), **arguments)]
-        known = seen.setdefault(tuple(kept.items()), [])
-        ratios: list[float] = [] if confirming else known
-        most, started = 1 + confirming, time.perf_counter()
-        for done in range(1, most * MOST_ROUNDS + 1):
-            seconds = clock(calls)
-            dense_s.append(seconds[0])
-            ratios.append(seconds[1] / seconds[0])
-            if done >= LEAST_ROUNDS and (
-                from_rank(time.perf_counter() - started) > most * MOST_S
-                or (not confirming and share_of(ratios).decides(budget.share))
-            ):
+        def measure(kept: dict[str, int], cost: float, confirming: bool = False) -> Share:
+            """By a few new processes; to confirm, by as many as it takes."""
+
+            def trials() -> list[tuple[float, float]]:
+                _write_choice(Path(folder), wiring, kept, inputs)
+                found = [trial(Path(folder)) for _ in range(LEAST_PROCESSES)]
+                while confirming and len(found) < MOST_PROCESSES and not _share(found).decides(budget.share):
+                    found.append(trial(Path(folder)))
+                return found
+
+            [(_, found)] = solved_in_turn([trials], lambda trials: trials())  # by the first process, for all
+            tried.append(_Tried(kept, cost, found))
+            if not quiet:
+                print(f"{budget}: {'again, ' if confirming else ''}{_share(found)}", file=sys.stderr)
+            return _share(found)
+
+        for _ in range(CHOICES):
+            kept, cost = solve(limit)
+            own = [seconds for one in tried if one.kept == kept for seconds in one.seconds]
+            if not own or not _share(own).misses(budget.share):
+                measure(kept, cost)
+            share, slope = _estimate(tried, cost)
+            half, aim = share.high - share.value, (1 + TOLERANCE) / 2 * budget.share
+            coarse = share.processes >= MOST_PROCESSES and 2 * half > (1 - TOLERANCE) * budget.share
+            if coarse:
+                aim = budget.share - half
+            if share.fits(budget.share) or (coarse and share.high <= budget.share):
+                found = measure(kept, cost, confirming=True)
+                if found.fits(budget.share) or (coarse and found.high <= budget.share):
+                    return kept, found
+                share, slope = _estimate(tried, cost)
+            if sum(len(one.seconds) for one in tried) >= MOST_TRIALS:
                 break
-        if confirming:
-            known += ratios
-        return share_of(ratios)
-
-    low, high = 0.0, math.inf  # limits known to be met, and to be missed
-    below: list[tuple[float, dict[str, int], Share]] = []
-    for _ in range(TRIES):
-        kept = solve(limit)
-        share = measured(kept)
-        if share.fits(budget.share):
-            share = measured(kept, confirming=True)
-            if share.fits(budget.share):
-                return kept, share
-        if share.high <= budget.share:
-            below.append((share.value, kept, share))
-        if share.high < TOLERANCE * budget.share:
-            low = max(low, limit)
-        elif share.low > budget.share:
-            high = min(high, limit)
-        whole_s = statistics.median(dense_s)
-        guess = limit + ((1 + TOLERANCE) / 2 * budget.share - share.value) * whole_s
-        limit = guess if low < guess < high else (low + min(high, 2 * low + whole_s)) / 2
+            limit += (aim - share.value) * _dense_s(tried) / slope
+    below = [(share.value, one.kept, share) for one in tried if (share := _share(one.seconds)).high <= budget.share]
     if not below:
         raise UserError(f"no choice of widths came below {budget} on the clock; loosen the budget or the floors")
     _, kept, share = max(below, key=lambda found: found[0])
     return kept, share
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Widths, their cost by the table in seconds, and the seconds of dense and smaller calls that processes found."""
+
+    kept: dict[str, int]
+    cost: float
+    seconds: Sequence[tuple[float, float]]
+
+
+def _share(seconds: Sequence[tuple[float, float]]) -> Share:
+    return share_of([smaller_s / dense_s for dense_s, smaller_s in seconds])
+
+
+def _dense_s(tried: Sequence[_Tried]) -> float:
+    return statistics.median(dense_s for one in tried for dense_s, _ in one.seconds)
+
+
+def _estimate(tried: Sequence[_Tried], cost: float) -> tuple[Share, float]:
+    """The share of widths of a ``cost``, from all tried near it, and how much of the table's differences shows."""
+    dense_s = _dense_s(tried)
+    costs = [one.cost / dense_s for one in tried]
+    slope = 1.0
+    if max(costs) - min(costs) > 2 * NEAR:
+        slope = statistics.linear_regression(costs, [_share(one.seconds).value for one in tried]).slope
+        slope = min(max(slope, 0.5), 2.0)
+    at = cost / dense_s
+    near = [
+        smaller_s / own_s + slope * (at - table)
+        for one, table in zip(tried, costs, strict=True)
+        for own_s, smaller_s in one.seconds
+        if abs(at - table) <= NEAR
+    ]
+    return share_of(near), slope
+
+
+def _write_choice(folder: Path, wiring: Wiring, kept: Mapping[str, int], inputs: Mapping[str, Any]) -> None:
+    """Dense and shrunk denoiser and the arguments of a call, for a trial."""
+    shapes = shapes_with(wiring, kept)
+    smaller = _smaller(wiring.denoiser, shapes)
+    become_shrunk(Edits(), smaller, shapes)
+    try:
+        write_trial(folder, wiring.denoiser, smaller, inputs)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the denoisers to time to {folder.parent}: {error.strerror or error}; "
+            "free some space or set TMPDIR"
+        ) from error

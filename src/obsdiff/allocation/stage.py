@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.allocation.allocate import allocate
+from obsdiff.allocation.clock import PROCESS_S
+from obsdiff.allocation.latency import LEAST_PROCESSES
 from obsdiff.allocation.planning import allocates, check_options, describe_scan, first_plan, rule_of, solve_options
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
@@ -182,4 +184,9 @@ def announce(
         )
     if rule_of(options) == "measured":
         lines.append(describe_scan(wiring, plan, options, num_prompts, steps))
+    if (options.budget or "").startswith("latency:"):
+        lines.append(
+            f"latency: new processes, at least {2 * LEAST_PROCESSES} and until they agree, time the dense and the "
+            f"shrunk denoiser for {PROCESS_S:g} s each"
+        )
     print("\n".join(lines), file=sys.stderr)

@@ -67,6 +67,14 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _in_new_processes(record: Mapping[str, Any]) -> str:
+    """How sure a latency's share is."""
+    if "achieved_interval" not in record:
+        return ""
+    low, high = record["achieved_interval"]
+    return f" ({low:.2%} to {high:.2%}, {record['achieved_processes']} new processes)"
+
+
 def _allocation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How the plan came about, if it is not plainly uniform."""
     if report["rule"] == "uniform" and report["budget"] is None:
@@ -74,7 +82,7 @@ def _allocation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("allocation", f"{report['rule']}, budget {report['budget'] or 'none'}")]
     record = report.get("allocation")
     if record is not None:
-        rows.append(("budget met", f"{record['achieved']:.4%}"))
+        rows.append(("budget met", f"{record['achieved']:.4%}" + _in_new_processes(record)))
     if record is not None and "scan" in record:
         scan = record["scan"]
         rows += [
