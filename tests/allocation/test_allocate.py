@@ -162,6 +162,17 @@ def test_a_latency_budget_that_processes_are_too_different_for(statistics, scann
         made("structured:0.3", statistics, budget="latency:0.7", trial=lambda folder: (1.0, 1.1), **options)
 
 
+def test_a_full_disk_is_one_line(statistics, scanned, monkeypatch):
+    from obsdiff.allocation import latency
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(latency, "write_trial", full)
+    with pytest.raises(obsdiff.UserError, match=r"cannot write the denoisers .*No space left on device; free some"):
+        made("structured:0.3", statistics, budget="latency:0.9", store=scanned["structured"], clock=count_parameters)
+
+
 def test_the_interval_over_processes_covers_the_mean():
     """Of 400 samples of 9 the 95 % interval misses the mean in about 20."""
     from obsdiff.allocation.latency import share_of

@@ -237,7 +237,7 @@ def meet_on_the_clock(
 
             [(_, found)] = solved_in_turn([trials], lambda trials: trials())  # by the first process, for all
             tried.append(_Tried(kept, cost, found))
-            if not quiet:
+            if not quiet and rank() == 0:
                 print(f"{budget}: {'again, ' if confirming else ''}{_share(found)}", file=sys.stderr)
             return _share(found)
 
