@@ -162,6 +162,17 @@ def test_a_latency_budget_that_processes_are_too_different_for(statistics, scann
         made("structured:0.3", statistics, budget="latency:0.7", trial=lambda folder: (1.0, 1.1), **options)
 
 
+def test_a_choice_is_below_only_if_all_that_measured_it_say_so():
+    """Not if five of its processes, by chance, read less than the others."""
+    from obsdiff.allocation.latency import _slowest_below, _Tried
+
+    lucky = [_Tried({"ff": 5}, 0.8, [(1.0, 0.79)] * 5), _Tried({"ff": 5}, 0.8, [(1.0, 0.83)] * 5)]
+    sure = _Tried({"ff": 4}, 0.7, [(1.0, 0.7)] * 5)
+    assert _slowest_below(lucky, 0.8) is None
+    kept, share = _slowest_below([*lucky, sure, _Tried({"ff": 3}, 0.6, [(1.0, 0.6)] * 5)], 0.8)
+    assert kept == {"ff": 4} and share.value == pytest.approx(0.7) and share.processes == 5
+
+
 def test_a_full_disk_is_one_line(statistics, scanned, monkeypatch):
     from obsdiff.allocation import latency
 

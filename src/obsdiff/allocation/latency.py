@@ -243,8 +243,8 @@ def meet_on_the_clock(
 
         for _ in range(CHOICES):
             kept, cost = solve(limit)
-            own = [seconds for one in tried if one.kept == kept for seconds in one.seconds]
-            if not own or not _share(own).misses(budget.share):
+            own = _share_of_choice(tried, kept)
+            if own is None or not own.misses(budget.share):
                 measure(kept, cost)
             share, slope = _estimate(tried, cost)
             half, aim = share.high - share.value, (1 + TOLERANCE) / 2 * budget.share
@@ -252,18 +252,17 @@ def meet_on_the_clock(
             if coarse:
                 aim = budget.share - half
             if share.fits(budget.share) or (coarse and share.high <= budget.share):
-                found = measure(kept, cost, confirming=True)
-                if found.fits(budget.share) or (coarse and found.high <= budget.share):
-                    return kept, found
+                again = measure(kept, cost, confirming=True)
+                if again.fits(budget.share) or (coarse and again.high <= budget.share):
+                    return kept, again
                 share, slope = _estimate(tried, cost)
             if sum(len(one.seconds) for one in tried) >= MOST_TRIALS:
                 break
             limit += (aim - share.value) * _dense_s(tried) / slope
-    below = [(share.value, one.kept, share) for one in tried if (share := _share(one.seconds)).high <= budget.share]
-    if not below:
+    found = _slowest_below(tried, budget.share)
+    if found is None:
         raise UserError(f"no choice of widths came below {budget} on the clock; loosen the budget or the floors")
-    _, kept, share = max(below, key=lambda found: found[0])
-    return kept, share
+    return found
 
 
 @dataclass(frozen=True)
@@ -277,6 +276,18 @@ class _Tried:
 
 def _share(seconds: Sequence[tuple[float, float]]) -> Share:
     return share_of([smaller_s / dense_s for dense_s, smaller_s in seconds])
+
+
+def _share_of_choice(tried: Sequence[_Tried], kept: Mapping[str, int]) -> Share | None:
+    """By all processes that measured a choice; None if none did."""
+    seconds = [pair for one in tried if one.kept == kept for pair in one.seconds]
+    return _share(seconds) if seconds else None
+
+
+def _slowest_below(tried: Sequence[_Tried], budget: float) -> tuple[dict[str, int], Share] | None:
+    """The choice with the largest share whose interval, over all that measured it, stays below the budget."""
+    shares = [(one.kept, share) for one in tried if (share := _share_of_choice(tried, one.kept)) is not None]
+    return max((found for found in shares if found[1].high <= budget), key=lambda found: found[1].value, default=None)
 
 
 def _dense_s(tried: Sequence[_Tried]) -> float:
