@@ -222,7 +222,8 @@ def test_the_real_clock_runs(statistics, scanned, monkeypatch):
     except obsdiff.UserError as error:  # a busy machine may miss it
         assert "latency:0.97 on the clock" in str(error)
     else:
-        assert found.record["achieved"] <= 0.97 and found.record["achieved_processes"] == 2
+        # two that measured it and two that confirmed it are pooled where the second two missed
+        assert found.record["achieved"] <= 0.97 and found.record["achieved_processes"] in (2, 4)
 
 
 def test_a_new_process_loads_both_denoisers(tmp_path, monkeypatch):
