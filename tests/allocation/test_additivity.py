@@ -1,17 +1,21 @@
 """Random plans: what is predicted is close to what is measured, and the bench says so."""
 
 import json
+import math
 
 import pytest
 
-from obsdiff.allocation.additivity import rank_correlation
+from obsdiff.allocation.additivity import Additivity
 from obsdiff.cli.main import main
 
 
 def test_rank_correlation():
-    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    assert rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(0.8)
+    assert Additivity([1, 2, 3, 4], [10, 20, 30, 400]).rank_correlation[0] == pytest.approx(1)
+    assert Additivity([1, 2, 3, 4], [4, 3, 2, 1]).rank_correlation[0] == pytest.approx(-1)
+    value, (low, high) = Additivity([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]).rank_correlation
+    assert value == pytest.approx(0.8)
+    # Fisher's transformation by hand: atanh(0.8) +- 1.96 / sqrt(5 - 3)
+    assert (low, high) == pytest.approx((math.tanh(math.atanh(0.8) - 1.385904), math.tanh(math.atanh(0.8) + 1.385904)))
 
 
 def test_bench_scan_prints_one_json_line(capsys, monkeypatch):
@@ -28,7 +32,8 @@ def test_bench_scan_prints_one_json_line(capsys, monkeypatch):
     found = json.loads(line)
     assert found["triples"] == 3 and found["units"] == 21 and found["bare_passes"] > 0
     assert found["ratio"] == pytest.approx(found["scan_s"] / found["calibrate_s"], rel=0.05)
-    assert found["rank_correlation"] > 0.8
+    low, high = found["rank_correlation_interval"]
+    assert found["rank_correlation"] > 0.8 and -1 < low < found["rank_correlation"] < high <= 1
     for wrong in (["--triples", "0"], ["--preset", "sd3-tiny-cpu", "--pipeline", "digits-sd3"], ["--pipeline", "none"]):
         with pytest.raises(SystemExit):
             main(["bench", "scan", *wrong])

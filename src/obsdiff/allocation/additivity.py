@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import pearsonr, rankdata
 
 from obsdiff.allocation.budget import Costs
 from obsdiff.allocation.curves import error_curve
@@ -36,15 +37,11 @@ class Additivity:
     joint: list[float]
 
     @property
-    def rank_correlation(self) -> float:
-        """Spearman's: 1 if both order the plans alike."""
-        return rank_correlation(self.predicted, self.joint)
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation of two equally long lists without ties."""
-    ranks = [torch.tensor(list(values), dtype=torch.float64).argsort().argsort().double() for values in (a, b)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+    def rank_correlation(self) -> tuple[float, tuple[float, float]]:
+        """Spearman's, with its 95 % interval by Fisher's transformation: 1 if both order the plans alike."""
+        found = pearsonr(rankdata(self.predicted), rankdata(self.joint))
+        low, high = found.confidence_interval(0.95)
+        return float(found.statistic), (float(low), float(high))
 
 
 def check_additivity(

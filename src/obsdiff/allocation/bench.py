@@ -80,8 +80,8 @@ def bench_scan(
 
     Returns:
         ``forward_only_s, calibrate_s, scan_s, ratio`` (scan / calibrate), ``triples, bare_passes``,
-        ``rank_correlation`` over ``plans`` random plans at the budget of ``pattern`` (None for fewer than two), the
-        ``predicted`` and ``joint`` error of each, and what else the figures depend on.
+        ``rank_correlation`` over ``plans`` random plans at the budget of ``pattern`` and its 95 % interval (None for
+        fewer than two), the ``predicted`` and ``joint`` error of each, and what else the figures depend on.
     """
     forward_s = forward_only(pipe, conditioning, preset)
     started = time.perf_counter()
@@ -104,6 +104,7 @@ def bench_scan(
     scan_s = time.perf_counter() - started
     costs = costs_of(pipe, wiring, units, default_budget(wiring, base), settings.call)
     added = check_additivity(wiring, base, units, costs, found, statistics, options, probe, plans)
+    correlation, interval = added.rank_correlation if plans > 1 else (None, None)
     return {
         "forward_only_s": round(forward_s, 3),
         "calibrate_s": round(calibrate_s, 3),
@@ -114,7 +115,8 @@ def bench_scan(
         "plans": plans,
         "predicted": added.predicted,
         "joint": added.joint,
-        "rank_correlation": added.rank_correlation if plans > 1 else None,
+        "rank_correlation": correlation,
+        "rank_correlation_interval": interval,
         "units": len(units),
         "preset": name,
         "pattern": pattern,
