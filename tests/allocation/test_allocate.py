@@ -38,6 +38,13 @@ def scanned(tmp_path_factory, statistics):
     return {kind: tmp_path_factory.mktemp(kind) for kind in ("unstructured", "nm", "structured")}
 
 
+@pytest.fixture
+def untimed(scanned):
+    """A store of structured scans without what another test's clock said."""
+    (scanned["structured"] / "latency.json").unlink(missing_ok=True)
+    return scanned["structured"]
+
+
 @pytest.mark.parametrize("rule", ["measured", "owl", "uniform"])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7125])
 def test_total_sparsity_is_exact(statistics, scanned, rule, share):
@@ -101,7 +108,7 @@ def written_parameters(folder, fixed=0):
     return tuple(1e-6 * (fixed + count(folder / name / "diffusion_pytorch_model.safetensors")) for name in names)
 
 
-def test_latency_budgets_are_met_on_the_clock(statistics, scanned, capsys):
+def test_latency_budgets_are_met_on_the_clock(statistics, untimed, capsys):
     """On a clock that counts parameters and charges a fixed time, as tables are never the whole truth."""
     trials = []
 
@@ -111,7 +118,7 @@ def test_latency_budgets_are_met_on_the_clock(statistics, scanned, capsys):
 
     found = made(
         "structured:heads=0.3,ffn=0.3,multiple_of=1", statistics, budget="latency:0.7",
-        store=scanned["structured"], clock=count_parameters, trial=trial, quiet=False,
+        store=untimed, clock=count_parameters, trial=trial, quiet=False,
     )  # fmt: skip
     pipe = make_pipe()
     dense = sum(p.numel() for p in pipe.transformer.parameters()) + 2000
@@ -124,7 +131,7 @@ def test_latency_budgets_are_met_on_the_clock(statistics, scanned, capsys):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_latency_budgets_are_met_on_a_noisy_clock(statistics, scanned, seed):
+def test_latency_budgets_are_met_on_a_noisy_clock(statistics, untimed, seed):
     """Processes differ by 0.5 %, and modules alone save twice what they save in the whole."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -134,7 +141,7 @@ def test_latency_budgets_are_met_on_a_noisy_clock(statistics, scanned, seed):
 
     found = made(
         "structured:heads=0.3,ffn=0.3,multiple_of=1", statistics, budget="latency:0.8",
-        store=scanned["structured"], clock=count_parameters, trial=trial,
+        store=untimed, clock=count_parameters, trial=trial,
     )  # fmt: skip
     pipe = make_pipe()
     dense = sum(p.numel() for p in pipe.transformer.parameters()) + 20_000
@@ -144,7 +151,7 @@ def test_latency_budgets_are_met_on_a_noisy_clock(statistics, scanned, seed):
     assert 0.99 * 0.8 <= share <= 0.8
 
 
-def test_a_latency_budget_that_processes_are_too_different_for(statistics, scanned):
+def test_a_latency_budget_that_processes_are_too_different_for(statistics, untimed):
     """The slowest choice that stays below is taken; out of reach, it is said."""
     from obsdiff.allocation.latency import MOST_PROCESSES, MOST_TRIALS
 
@@ -154,10 +161,11 @@ def test_a_latency_budget_that_processes_are_too_different_for(statistics, scann
         trials.append(written_parameters(folder))
         return trials[-1][0], trials[-1][1] * (1 + 0.03 * float(torch.randn((), generator=generator)))
 
-    options = {"store": scanned["structured"], "clock": count_parameters}
+    options = {"store": untimed, "clock": count_parameters}
     found = made("structured:0.3", statistics, budget="latency:0.7", trial=trial, **options)
     assert 0.66 < found.record["achieved"] < found.record["achieved_interval"][1] <= 0.7
     assert len(trials) < MOST_TRIALS + MOST_PROCESSES
+    (untimed / "latency.json").unlink()
     with pytest.raises(obsdiff.UserError, match=r"no choice of widths came below latency:0.7 on the clock"):
         made("structured:0.3", statistics, budget="latency:0.7", trial=lambda folder: (1.0, 1.1), **options)
 
@@ -173,7 +181,7 @@ def test_a_choice_is_below_only_if_all_that_measured_it_say_so():
     assert kept == {"ff": 4} and share.value == pytest.approx(0.7) and share.processes == 5
 
 
-def test_a_full_disk_is_one_line(statistics, scanned, monkeypatch):
+def test_a_full_disk_is_one_line(statistics, untimed, monkeypatch):
     from obsdiff.allocation import latency
 
     def full(*_):
@@ -181,7 +189,7 @@ def test_a_full_disk_is_one_line(statistics, scanned, monkeypatch):
 
     monkeypatch.setattr(latency, "write_trial", full)
     with pytest.raises(obsdiff.UserError, match=r"cannot write the denoisers .*No space left on device; free some"):
-        made("structured:0.3", statistics, budget="latency:0.9", store=scanned["structured"], clock=count_parameters)
+        made("structured:0.3", statistics, budget="latency:0.9", store=untimed, clock=count_parameters)
 
 
 def test_the_interval_over_processes_covers_the_mean():
@@ -210,7 +218,7 @@ def test_a_call_that_another_call_has_slowed_down_is_not_counted(monkeypatch):
     assert found == pytest.approx([0.008, 0.006, 9.0])
 
 
-def test_the_real_clock_runs(statistics, scanned, monkeypatch):
+def test_the_real_clock_runs(statistics, untimed, monkeypatch):
     from obsdiff.allocation import clock, latency
 
     monkeypatch.setattr(clock, "PROCESS_S", 0.5)
@@ -218,7 +226,7 @@ def test_the_real_clock_runs(statistics, scanned, monkeypatch):
         monkeypatch.setattr(latency, name, value)
     pipe = make_pipe().to(torch.bfloat16)
     try:
-        found = made("structured:0.3", statistics, pipe=pipe, budget="latency:0.97", store=scanned["structured"])
+        found = made("structured:0.3", statistics, pipe=pipe, budget="latency:0.97", store=untimed)
     except obsdiff.UserError as error:  # a busy machine may miss it
         assert "latency:0.97 on the clock" in str(error)
     else:

@@ -199,7 +199,7 @@ def test_two_processes_find_the_same(tmp_path):
         "clock = lambda calls: [3000.0 * rank + sum(p.numel() for p in c.func.parameters()) for c in calls]\n"
         "pattern = 'structured:heads=0.3,ffn=0.3,multiple_of=1'\n"
         "plan = allocate(pipe, pattern, statistics, PROMPTS, rule='uniform', budget='latency:0.8', spare_blocks=(),\n"
-        "                clock=clock, trial=trial).plan\n"
+        f"                store={str(tmp_path / 'times')!r}, clock=clock, trial=trial).plan\n"
         "torch.distributed.barrier(); torch.distributed.destroy_process_group()\n"
         "print(json.dumps([found.measured, {k: str(p) for k, p in plan.entries.items()}], sort_keys=True))\n"
     )
@@ -219,3 +219,4 @@ def test_two_processes_find_the_same(tmp_path):
     first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
     stored = json.loads((tmp_path / "store" / FILE).read_text())["units"]
     assert first == second and len(first[0]) == 7 and set(stored) == set(first[0])
+    assert len(json.loads((tmp_path / "times" / "latency.json").read_text())["found"]) > 3  # tables and trials

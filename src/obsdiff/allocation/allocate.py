@@ -19,6 +19,7 @@ from obsdiff.allocation.owl import owl_offsets
 from obsdiff.allocation.probe import Probe, record_probe
 from obsdiff.allocation.scan import Sensitivity, passes_needed, scan
 from obsdiff.allocation.targets import meet_with_offsets
+from obsdiff.allocation.times import Times, open_times
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, encode_prompts
@@ -45,11 +46,13 @@ class Allocation:
         record: For reports: rule, budget, what it came to (by the clock with a 95 % interval), errors, and what the
             scan cost; JSON-able.
         sensitivity: The scan, of the measured rule.
+        earlier_s: Seconds that earlier runs spent on what ``store`` held.
     """
 
     plan: Plan
     record: dict[str, Any]
     sensitivity: Sensitivity | None = None
+    earlier_s: float = 0.0
 
 
 def allocate(
@@ -86,7 +89,8 @@ def allocate(
         method: How layers are pruned; the scan prunes them so.
         options: Refit, seed, damping and fusion, in place of ``method``'s defaults.
         scanning: See :class:`obsdiff.pruning.options.ScanOptions`.
-        store: Folder to keep the scan in; one of the same settings is used or continued instead of measured again.
+        store: Folder to keep the scan in, and what the clock measured; what it holds of the same settings (and, of
+            the clock, the same machine) is not measured again.
         limits: Floors, ceilings and shared values, see :class:`obsdiff.pruning.options.Limits`.
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`; the measured rule spares no block
             unless told to.
@@ -111,20 +115,21 @@ def allocate(
     base = make_plan(wiring, pattern, include, exclude, spared)
     settings = settings_of(statistics, batch_size)
     units = make_units(wiring, base, limits)
+    keep = None if store is None else Path(store)
+    depends_on = {"model": statistics.fingerprint["model"], "call": settings.call}
+    times = open_times(keep if budget.kind == "latency" else None, depends_on, wiring.denoiser)
     if budget.kind == "latency":
-        clock = shared_clock(clock)
-        costs = latency_costs(pipe, wiring, units, budget, settings.call, clock)
+        costs = latency_costs(pipe, wiring, units, budget, settings.call, times, shared_clock(clock))
     else:
         costs = costs_of(pipe, wiring, units, budget, settings.call)
     _check_feasible(units, costs, budget)
-    job = _Job(pipe, wiring, base, rule, budget, units, costs, settings, trial, quiet)
+    job = _Job(pipe, wiring, base, rule, budget, units, costs, settings, times, trial, quiet)
     if rule == "measured":
         free = make_units(wiring, base, Limits(share=limits.share))
-        keep = None if store is None else Path(store)
         return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, keep)
     offsets = owl_offsets(wiring, units, statistics) if rule == "owl" else [0.0] * len(units)
     plan, achieved = _meet(job, lambda limit: meet_with_offsets(units, offsets, replace(costs, limit=limit)))
-    return Allocation(plan, {"rule": rule, "budget": str(budget), **achieved})
+    return Allocation(plan, {"rule": rule, "budget": str(budget), **achieved}, earlier_s=times.earlier_s)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,7 @@ class _Job:
     units: Sequence[Unit]
     costs: Costs
     settings: Settings
+    times: Times
     trial: Trial
     quiet: bool
 
@@ -197,7 +203,7 @@ def _measured(
             "denoiser_calls": probe.recorded + round(len(probe) * (sensitivity.cost["passes"] + CHECKS)),
         },
     }
-    return Allocation(plan, record, sensitivity)
+    return Allocation(plan, record, sensitivity, sensitivity.earlier_s + job.times.earlier_s)
 
 
 def _used(job: _Job, patterns: Sequence[Pattern]) -> float:
@@ -320,6 +326,15 @@ def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[l
         tried.append((widths, patterns))
         return widths, table_cost(job.units, patterns, job.costs)
 
-    call = job.settings.call
-    best, share = meet_on_the_clock(job.pipe, job.wiring, job.budget, call, kept, job.costs.limit, job.trial, job.quiet)
+    best, share = meet_on_the_clock(
+        job.pipe,
+        job.wiring,
+        job.budget,
+        job.settings.call,
+        kept,
+        job.costs.limit,
+        job.times,
+        job.trial,
+        job.quiet,
+    )
     return next(patterns for widths, patterns in tried if widths == best), share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import statistics
 import sys
@@ -21,6 +22,7 @@ from torch import nn
 from obsdiff.allocation.budget import Budget, Costs, _costs, shapes_with
 from obsdiff.allocation.clock import Calls, Clock, Trial, new_process, time_calls, write_trial
 from obsdiff.allocation.curves import interpolate
+from obsdiff.allocation.times import Times
 from obsdiff.allocation.units import Unit
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import example_inputs
@@ -61,9 +63,12 @@ def latency_costs(
     units: Sequence[Unit],
     budget: Budget,
     call: Mapping[str, Any],
+    times: Times,
     clock: Clock = time_calls,
 ) -> Costs:
     """Seconds of each option, from timing every kind of module at a few widths; equal modules are timed once.
+
+    What ``times`` holds of them is not timed again.
 
     Raises:
         UserError: The pattern does not change latency.
@@ -79,9 +84,10 @@ def latency_costs(
     for name in planned:
         key = _signature(wiring, modules[name], inputs[name])
         if key not in tables:
-            tables[key] = _table(wiring, modules[name], inputs[name], clock)
+            timed = partial(_table, wiring, modules[name], inputs[name], clock)
+            tables[key] = list(zip(_widths(modules[name]), times.measure(str(key), timed), strict=True))
         table_of[name] = tables[key]
-    dense = _seconds([partial(wiring.denoiser, **arguments)], clock)[0]
+    [dense] = times.measure("dense", partial(_seconds, [partial(wiring.denoiser, **arguments)], clock))
     whole = sum(interpolate(table_of[name], modules[name].count) for name in planned)
 
     def cost(unit: Unit, pattern: Any) -> float:
@@ -115,12 +121,16 @@ def _module_inputs(wiring: Wiring, names: Sequence[str], arguments: Mapping[str,
     return seen
 
 
-def _table(wiring: Wiring, groups: WiredGroups, inputs: Any, clock: Clock) -> list[tuple[float, float]]:
-    """Seconds by heads or neurons kept."""
-    widths = sorted({max(1, round(groups.count * i / (POINTS - 1))) for i in range(POINTS)})
+def _widths(groups: WiredGroups) -> list[int]:
+    """Heads or neurons kept, for a table."""
+    return sorted({max(1, round(groups.count * i / (POINTS - 1))) for i in range(POINTS)})
+
+
+def _table(wiring: Wiring, groups: WiredGroups, inputs: Any, clock: Clock) -> list[float]:
+    """Seconds at each of the widths."""
     args, kwargs = inputs
     calls = []
-    for kept in widths:
+    for kept in _widths(groups):
         shapes = shapes_with(wiring, {groups.name: kept})
         prefix = groups.name + "."
         layers = {name.removeprefix(prefix): shape for name, shape in shapes["layers"].items()}
@@ -128,7 +138,7 @@ def _table(wiring: Wiring, groups: WiredGroups, inputs: Any, clock: Clock) -> li
         module = _smaller(wiring.layer(groups.name), {"layers": layers, "attributes": attributes})
         calls.append(partial(module, *args, **kwargs))
     # a noisy clock may call a wider module faster: what is kept never costs less
-    return list(zip(map(float, widths), accumulate(_seconds(calls, clock), max), strict=True))
+    return list(accumulate(_seconds(calls, clock), max))
 
 
 def _seconds(calls: Calls, clock: Clock) -> list[float]:
@@ -196,6 +206,7 @@ def meet_on_the_clock(
     call: Mapping[str, Any],
     solve: Callable[[float], tuple[dict[str, int], float]],
     limit: float,
+    times: Times,
     trial: Trial = new_process,
     quiet: bool = True,
 ) -> tuple[dict[str, int], Share]:
@@ -212,6 +223,7 @@ def meet_on_the_clock(
         pipe, wiring, budget, call: As for :func:`latency_costs`.
         solve: Heads and neurons kept by module for a limit of the table, and what they cost by the table in seconds.
         limit: The table's own.
+        times: Of earlier trials, which are not made again; new ones are added and saved.
         trial: Times the denoisers in a folder, see :func:`obsdiff.allocation.clock.new_process`.
         quiet: Do not say on standard error what was measured.
 
@@ -228,11 +240,16 @@ def meet_on_the_clock(
         def measure(kept: dict[str, int], cost: float, confirming: bool = False) -> Share:
             """By a few new processes; to confirm, by as many as it takes."""
 
+            def timed() -> tuple[float, float]:
+                dense_s, smaller_s = times.measure(json.dumps(kept), lambda: list(trial(Path(folder))))
+                times.save()
+                return dense_s, smaller_s
+
             def trials() -> list[tuple[float, float]]:
                 _write_choice(Path(folder), wiring, kept, inputs)
-                found = [trial(Path(folder)) for _ in range(LEAST_PROCESSES)]
+                found = [timed() for _ in range(LEAST_PROCESSES)]
                 while confirming and len(found) < MOST_PROCESSES and not _share(found).decides(budget.share):
-                    found.append(trial(Path(folder)))
+                    found.append(timed())
                 return found
 
             [(_, found)] = solved_in_turn([trials], lambda trials: trials())  # by the first process, for all

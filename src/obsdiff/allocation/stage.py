@@ -128,8 +128,7 @@ def prune_stage(
             quiet=quiet,
         )
         plan, record = allocation.plan, allocation.record
-        earlier_s = 0.0 if allocation.sensitivity is None else allocation.sensitivity.earlier_s
-        allocate_s = earlier_s + time.perf_counter() - started
+        allocate_s = allocation.earlier_s + time.perf_counter() - started
     report = prune(
         pipe,
         plan,

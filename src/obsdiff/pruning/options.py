@@ -143,7 +143,8 @@ class PruneOptions(PruningOptions):
         dtype: float32, bfloat16 or float16; statistics and solves are float32 always. Default: as saved by an earlier
             run, else float32.
         statistics: Folder to keep the calibration in; an existing one is used instead of calibrating again.
-        sensitivity: Folder to keep the scan in; an existing one is used instead of scanning again.
+        sensitivity: Folder to keep the scan in, and what was timed for a latency budget; what an existing one holds is
+            not measured again.
         overwrite: Replace an earlier run in the output folder.
         prune_again: Allow a pipeline that is pruned already.
         evaluation: How the result is measured.
