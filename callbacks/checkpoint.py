@@ -6,9 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from obsdiff.errors import UserError
+from obsdiff.files import whole_file
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written beside their target and renamed.
+
+    Lightning writes to the system's temporary folder; where that is another disk, putting the file in place is a copy
+    that a kill or a full disk leaves half done, over the checkpoint before.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint, whole or not at all; other than local files go Lightning's way."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's own word for a failed write, which it hides
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -24,6 +46,12 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int = 100) -> None:
         super().__init__(dirpath=dirpath, save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps)
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Have all checkpoints of this run written whole, those of other callbacks too."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
@@ -41,11 +69,14 @@ class LastCheckpoint(ModelCheckpoint):
     def _keep(self, trainer: lightning.Trainer) -> None:
         if trainer.global_step > 0 and self._last_global_step_saved != trainer.global_step:
             path = str(Path(str(self.dirpath)) / "last.ckpt")
+            before = Path(path).exists()
             try:
                 self._save_checkpoint(trainer, path)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write {path} at step {trainer.global_step}: {error.strerror or error}; the checkpoint "
-                    "before it is intact, free some space and go on with --ckpt_path last"
-                ) from error
+            except UserError as error:
+                kept = (
+                    "the checkpoint before it is intact, go on from it with --ckpt_path last"
+                    if before
+                    else ("there is none before it, the pruned pipeline is kept")
+                )
+                raise UserError(f"at step {trainer.global_step}: {error}; {kept}") from error
             self.last_model_path = path

@@ -148,7 +148,8 @@ def test_no_pickles():
         found = set(imports(path))
         assert not {"pickle", "dill", "joblib", "cloudpickle"} & found, module
         calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}
-        assert not {"torch.load", "torch.save"} & calls, module
+        lightnings = {"torch.save"} if module == "obsdiff.callbacks.checkpoint" else set()  # its format, written whole
+        assert not ({"torch.load", "torch.save"} - lightnings) & calls, module
 
 
 def test_scripts_are_short_and_callbacks_and_data_have_one_name():

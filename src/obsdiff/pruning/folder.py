@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from obsdiff.errors import UserError
-from obsdiff.files import read_json, whole_folder, write_json
+from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models import obsdiff_shrunk
 from obsdiff.models.info import INFO_FILE, info_of
 from obsdiff.models.loading import open_pipeline, to_device
 from obsdiff.models.register import LIBRARY
 from obsdiff.models.wiring import denoiser_of, shrunk_of, wire
+from obsdiff.obs.pattern import Structured, parse_pattern
 from obsdiff.pruning import planfile
 from obsdiff.pruning.manifest import FILE, manifest_of, read_manifest
 from obsdiff.pruning.masks import broken_masks, load_masks, save_masks
@@ -38,23 +42,18 @@ def save_pipeline(pipe: Any, output: str | Path, report: PruneReport, *, overwri
         UserError: The folder holds something else, or cannot be written.
     """
     check_output(Path(output), overwrite)
-    with whole_folder(Path(output), replace=overwrite) as folder:
+    with whole_folder(Path(output), FILE, replace=overwrite) as folder:
         write_pipeline(pipe, folder, report)
 
 
 def check_output(output: Path, overwrite: bool, flag: str = "--overwrite true") -> None:
-    """Refuse a folder that holds anything but an earlier run that may be replaced.
+    """Refuse a folder that holds anything but an earlier run that may be replaced, or that cannot be written.
 
     Raises:
         UserError: It does.
     """
-    if output.is_file() or output.is_symlink():
-        raise UserError(f"{output} exists and is not a folder; choose another output")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / FILE).is_file():
-            raise UserError(f"{output} exists and holds something else than a prune run; choose another output")
-        if not overwrite:
-            raise UserError(f"{output} holds an earlier prune run; choose another output or pass {flag}")
+    check_folder(output, FILE, "a prune run", replace=overwrite, hint=flag)
+    check_writable(output)
 
 
 def write_pipeline(pipe: Any, folder: Path, report: PruneReport) -> None:
@@ -128,15 +127,49 @@ def check_against_manifest(pipe: Any, folder: Path, manifest: dict[str, Any]) ->
         UserError: They are not.
     """
     denoiser: Any = denoiser_of(pipe)
-    shrunk = manifest["shrunk"]
-    if shrunk is not None:
-        for name, shape in shrunk["layers"].items():
-            if list(denoiser.get_submodule(name).weight.shape) != shape:
-                raise UserError(f"{folder}: layer {name} does not have the shape {shape} of the manifest")
-    elif broken := broken_masks(denoiser, load_masks(folder / MASKS)):
-        raise UserError(f"{folder}: {len(broken)} layers, such as {broken[0]}, are not zero where their masks say so")
+    masks = load_masks(folder / MASKS)
+    try:
+        if getattr(pipe, manifest["component"], None) is not denoiser:
+            raise _Unlike(f"the manifest's {manifest['component']} is not what is in pipeline/")
+        if masks.keys() != manifest["plan"].keys():
+            raise _Unlike("the masks are of other layers than the manifest's plan")
+        for name, mask in masks.items():
+            if abs(1 - float(mask.sum()) / max(mask.numel(), 1) - manifest["sparsity_per_layer"][name]) > 1e-9:
+                raise _Unlike(f"the mask of {name} keeps another share than the manifest says")
+        (_check_zeros if manifest["shrunk"] is None else _check_shapes)(denoiser, masks, manifest)
+    except _Unlike as error:
+        raise UserError(f"{folder}: {error}; its files were changed after pruning, or do not belong together") from None
     if _dtype(denoiser) == manifest["dtype"] and model_hash(denoiser) != manifest["denoiser_sha256"]:
         raise UserError(f"{folder}: the weights are not those of the manifest; they were changed after pruning")
+
+
+class _Unlike(Exception):
+    """What does not agree in a run's files."""
+
+
+def _check_zeros(denoiser: Any, masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Every layer of the plan is there, has its mask's shape, and is zero where its mask says so."""
+    if isinstance(parse_pattern(manifest["pattern"]), Structured):
+        raise _Unlike("the pattern is structured, but the manifest describes no shrunk layers")
+    there = dict(denoiser.named_parameters())
+    if missing := [name for name in masks if f"{name}.weight" not in there]:
+        raise _Unlike(f"the denoiser has no layer {missing[0]}")
+    if broken := broken_masks(denoiser, masks):
+        raise _Unlike(f"{len(broken)} layers, such as {broken[0]}, are not zero where their masks say so")
+
+
+def _check_shapes(denoiser: Any, masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """What the manifest says of shrunk layers is what the model's own config says, and covers the plan."""
+    own = shrunk_of(denoiser) or {"layers": {}, "attributes": {}}
+    for key, described in manifest["shrunk"].items():
+        if other := [name for name, value in described.items() if own.get(key, {}).get(name) != value]:
+            raise _Unlike(f"{other[0]} is not shrunk as the manifest says")
+    groups = {found.name: found for found in wire(denoiser).groups}
+    for name, mask in masks.items():
+        if name not in groups or int(mask.sum()) != groups[name].count:
+            raise _Unlike(f"{name} does not have the heads or neurons that its mask keeps")
+        if uncovered := set(groups[name].producers + groups[name].consumers) - manifest["shrunk"]["layers"].keys():
+            raise _Unlike(f"the manifest does not describe the shrunk layer {min(uncovered)}")
 
 
 def _dtype(denoiser: Any) -> str:

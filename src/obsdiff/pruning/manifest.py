@@ -3,14 +3,65 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, FiniteFloat
 
 from obsdiff.errors import UserError
 from obsdiff.files import read_json
+from obsdiff.obs.pattern import Structured, parse_pattern
 from obsdiff.pruning.oneshot import PruneReport
 
 FILE = "pruning.json"
 FORMAT = 1
+
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Size = Annotated[int, Field(ge=0)]
+
+
+class _Parameters(BaseModel):
+    dense: Size
+    pruned: Size
+    nonzero: Size
+
+
+class _Calibration(BaseModel):
+    num_prompts: Size
+    steps: Size | None
+    guidance_scale: FiniteFloat | None
+    weighting: str
+
+
+class _Shrunk(BaseModel):
+    layers: dict[str, list[Size]]
+    attributes: dict[str, dict[str, int]]
+
+
+class Manifest(BaseModel):
+    """What a manifest must hold, for those that read it as the plain dictionary that it is."""
+
+    format: int
+    pipeline: str | None = None
+    component: str
+    denoiser: str
+    denoiser_sha256: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    pattern: str
+    method: str
+    refit: bool
+    seed: int
+    packages: Annotated[int, Field(ge=1)]
+    plan: dict[str, str]
+    rule: str = "uniform"
+    budget: str | None = None
+    allocation: dict[str, Any] | None = None
+    sparsity: Share
+    sparsity_per_layer: dict[str, Share]
+    layer_error: dict[str, FiniteFloat]
+    parameters: _Parameters
+    time_s: dict[str, FiniteFloat]
+    statistics: _Calibration | None = None
+    shrunk: _Shrunk | None
 
 
 def manifest_of(report: PruneReport, source: str, component: str, denoiser: str) -> dict[str, Any]:
@@ -55,10 +106,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: There is none, or it is damaged.
     """
-    manifest = read_json(folder / FILE, "the manifest of a prune run")
-    needed = {"format", "pattern", "method", "component", "denoiser_sha256", "dtype", "plan", "shrunk"}
-    if not isinstance(manifest, dict) or not needed <= manifest.keys():
-        raise UserError(f"{folder / FILE} is not the manifest of a prune run")
+    path = folder / FILE
+    manifest: dict[str, Any] = read_json(path, "the manifest of a prune run", Manifest)
     if manifest["format"] != FORMAT:
-        raise UserError(f"{folder / FILE} has format {manifest['format']}; this version reads {FORMAT}")
+        raise UserError(f"{path} has format {manifest['format']}; this version reads {FORMAT}")
+    patterns = {name: _pattern(path, text) for name, text in {"": manifest["pattern"], **manifest["plan"]}.items()}
+    if len({isinstance(pattern, Structured) for pattern in patterns.values()}) > 1:
+        raise UserError(f"{path} is not the manifest of a prune run: its plan mixes structured and other patterns")
+    if not manifest["plan"] or manifest["plan"].keys() != manifest["sparsity_per_layer"].keys():
+        raise UserError(f"{path} is not the manifest of a prune run: plan and sparsity_per_layer name other layers")
     return manifest
+
+
+def _pattern(path: Path, text: str) -> Any:
+    try:
+        return parse_pattern(text)
+    except UserError as error:
+        raise UserError(f"{path} is not the manifest of a prune run: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,9 +45,19 @@ def load_masks(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             shapes = json.loads(file.metadata()["shapes"])
-            return {name: unpack(file.get_tensor(name), shape) for name, shape in shapes.items()}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot read masks from {path}: {error}") from error
+            if set(file.keys()) != shapes.keys():
+                raise ValueError("its shapes are not those of its tensors")
+            return {name: _unpacked(file.get_tensor(name), shape) for name, shape in shapes.items()}
+    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot read masks from {path}: {' '.join(str(error).split())}; prune again") from None
+
+
+def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{shape} is no shape")
+    if packed.dtype != torch.uint8 or packed.shape != (-(-math.prod(shape) // 8),):
+        raise ValueError(f"a mask of shape {shape} does not have {tuple(packed.shape)} bytes of {packed.dtype}")
+    return unpack(packed, shape)
 
 
 def broken_masks(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:

@@ -25,6 +25,7 @@ from obsdiff.pruning.statistics import Statistics, model_hash
 from obsdiff.pruning.surgery import (
     Edits,
     become_shrunk,
+    measured_sparsity,
     shrink_groups,
     shrunk_shapes,
     undone_on_error,
@@ -44,6 +45,8 @@ class PruneReport:
         pattern, method, refit, seed: What was asked for.
         plan: Pattern by layer, or by attention and feed-forward module.
         masks: Bool by layer (True = kept) for unstructured and N:M; by module over heads or neurons for structured.
+        sparsity: Share of the pruned layers' weights that is zero, or of the denoiser's parameters that is gone; measured
+            on the weights as they are.
         sparsity_per_layer: Share of zeros by layer, or share of heads or neurons removed by module.
         parameters: Of the denoiser: "dense", "pruned" (what is left), "nonzero".
         layer_error: Relative weighted output error by layer; empty if nothing was measured.
@@ -61,6 +64,7 @@ class PruneReport:
     seed: int
     plan: Plan
     masks: dict[str, Tensor] = field(default_factory=dict)
+    sparsity: float = 0.0
     sparsity_per_layer: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     layer_error: dict[str, float] = field(default_factory=dict)
@@ -70,14 +74,6 @@ class PruneReport:
     packages: int = 1
     model: str | None = None
     allocation: Mapping[str, Any] | None = None
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the pruned layers' weights that is zero, or of the denoiser's parameters that is gone."""
-        if isinstance(self.pattern, Structured):
-            return 1 - self.parameters["pruned"] / self.parameters["dense"]
-        kept = sum(int(mask.sum()) for mask in self.masks.values())
-        return 1 - kept / sum(mask.numel() for mask in self.masks.values())
 
     @property
     def mean_layer_error(self) -> float | None:
@@ -275,3 +271,4 @@ def _count(wiring: Wiring, report: PruneReport) -> None:
     parameters = list(wiring.denoiser.parameters())
     report.parameters["pruned"] = sum(p.numel() for p in parameters)
     report.parameters["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
+    report.sparsity = measured_sparsity(wiring.denoiser, report.plan.entries, report.parameters)

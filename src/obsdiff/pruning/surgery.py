@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.models.wiring import WiredGroups, Wiring, shrunk_of
+from obsdiff.obs.pattern import Pattern, Structured
 
 
 class Edits:
@@ -127,6 +128,22 @@ def become_shrunk(edits: Edits, denoiser: nn.Module, shapes: Mapping[str, Any]) 
     edits.set(denoiser, "_internal_dict", config)
 
 
-def zero_share(weight: Tensor) -> float:
-    """Share of a weight's entries that are exactly zero."""
-    return 1 - float(torch.count_nonzero(weight)) / weight.numel()
+def zero_share(*weights: Tensor) -> float:
+    """Share of the entries of all weights together that are exactly zero."""
+    return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / sum(w.numel() for w in weights)
+
+
+def measured_sparsity(denoiser: nn.Module, pruned: Mapping[str, Pattern], parameters: Mapping[str, int]) -> float:
+    """What pruning came to, measured on the weights.
+
+    Args:
+        denoiser: As it is now.
+        pruned: The plan's patterns by layer, or for structured ones by module.
+        parameters: Of the whole denoiser, "dense" and "pruned".
+
+    Returns:
+        Share of the pruned layers' weights that is zero; of structured plans, of the denoiser's parameters that is gone.
+    """
+    if any(isinstance(pattern, Structured) for pattern in pruned.values()):
+        return 1 - parameters["pruned"] / parameters["dense"]
+    return zero_share(*(denoiser.get_parameter(f"{name}.weight") for name in pruned))
