@@ -9,34 +9,24 @@ import lightning
 from obsdiff.callbacks.budget import Budget
 from obsdiff.callbacks.ema import averaged_weights
 from obsdiff.callbacks.find import find
-from obsdiff.export.recovered import RESULT, write_recovered
-from obsdiff.pruning.folder import check_output
+from obsdiff.export.recovered import REPORT, RESULT, write_recovered
+from obsdiff.files import check_folder, check_writable
 from obsdiff.ranks import full_tensor, rank, wait_for_all
 
 
 class Export(lightning.Callback):
     """Evaluates the recovered pipeline and writes it, with manifest, masks, report and samples, whole or not at all."""
 
-    def __init__(self) -> None:
-        self._written = False
-
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse an output that holds another result, before any work."""
         if stage == "fit":
             replace = pl_module.overwrite or bool(trainer.ckpt_path)
-            check_output(pl_module.output / RESULT, replace, "--model.overwrite true")
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._write(trainer, pl_module)
+            place = pl_module.output / RESULT
+            check_folder(place, REPORT, "a recovered run", replace=replace, hint="--model.overwrite true")
+            check_writable(place)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """A run resumed after its last step trains nothing, but its result may be missing."""
-        self._write(trainer, pl_module)
-
-    def _write(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if self._written:
-            return
-        self._written = True
+        """Once the last checkpoint is written; also of a resumed run that had nothing left to train."""
         budget = find(trainer, Budget)
         loss = trainer.callback_metrics.get("loss")
         with averaged_weights(trainer, pl_module):

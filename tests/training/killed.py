@@ -15,7 +15,7 @@ MOMENTS = {
     "references": ("obsdiff.evaluation.references", "sample", 2, False),
     "first step": ("obsdiff.training.recovery", "loss_terms", 2, False),
     "later step": ("obsdiff.training.recovery", "loss_terms", 6, False),
-    "checkpoint half written": ("fsspec.implementations.local", "LocalFileOpener.commit", 2, False),
+    "checkpoint half written": ("torch", "save", 2, True),
     "checkpoint written": ("obsdiff.callbacks.checkpoint", "LastCheckpoint._keep", 2, True),
     "export half written": ("obsdiff.export.recovered", "write_pipeline_files", 1, True),
 }

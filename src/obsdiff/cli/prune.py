@@ -14,12 +14,13 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse_options(PruneOptions, "obsdiff prune", args)
     with clear_errors("obsdiff prune"):
         from obsdiff.allocation.planning import check_options
+        from obsdiff.export.places import check_places
         from obsdiff.export.report import summary
         from obsdiff.export.run import prune_run
-        from obsdiff.pruning.folder import check_output, load_pipeline
+        from obsdiff.pruning.folder import load_pipeline
         from obsdiff.ranks import joined_processes, rank
 
-        check_output(Path(options.output), options.overwrite)  # cheap mistakes before costly loading
+        check_places(options)  # cheap mistakes before costly loading
         check_options(
             options,
             None if options.statistics is None else Path(options.statistics),

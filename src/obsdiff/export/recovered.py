@@ -12,17 +12,20 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.evaluation.references import Images, References, measure
 from obsdiff.export.heatmap import draw_ratios
+from obsdiff.export.places import finite, write_or_rescue
 from obsdiff.export.report import draw_samples
-from obsdiff.files import whole_folder, write_json, write_text
+from obsdiff.files import FILES, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.wiring import denoiser_of, wire
+from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.folder import MASKS, load_pipeline, write_pipeline_files
 from obsdiff.pruning.manifest import FILE
-from obsdiff.pruning.masks import broken_masks, load_masks
+from obsdiff.pruning.masks import broken_masks
 from obsdiff.pruning.statistics import model_hash
+from obsdiff.pruning.surgery import measured_sparsity
 from obsdiff.versions import versions
 
-RESULT = "recovered"
+RESULT, REPORT = "recovered", "report.json"
 SHOWN = 8
 EQUAL = (None, "uniform")  # rules that leave nothing to draw
 
@@ -54,24 +57,29 @@ def write_recovered(
     pipe = load_pipeline(start.folder or start.dense, dtype="float32")
     denoiser = denoiser_of(pipe)
     load_trained(denoiser, state, module)
-    masks = load_masks(start.folder / MASKS) if start.masks else {}
-    if broken := broken_masks(denoiser, masks):
+    if broken := broken_masks(denoiser, start.masks):
         raise UserError(f"{len(broken)} layers, such as {broken[0]}, are not zero where masked; not exported")
     report = recovered_report(module, denoiser, images, steps, loss, budget)
-    with whole_folder(module.output / RESULT, replace=True) as folder:
+
+    def write(folder: Path) -> None:
         write_pipeline_files(pipe, folder)
         if start.folder is not None:
             shutil.copyfile(start.folder / MASKS, folder / MASKS)
-            manifest = {**start.manifest, "denoiser_sha256": model_hash(denoiser), "dtype": "float32"}
+            manifest = {key: value for key, value in start.manifest.items() if key != FILES}
+            manifest |= {"denoiser_sha256": model_hash(denoiser), "dtype": "float32"}
+            manifest |= {"sparsity": report["sparsity"]["achieved"], "parameters": report["parameters"]}
             manifest["recovery"] = {"steps": steps, "objective": module.weights, "trained": vars(module.trained)}
             write_json(folder / FILE, manifest)
-        write_json(folder / "report.json", report)
+        write_json(folder / REPORT, finite(report))
         write_text(folder / "report.md", render_recovery(report))
         if report["rule"] not in EQUAL:
             title = f"{report['pipeline']}, {report['method']}, {start.manifest['budget']}"
             draw_ratios(folder / "ratios.png", wire(denoiser), start.manifest["sparsity_per_layer"], title)
         if images is not None:
             _draw(folder / "samples.png", module.frozen.refs, images, report)
+
+    kept = f"the weights are in {module.output / 'checkpoints'}; fit --ckpt_path last writes the result again"
+    write_or_rescue(module.output / RESULT, REPORT, True, write, kept)
     return report
 
 
@@ -107,7 +115,10 @@ def recovered_report(
         "device": str(module.device),
         "versions": versions(),
         "calibration": manifest.get("statistics"),
-        "sparsity": {"achieved": manifest.get("sparsity"), "per_layer": manifest.get("sparsity_per_layer")},
+        "sparsity": {
+            "achieved": _sparsity(denoiser, manifest, counts),
+            "per_layer": manifest.get("sparsity_per_layer"),
+        },
         "parameters": counts,
         "flops": {"dense": dense_flops, "pruned": flops},
         "layer_error": {"mean": sum(errors.values()) / len(errors) if errors else None, "per_layer": errors},
@@ -126,6 +137,12 @@ def recovered_report(
         for key in after:
             report["recovery"] |= {f"{key}_before": before[key], f"{key}_after": after[key]}
     return report
+
+
+def _sparsity(denoiser: Any, manifest: Mapping[str, Any], counts: Mapping[str, int]) -> float | None:
+    """What there is of the prune in the trained weights; None for a pipeline that was not pruned."""
+    plan = {name: parse_pattern(pattern) for name, pattern in manifest.get("plan", {}).items()}
+    return measured_sparsity(denoiser, plan, counts) if plan else None
 
 
 def _draw(path: Path, refs: References, images: Images, report: Mapping[str, Any]) -> None:

@@ -18,12 +18,14 @@ from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
 from obsdiff.evaluation.references import sample_shared
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.export.heatmap import draw_ratios
+from obsdiff.export.places import check_places, finite, write_or_rescue
 from obsdiff.export.report import draw_samples, render_markdown
-from obsdiff.files import whole_folder, write_json, write_text
+from obsdiff.files import write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.wiring import Wiring
-from obsdiff.pruning.folder import check_output, write_pipeline
+from obsdiff.pruning.folder import write_pipeline
+from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.oneshot import PruneReport
 from obsdiff.pruning.options import PruneOptions
 from obsdiff.pruning.plan import Plan
@@ -61,7 +63,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     started = time.perf_counter()
     quiet = quiet or rank() > 0
     statistics, sensitivity = (None if p is None else Path(p) for p in (options.statistics, options.sensitivity))
-    check_output(Path(options.output), options.overwrite)
+    check_places(options)
     check_options(options, statistics, sensitivity)
     wiring, plan = prepare(pipe, options, options.prune_again)
     prompts, evaluated = calibration_prompts(pipe, options), evaluation_prompts(pipe, options)
@@ -90,10 +92,23 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     report["time_s"]["total"] = time.perf_counter() - started
     report["peak_memory_bytes"] = peak_memory_bytes(pipe.device)
     if rank() == 0:
-        with whole_folder(Path(options.output), replace=options.overwrite) as folder:
-            _write(pipe, folder, done, wiring, report, images)
+        write_or_rescue(
+            Path(options.output),
+            FILE,
+            options.overwrite,
+            lambda folder: _write(pipe, folder, done, wiring, report, images),
+            _kept(statistics, sensitivity),
+        )
     wait_for_all()
     return report
+
+
+def _kept(statistics: Path | None, sensitivity: Path | None) -> str:
+    """For people: what a run that could not be written can be repeated from."""
+    places = [f"{what} in {place}" for what, place in (("calibration", statistics), ("scan", sensitivity)) if place]
+    if not places:
+        return "nothing is kept, since neither --statistics nor --sensitivity named a folder"
+    return f"kept are the {' and the '.join(places)}, from which the same command goes on"
 
 
 def evaluation_prompts(pipe: Any, options: PruneOptions) -> list[str]:
@@ -121,7 +136,7 @@ def _write(
 ) -> None:
     """The artifacts of a run."""
     write_pipeline(pipe, folder, done)
-    write_json(folder / "report.json", report)
+    write_json(folder / "report.json", finite(report))
     write_text(folder / "report.md", render_markdown(report))
     if done.plan.rule != "uniform":
         title = f"{report['pipeline']}, {report['method']}, {done.plan.budget}"

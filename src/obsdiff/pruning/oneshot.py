@@ -45,8 +45,8 @@ class PruneReport:
         pattern, method, refit, seed: What was asked for.
         plan: Pattern by layer, or by attention and feed-forward module.
         masks: Bool by layer (True = kept) for unstructured and N:M; by module over heads or neurons for structured.
-        sparsity: Share of the pruned layers' weights that is zero, or of the denoiser's parameters that is gone; measured
-            on the weights as they are.
+        sparsity: Share of the pruned layers' weights that is zero, or of the denoiser's parameters that is gone:
+            measured on the weights as they are.
         sparsity_per_layer: Share of zeros by layer, or share of heads or neurons removed by module.
         parameters: Of the denoiser: "dense", "pruned" (what is left), "nonzero".
         layer_error: Relative weighted output error by layer; empty if nothing was measured.

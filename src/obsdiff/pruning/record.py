@@ -111,7 +111,7 @@ def record_trajectories(
         handle.remove()
     tensors = {"latents": torch.cat(latents), "times": times}
     tensors |= {f"embeds.{name}": tensor for name, tensor in conditioning.embeds.items()}
-    with whole_folder(folder, replace=True) as temporary:
+    with whole_folder(folder, INDEX, replace=True) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         request = recording_request(info_of(pipe).source, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from obsdiff.errors import UserError
-from obsdiff.files import read_json, whole_folder, write_json
+from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.obs.hessian import SiteStatistics
 
 INDEX = "statistics.json"
@@ -101,7 +101,7 @@ def check_fingerprint(
 
 def save_statistics(statistics: Statistics, folder: Path) -> None:
     """Write a store, whole or not at all; an older one in its place is replaced."""
-    with whole_folder(folder, replace=True) as temporary:
+    with whole_folder(folder, INDEX, replace=True) as temporary:
         (temporary / "sites").mkdir()
         index = {}
         for number, (name, site) in enumerate(statistics.sites.items()):
@@ -124,6 +124,19 @@ def save_statistics(statistics: Statistics, folder: Path) -> None:
                 "sites": index,
             },
         )
+
+
+def check_store(folder: Path) -> None:
+    """Refuse a folder that neither is a store nor can become one, before anything is measured.
+
+    Raises:
+        UserError: It holds something else, a damaged store, or cannot be written.
+    """
+    if (folder / INDEX).exists():
+        open_statistics(folder)
+        return
+    check_folder(folder, INDEX, "a statistics store", replace=True)
+    check_writable(folder)
 
 
 def open_statistics(folder: Path) -> Statistics:

@@ -142,7 +142,7 @@ def measured_sparsity(denoiser: nn.Module, pruned: Mapping[str, Pattern], parame
         parameters: Of the whole denoiser, "dense" and "pruned".
 
     Returns:
-        Share of the pruned layers' weights that is zero; of structured plans, of the denoiser's parameters that is gone.
+        Share of the pruned layers' weights that is zero; structured: of the denoiser's parameters that is gone.
     """
     if any(isinstance(pattern, Structured) for pattern in pruned.values()):
         return 1 - parameters["pruned"] / parameters["dense"]

@@ -142,7 +142,7 @@ class DigitsSD3Pretraining(lightning.LightningModule):
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            with whole_folder(Path(self.output), replace=True) as folder:
+            with whole_folder(Path(self.output), INFO_FILE, replace=True) as folder:
                 self.pipe.transformer.half()  # halves the file; loaded as float32 these rounded weights are the model
                 self.pipe.save_pretrained(folder)
                 info = PipelineInfo("", self.call, "digits", prompts=EMBEDDED_PROMPTS)
@@ -192,7 +192,7 @@ class DigitClassifierTraining(lightning.LightningModule):
         from safetensors.torch import save_file
 
         if self.trainer.is_global_zero:
-            with whole_folder(Path(self.output), replace=True) as folder:
+            with whole_folder(Path(self.output), "config.json", replace=True) as folder:
                 save_file(self.classifier.state_dict(), folder / "model.safetensors")
                 write_json(folder / "config.json", {"test_accuracy": self.accuracy, "num_test_images": self.seen})
 

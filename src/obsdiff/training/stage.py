@@ -93,7 +93,7 @@ def _prune(
         announce(pipe, wiring, plan, options, len(prompts), store)
     report = prune_stage(pipe, options, prompts, statistics=store, sensitivity=scan, quiet=rank() > 0)
     if rank() == 0:
-        with whole_folder(folder, replace=True) as temporary:
+        with whole_folder(folder, FILE, replace=True) as temporary:
             write_pipeline(pipe, temporary, report)
             manifest = read_json(temporary / FILE, "a manifest")
             write_json(temporary / FILE, {**manifest, "request": request})
