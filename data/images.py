@@ -192,12 +192,12 @@ class ImageCaptionDataModule(RecoveryData):
                 names = ", ".join(table.column_names)
                 raise UserError(f"{self.source} has no column {column!r}; its columns are {names}")
         schema = table.features.arrow_schema
-        check_text(schema.field(self.caption_column).type, self.caption_column, self.source)
         kind = schema.field(self.image_column).type
         try:
             table = table.cast_column(self.image_column, Image(decode=False))
         except Exception as error:  # datasets and arrow raise several kinds
             raise UserError(f"column {self.image_column!r} of {self.source} holds {kind}, not images") from error
+        check_text(schema.field(self.caption_column).type, self.caption_column, self.source)
         check_enough(len(table), self.batch_size, self.source)
         columns = (self.image_column, self.caption_column)
         assert self.image_shape is not None
