@@ -132,15 +132,16 @@ def image_files(output: str | Path, count: int, overwrite: bool) -> list[Path]:
     if count == 1 and output.suffix.lower() != ".png":
         raise UserError(f"{output} must end in .png")
     for file in files:
-        _check_place(file)
+        _check_name(file)
+    _check_folder(files[0].absolute().parent)
     existing = [file for file in files if file.exists()]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} exists; choose another output or pass --overwrite true")
     return files
 
 
-def _check_place(file: Path) -> None:
-    """Refuse a name under which no file can be written, without writing anything."""
+def _check_name(file: Path) -> None:
+    """Refuse a name that no file can have."""
     try:
         if file.is_dir():
             raise UserError(f"{file} is a folder; choose another output")
@@ -150,11 +151,27 @@ def _check_place(file: Path) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot write {str(file)[:80]!r}: {getattr(error, 'strerror', None) or error}") from None
-    parent = next(folder for folder in file.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise UserError(f"cannot write {file}: {parent} is a file; choose another output")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {file}: {parent} is not writable; choose another output")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, by writing there; what that took is removed again."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write into {folder}: {there} is a file; choose another output")
+    missing = [parent for parent in (folder, *folder.parents) if parent.is_relative_to(there) and parent != there]
+    probe, made = folder / f".{os.getpid()}.tmp", list[Path]()
+    try:
+        for parent in reversed(missing):
+            parent.mkdir()
+            made.append(parent)
+        probe.touch()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}; choose another output") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        for parent in reversed(made):
+            parent.rmdir()
 
 
 def save_images(images: Tensor, files: Sequence[Path]) -> None:
