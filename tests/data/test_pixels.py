@@ -154,6 +154,8 @@ def test_a_strip_that_would_fill_the_memory_is_not_resized():
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"\0" * 40, b"Exif\0\0MM\0*" + b"\7" * 99])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"\0" * 40, b"Exif\0\0MM\0*" + b"\7" * 99]
+)
 def test_damaged_exif_ends_nothing(exif):
     assert levels(decoded(Image.new("RGB", (8, 8), "red"), "JPEG", exif=exif))[:, 0, 0].tolist() == [254, 0, 0]

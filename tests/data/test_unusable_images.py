@@ -13,7 +13,10 @@ from obsdiff.data.trajectories import TrajectoryDataModule
 from obsdiff.errors import UserError
 
 FEATURES = datasets.Features(
-    {"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}, "caption": datasets.Value("string")}
+    {
+        "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+        "caption": datasets.Value("string"),
+    }
 )
 
 
@@ -62,7 +65,7 @@ def test_a_small_set_is_refused_before_anything_else_is_done(tmp_path, what):
 
 
 def test_none_left(tmp_path):
-    with pytest.raises(UserError, match="8 of 8 images .*none is left"):
+    with pytest.raises(UserError, match=r"8 of 8 images .*none is left"):
         module_of(tmp_path, [None] * 8, ["a cat"] * 8, max_corrupt=1.0).setup("fit")
 
 

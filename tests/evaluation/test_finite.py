@@ -62,7 +62,7 @@ def test_prompts_that_cannot_be_measured_are_found_without_images():
     check_measurable(["a horse", ""], None)
     check_measurable(digit_prompts(), "digits")
     for prompt in ("a horse", "the digit 7", "a two and a seven", "twenty-one", "sevens"):
-        with pytest.raises(UserError, match="names no digit .zero to nine., or several"):
+        with pytest.raises(UserError, match=r"names no digit .zero to nine., or several"):
             check_measurable(["a seven", prompt], "digits")
 
 

@@ -59,7 +59,11 @@ def test_anything_odd_is_one_line(tmp_path, content, message):
 
 
 def test_what_is_known_is_read_as_it_stands(tmp_path):
-    content = {"call": {"guidance_scale": 2, "height": 16}, "alignment": None, "prompts": {"evaluation": "digits-heldout"}}
+    content = {
+        "call": {"guidance_scale": 2, "height": 16},
+        "alignment": None,
+        "prompts": {"evaluation": "digits-heldout"},
+    }
     assert read_info(info_in(tmp_path / "p", content)) == content
     assert read_info(info_in(tmp_path / "p", {})) == {}
     assert read_info(tmp_path) == {}
