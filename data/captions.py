@@ -65,4 +65,7 @@ def check_text(kind: Any, column: str, what: str) -> None:
     inner = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
     inner = inner.value_type if types.is_dictionary(inner) else inner
     if not (types.is_string(inner) or types.is_large_string(inner) or types.is_null(inner)):
-        raise UserError(f"column {column!r} of {what} holds {kind}, not text; name a column of captions")
+        raise UserError(
+            f"column {column!r} of {what} holds {kind}, not text; name a column of captions (of an image folder, write "
+            "metadata.jsonl with quoted captions, as the reader of metadata.csv guesses types)"
+        )

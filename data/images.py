@@ -137,8 +137,8 @@ class ImageCaptionDataModule(RecoveryData):
     How images become pixels says :func:`obsdiff.data.pixels.decode`.
 
     Args:
-        source: A folder of images (with ``metadata.csv`` or ``.jsonl`` naming file_name and the caption), a parquet
-            file, or a Hugging Face dataset "owner/name".
+        source: A folder of images (with ``metadata.jsonl`` or ``.csv`` naming file_name and the caption; in the latter
+            datasets takes "NA" and the like for no caption), a parquet file, or a Hugging Face dataset "owner/name".
         image_column: Column of the images.
         caption_column: Column of the captions: texts, or lists of texts, of which each epoch draws one.
         size: Pixels per side: the shorter side is resized to it, then the middle is cut out.
@@ -221,4 +221,5 @@ def _load(source: str, split: str) -> Any:
             return load_dataset("parquet", data_files=str(path), split=split)
         return load_dataset(source, split=split)
     except Exception as error:  # datasets and the hub client raise many kinds
-        raise UserError(f"cannot load images from {source}: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load images from {source[:200]}, split {split}: {reason}") from error
