@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch.utils.data import DataLoader, Dataset
 
-from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done
-from obsdiff.evaluation.digits import DIGIT_WORDS, HELD_OUT_WORDINGS, TRAIN_WORDINGS, load_digits
+from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
+from obsdiff.evaluation.digits import DIGIT_WORDS, HELD_OUT_WORDINGS, IMAGE_SIZE, TRAIN_WORDINGS, load_digits
+
+NAME = "the digits"
 
 
 class DigitsDataset(Dataset[dict[str, object]]):
@@ -36,16 +38,24 @@ class DigitsDataModule(RecoveryData):
         seed: Of the shuffling.
     """
 
+    image_shape = (1, IMAGE_SIZE, IMAGE_SIZE)
+
     def __init__(self, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
+        check_loading(batch_size, num_workers, seed)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.train = DigitsDataset("train", TRAIN_WORDINGS)
 
+    def setup(self, stage: str) -> None:
+        """See that there is a batch for every process."""
+        if stage == "fit":
+            check_enough(len(self.train), self.batch_size, NAME)
+
     def train_dataloader(self) -> ResumableLoader:
         return ResumableLoader(
-            self.train, self.batch_size, self.seed, batches_done(self.trainer), self.num_workers, "the digits"
+            self.train, self.batch_size, self.seed, batches_done(self.trainer), self.num_workers, NAME
         )
 
 

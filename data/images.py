@@ -2,88 +2,153 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done
+from obsdiff.data.captions import captions_in, check_text
+from obsdiff.data.loader import (
+    RecoveryData,
+    ResumableLoader,
+    batches_done,
+    check_count,
+    check_enough,
+    check_loading,
+)
+from obsdiff.data.pixels import Undecodable, decode
 from obsdiff.errors import UserError
+from obsdiff.ranks import keyed_generator
 
-CORRUPT_SAMPLE = 20  # images seen before their unreadable share says anything
+CORRUPT_SAMPLE = 20  # images seen before their unusable share says anything
+UNSEEN, GOOD, NO_IMAGE, NO_CAPTION = range(4)
 
 
 class CaptionedImages(Dataset[dict[str, Any]]):
-    """Decoded images with captions; one that cannot be decoded is replaced by the next that can, and counted.
+    """Decoded images with captions; one without a usable image or caption is replaced by the next that has both.
+
+    What was found out about each item lies in memory that loader processes share, so that :meth:`check` counts for
+    all of them.
 
     Args:
         table: A ``datasets.Dataset`` whose image column is not decoded.
-        image_column, caption_column: Its columns.
-        size: Pixels per side.
-        max_corrupt: Share of unreadable images among those seen above which reading stops.
+        image_column, caption_column: Its columns. Of a list of captions one is drawn, by seed, epoch and item.
+        shape: Channels, height and width (equal) of the images.
+        max_corrupt: Share of unusable items among those seen above which reading stops.
         what: What the data set is called in errors.
+        seed: Of the draw of captions.
     """
 
     def __init__(
-        self, table: Any, image_column: str, caption_column: str, size: int, max_corrupt: float, what: str
+        self,
+        table: Any,
+        image_column: str,
+        caption_column: str,
+        shape: tuple[int, int, int],
+        max_corrupt: float,
+        what: str,
+        seed: int = 0,
     ) -> None:
         self.table, self.image_column, self.caption_column = table, image_column, caption_column
-        self.size, self.max_corrupt, self.what = size, max_corrupt, what
-        self.seen: set[int] = set()
-        self.corrupt: set[int] = set()
+        self.shape, self.max_corrupt, self.what, self.seed = shape, max_corrupt, what, seed
+        self.found = torch.full((len(table),), UNSEEN, dtype=torch.uint8).share_memory_()
+        self.epoch = 0
+        self._reported = 0
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for at in range(index, index + len(self)):
-            row = self.table[at % len(self)]
-            self.seen.add(at % len(self))
-            image = self._decode(row[self.image_column])
-            if image is not None:
-                return {"image": image, "prompt": str(row[self.caption_column])}
-            self._count(at % len(self))
-        raise UserError(f"{self.what} holds no readable image")
+            item = self._read(at % len(self))
+            if item is not None:
+                return item
+        raise UserError(f"{self.what} holds no usable image with a caption")
 
-    def _decode(self, content: dict[str, Any]) -> Tensor | None:
-        from PIL import Image, UnidentifiedImageError
-        from torchvision.transforms import v2
+    @property
+    def corrupt(self) -> list[int]:
+        """Numbers of the items that were found unusable so far."""
+        return (self.found > GOOD).nonzero().flatten().tolist()
 
-        prepare = v2.Compose([v2.Resize(self.size, antialias=True), v2.CenterCrop(self.size), v2.PILToTensor()])
-        try:
-            with Image.open(BytesIO(content["bytes"]) if content["bytes"] else content["path"]) as image:
-                pixels: Tensor = prepare(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+    def start_epoch(self, epoch: int) -> None:
+        """Draw the captions of this epoch from now on."""
+        self.epoch = epoch
+
+    def look(self, count: int) -> None:
+        """Read ``count`` items, evenly spread, and :meth:`check` them."""
+        count = min(count, len(self))
+        for i in range(count):
+            self._read(i * len(self) // count)
+        self.check(count)
+
+    def check(self, least: int) -> None:
+        """Warn of unusable items, each time their number has doubled.
+
+        Args:
+            least: How many are certain to be seen; before that (or before ``CORRUPT_SAMPLE`` of them) their share says
+                nothing.
+
+        Raises:
+            UserError: Their share is above ``max_corrupt``, or there are no others.
+        """
+        bad = int((self.found > GOOD).sum())
+        if bad == 0:
+            return
+        counts = self.found.bincount(minlength=4).tolist()
+        seen = len(self) - counts[UNSEEN]
+        kinds = ((NO_IMAGE, "no image that can be decoded"), (NO_CAPTION, "no caption"))
+        why = ", ".join(f"{counts[kind]} with {name}" for kind, name in kinds if counts[kind])
+        found = f"{bad} of {seen} images of {self.what} cannot be used ({why}, such as number {self.corrupt[0]})"
+        enough = seen >= min(least, CORRUPT_SAMPLE)
+        if bad == len(self):
+            raise UserError(f"{found}, none is left; mend the data set")
+        if enough and bad > self.max_corrupt * seen:
+            raise UserError(f"{found}, more than the {self.max_corrupt:.0%} of data.max_corrupt; mend the data set")
+        if bad >= 2 * self._reported:
+            self._reported = bad
+            warnings.warn(f"{found}; the next usable one is taken instead", stacklevel=2)
+
+    def _read(self, at: int) -> dict[str, Any] | None:
+        """Item ``at``, or None; either is noted."""
+        row = self.table[at]
+        captions = captions_in(row[self.caption_column])
+        image: Tensor | None = None
+        if captions:
+            try:
+                image = decode(row[self.image_column], self.shape[1], self.shape[0])
+            except Undecodable:
+                image = None
+        self.found[at] = NO_CAPTION if not captions else NO_IMAGE if image is None else GOOD
+        if image is None:
             return None
-        return pixels.float() / 127.5 - 1
-
-    def _count(self, index: int) -> None:
-        """Report an unreadable image the first time; stop when there are too many."""
-        if index not in self.corrupt:
-            self.corrupt.add(index)
-            found = f"{len(self.corrupt)} of {len(self.seen)} images of {self.what} cannot be read"
-            if len(self.seen) >= CORRUPT_SAMPLE and len(self.corrupt) > self.max_corrupt * len(self.seen):
-                raise UserError(f"{found}, more than the {self.max_corrupt:.0%} of data.max_corrupt; mend the data set")
-            warnings.warn(f"{found}; the next readable one is used instead", stacklevel=2)
+        drawn = 0
+        if len(captions) > 1:
+            drawn = int(torch.randint(len(captions), (), generator=keyed_generator(self.seed, self.epoch, at)))
+        return {"image": image, "prompt": captions[drawn]}
 
 
 class ImageCaptionDataModule(RecoveryData):
-    """Batches of ``image`` (b, 3, size, size) in [-1, 1] and ``prompt`` (list of b).
+    """Batches of ``image`` (b, channels, size, size) in [-1, 1] and ``prompt`` (list of b).
+
+    How images become pixels says :func:`obsdiff.data.pixels.decode`.
 
     Args:
-        source: A folder of images (with ``metadata.csv`` or ``.jsonl`` naming file_name and the caption), a parquet
-            file, or a Hugging Face dataset "owner/name".
+        source: A folder of images (with ``metadata.jsonl`` or ``.csv`` naming file_name and the caption; in the latter
+            datasets takes "NA" and the like for no caption), a parquet file, or a Hugging Face dataset "owner/name".
         image_column: Column of the images.
-        caption_column: Column of the captions.
+        caption_column: Column of the captions: texts, or lists of texts, of which each epoch draws one.
         size: Pixels per side: the shorter side is resized to it, then the middle is cut out.
         batch_size: Images per optimizer step and process.
         num_workers: Loader processes.
         split: Which split to train on.
-        max_corrupt: Share of unreadable images that is skipped and reported; above it training stops.
+        max_corrupt: Share of images that cannot be decoded or have no caption, skipped and reported; above it training
+            stops. A few are looked at before anything else is done.
         seed: Of the shuffling.
+        channels: 3 (RGB) or 1 (grey), as the pipeline's autoencoder takes.
     """
 
     def __init__(
@@ -97,17 +162,26 @@ class ImageCaptionDataModule(RecoveryData):
         split: str = "train",
         max_corrupt: float = 0.05,
         seed: int = 0,
+        channels: int = 3,
     ) -> None:
         super().__init__()
+        check_loading(batch_size, num_workers, seed)
+        check_count("data.size", size)
+        if channels not in (1, 3):
+            raise UserError(f"data.channels is {channels}; it must be 1 (grey) or 3 (RGB)")
+        if not (math.isfinite(max_corrupt) and 0 <= max_corrupt <= 1):
+            raise UserError(f"data.max_corrupt is {max_corrupt:g}; it must be in [0, 1]")
+        for name, value in (("source", source), ("split", split)):
+            if not value:
+                raise UserError(f"data.{name} is empty; name one")
+        self.image_shape = (channels, size, size)
         self.source, self.split = source, split
         self.image_column, self.caption_column = image_column, caption_column
         self.size, self.batch_size, self.num_workers = size, batch_size, num_workers
         self.max_corrupt, self.seed = max_corrupt, seed
-        if not 0 <= max_corrupt <= 1:
-            raise UserError(f"data.max_corrupt is {max_corrupt:g}; it must be in [0, 1]")
 
     def setup(self, stage: str) -> None:
-        """Open the data set, for training only."""
+        """Open the data set and look at a few images, for training only."""
         if stage != "fit":
             return
         from datasets import Image
@@ -117,9 +191,18 @@ class ImageCaptionDataModule(RecoveryData):
             if column not in table.column_names:
                 names = ", ".join(table.column_names)
                 raise UserError(f"{self.source} has no column {column!r}; its columns are {names}")
-        table = table.cast_column(self.image_column, Image(decode=False))
+        schema = table.features.arrow_schema
+        kind = schema.field(self.image_column).type
+        try:
+            table = table.cast_column(self.image_column, Image(decode=False))
+        except Exception as error:  # datasets and arrow raise several kinds
+            raise UserError(f"column {self.image_column!r} of {self.source} holds {kind}, not images") from error
+        check_text(schema.field(self.caption_column).type, self.caption_column, self.source)
+        check_enough(len(table), self.batch_size, self.source)
         columns = (self.image_column, self.caption_column)
-        self.train = CaptionedImages(table, *columns, self.size, self.max_corrupt, self.source)
+        assert self.image_shape is not None
+        self.train = CaptionedImages(table, *columns, self.image_shape, self.max_corrupt, self.source, self.seed)
+        self.train.look(CORRUPT_SAMPLE)
 
     def train_dataloader(self) -> ResumableLoader:
         return ResumableLoader(
@@ -138,4 +221,5 @@ def _load(source: str, split: str) -> Any:
             return load_dataset("parquet", data_files=str(path), split=split)
         return load_dataset(source, split=split)
     except Exception as error:  # datasets and the hub client raise many kinds
-        raise UserError(f"cannot load images from {source}: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load images from {source[:200]}, split {split}: {reason}") from error

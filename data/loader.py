@@ -10,7 +10,41 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from obsdiff.errors import UserError
-from obsdiff.ranks import keyed_generator, rank, world_size
+from obsdiff.ranks import check_seed, keyed_generator, rank, world_size
+
+
+def check_loading(batch_size: int, num_workers: int, seed: int) -> None:
+    """Refuse options that no loader can meet, before anything is read.
+
+    Raises:
+        UserError: One is out of range.
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        check_count(f"data.{name}", value, least)
+    check_seed(seed, "data.seed")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse a number of things that is no whole number, or below ``least``.
+
+    Raises:
+        UserError: It is.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} is {value}; it must be a whole number, at least {least}")
+
+
+def check_enough(count: int, batch_size: int, what: str) -> None:
+    """Refuse fewer items than one batch on every process.
+
+    Raises:
+        UserError: There are fewer.
+    """
+    if count < batch_size * world_size():
+        raise UserError(
+            f"{what} has {count} items, fewer than one batch of {batch_size} on {world_size()} processes; "
+            "lower the batch size"
+        )
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -44,7 +78,9 @@ class ResumableLoader(DataLoader[Any]):
     """Batches in an order of its own, resumable through Lightning's checkpoints.
 
     Args:
-        dataset: Map-style.
+        dataset: Map-style. If it has ``start_epoch(epoch)``, that is called before each epoch; if it has
+            ``check(least)``, that is called before each batch is given out, in this process, with the number of items
+            that an epoch is certain to read.
         batch_size: Items per batch and process; the last short batch is dropped.
         seed: Of the shuffling.
         batches_done: Tells how many batches of this epoch are trained on (prefetched ones do not count).
@@ -65,11 +101,7 @@ class ResumableLoader(DataLoader[Any]):
         what: str = "the data set",
     ) -> None:
         count = len(dataset)  # type: ignore[arg-type]  # map-style datasets have a length
-        if count < batch_size * world_size():
-            raise UserError(
-                f"{what} has {count} items, fewer than one batch of {batch_size} on {world_size()} processes; "
-                "lower the batch size"
-            )
+        check_enough(count, batch_size, what)
         self.batches_done = batches_done
         super().__init__(
             dataset,
@@ -78,6 +110,23 @@ class ResumableLoader(DataLoader[Any]):
             num_workers=num_workers,
             drop_last=True,
         )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning and torch need no more than this
+        start: Any = getattr(self.dataset, "start_epoch", None)
+        check: Any = getattr(self.dataset, "check", None)
+        assert isinstance(self.sampler, EpochSampler)
+        least = len(self.sampler)
+        if start is not None:
+            start(self.sampler.epoch)
+        try:
+            for batch in super().__iter__():
+                if check is not None:
+                    check(least)
+                yield batch
+        except UserError:
+            if check is not None:
+                check(least)  # says it in one line; what comes out of a worker holds that worker's traceback
+            raise
 
     def state_dict(self) -> dict[str, int]:
         """Where this epoch stands."""
@@ -96,7 +145,12 @@ class RecoveryData(lightning.LightningDataModule):
     """Base of data modules for training; what is validated, tested and predicted is the recovery's own evaluation.
 
     Lightning asks the data module alone for its loaders, although prompts and seeds of an evaluation belong to the run.
+
+    Attributes:
+        image_shape: Channels, height and width of the images in its batches; None if they hold no images.
     """
+
+    image_shape: tuple[int, int, int] | None = None
 
     def val_dataloader(self) -> Any:
         assert self.trainer is not None

@@ -1,92 +1,92 @@
-"""Prompt sets: embedded ones by name, text, CSV, TSV or parquet files, Hugging Face datasets."""
+"""Prompt sets: embedded ones by name, caption files, Hugging Face datasets."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from obsdiff.data.captionfiles import KINDS, read_captions
+from obsdiff.data.captions import MAX_LENGTH, captions_in, check_text, choose_column
 from obsdiff.errors import UserError
 from obsdiff.evaluation.digits import HELD_OUT_WORDINGS, TRAIN_WORDINGS, digit_prompts
+from obsdiff.models.info import EMBEDDED_PROMPTS
+from obsdiff.ranks import check_seed
 
-EMBEDDED = {"digits-train": TRAIN_WORDINGS, "digits-heldout": HELD_OUT_WORDINGS}
-CAPTION_COLUMNS = ("caption", "prompt", "text", "TEXT")
+EMBEDDED = dict(zip(EMBEDDED_PROMPTS, (TRAIN_WORDINGS, HELD_OUT_WORDINGS), strict=True))
 
 
 def load_prompts(source: str, column: str | None = None, num: int | None = None, seed: int = 0) -> list[str]:
-    """The prompts called ``source``, empty ones left out.
+    """The prompts called ``source``, without leading and trailing space; empty ones are left out.
 
     Args:
-        source: "digits-train", "digits-heldout"; a file (.txt: one a line; .csv, .tsv, .parquet: a column); or a
-            Hugging Face dataset "owner/name" or "owner/name:split" (default split: train).
+        source: "digits-train", "digits-heldout"; a file (.txt: one a line; .csv, .tsv, .jsonl, .parquet: a column); or
+            a Hugging Face dataset "owner/name" or "owner/name:split" (default split: train). A cell with a list of
+            captions gives as many prompts. Files are text (UTF-8, or what their byte order mark says): "NA", "null" and
+            numbers are captions like others.
         column: The caption column; None takes the first of caption, prompt, text that is there.
         num: How many; drawn without replacement (and again from the start if there are fewer). None: all, in order.
         seed: Of the draw.
 
     Raises:
-        UserError: Nothing is called so, the column is missing, or there are no prompts.
+        UserError: Nothing is called so, the column is missing or holds no text, more than 5 % of the lines do not
+            parse, or there are no prompts.
     """
-    prompts = [text.strip() for text in _read(source, column) if isinstance(text, str) and text.strip()]
+    if num is not None and (not isinstance(num, int) or isinstance(num, bool) or num < 1):
+        raise UserError(f"asked for {num} prompts; it must be a whole number, at least 1")
+    check_seed(seed, "the seed of the prompts")
+    cells, is_table = _read(source, column)
+    prompts = [text.strip() for cell in cells for text in captions_in(cell)]
     if not prompts:
         raise UserError(f"{source} holds no prompts; give at least one non-empty line")
+    left_out = sum(not captions_in(cell) for cell in cells if is_table or cell.strip())
+    if left_out:
+        warnings.warn(
+            f"{left_out} of {len(cells)} rows of {source} hold no caption of 1 to {MAX_LENGTH:,} characters; they are "
+            "left out",
+            stacklevel=2,
+        )
     return prompts if num is None else _draw(prompts, num, seed)
 
 
 def _draw(prompts: Sequence[str], num: int, seed: int) -> list[str]:
-    if num < 1:
-        raise UserError(f"asked for {num} prompts; it must be at least 1")
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
     return [prompts[order[i % len(order)]] for i in range(num)]
 
 
-def _read(source: str, column: str | None) -> list[Any]:
+def _read(source: str, column: str | None) -> tuple[list[Any], bool]:
+    """The cells, and whether they are rows of a table (where an empty one is worth a word)."""
     if source in EMBEDDED:
-        return list(digit_prompts(EMBEDDED[source]))
+        return list(digit_prompts(EMBEDDED[source])), False
     path = Path(source)
     kind = path.suffix.lower()
-    if path.is_file() and kind in ("", ".txt"):
-        try:
-            return path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source} is not a UTF-8 text file: {error}") from None
-    if path.is_file() and kind in (".csv", ".tsv", ".parquet"):
-        return _column(_read_table(path, kind), column, source)
-    if not path.exists() and source.count("/") == 1 and not kind and not source.startswith((".", "/", "~")):
-        return _column(_read_dataset(source), column, source)
-    if path.is_file():
-        raise UserError(f"cannot read prompts from {source}: use .txt, .csv, .tsv or .parquet")
+    try:
+        is_file, exists = path.is_file(), path.exists()
+    except OSError as error:
+        raise UserError(f"cannot read prompts from {source[:60]}...: {error.strerror or error}") from None
+    if is_file:
+        return read_captions(path, column), kind not in ("", ".txt")
+    if not exists and source.count("/") == 1 and not kind and not source.startswith((".", "/", "~")):
+        return _read_dataset(source, column), True
+    if exists and source:
+        raise UserError(f"cannot read prompts from {source}: it is a folder or a device; give a file in it")
     raise UserError(
-        f"prompts {source!r} not found; give a file (.txt, .csv, .tsv, .parquet), a dataset (owner/name) "
+        f"prompts {source!r} not found; give a file ({', '.join(KINDS[1:])}), a dataset (owner/name) "
         f"or one of {', '.join(EMBEDDED)}"
     )
 
 
-def _read_table(path: Path, kind: str) -> Any:
-    import pandas
-
-    try:
-        if kind == ".parquet":
-            return pandas.read_parquet(path)
-        return pandas.read_csv(path, sep="\t" if kind == ".tsv" else ",")
-    except Exception as error:  # pandas and pyarrow raise many kinds for damaged files
-        raise UserError(f"cannot read prompts from {path}: {' '.join(str(error).split())[:200]}") from error
-
-
-def _read_dataset(source: str) -> Any:
+def _read_dataset(source: str, column: str | None) -> list[Any]:
     from datasets import load_dataset
 
     name, _, split = source.partition(":")
     try:
-        return load_dataset(name, split=split or "train").to_pandas()
+        table = load_dataset(name, split=split or "train")
     except Exception as error:  # datasets and the hub client raise many kinds
         raise UserError(f"cannot load dataset {source}: {' '.join(str(error).split())[:200]}") from error
-
-
-def _column(table: Any, column: str | None, source: str) -> list[Any]:
-    columns = [str(name) for name in table.columns]
-    chosen = column or next((name for name in CAPTION_COLUMNS if name in columns), None)
-    if chosen is None or chosen not in columns:
-        raise UserError(f"{source} has no column {chosen or 'caption'!r}; its columns are {', '.join(columns)}")
+    chosen = choose_column(list(table.column_names), column, source)
+    check_text(table.features.arrow_schema.field(chosen).type, chosen, source)
     return list(table[chosen])

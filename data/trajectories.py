@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done
+from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_count, check_enough, check_loading
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.pruning.folder import load_pipeline
@@ -64,6 +64,8 @@ class TrajectoryDataModule(RecoveryData):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        check_loading(batch_size, num_workers, seed)
+        check_count("data.record_batch_size", record_batch_size)
         self.pipeline, self.folder = pipeline, Path(folder)
         self.prompts = load_prompts(prompts, column, num_prompts, seed)
         self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
@@ -104,6 +106,7 @@ class TrajectoryDataModule(RecoveryData):
         """Open the recording, for training only."""
         if stage == "fit":
             self.trajectories = open_trajectories(self.folder)
+            check_enough(len(TrajectoryDataset(self.trajectories)), self.batch_size, str(self.folder))
 
     def train_dataloader(self) -> ResumableLoader:
         """Calls of all trajectories in a new order every epoch."""

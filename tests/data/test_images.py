@@ -1,4 +1,5 @@
-import pandas
+import csv
+
 import pytest
 import torch
 from PIL import Image
@@ -13,9 +14,8 @@ def make_folder(folder, count=5):
     folder.mkdir()
     for i in range(count):
         Image.new("RGB", (40, 30), (i * 50, 0, 255)).save(folder / f"{i}.png")
-    pandas.DataFrame(
-        {"file_name": [f"{i}.png" for i in range(count)], "caption": [f"image {i}" for i in range(count)]}
-    ).to_csv(folder / "metadata.csv", index=False)
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "caption"), *((f"{i}.png", f"image {i}") for i in range(count))])
 
 
 def test_image_folder_and_parquet(tmp_path, monkeypatch):
@@ -52,12 +52,12 @@ def test_unreadable_images_are_replaced_and_reported_up_to_a_share(tmp_path):
     (tmp_path / "images" / "3.png").write_bytes(b"not an image")
     module = ImageCaptionDataModule(str(tmp_path / "images"), size=16, batch_size=8, num_workers=0)
     module.setup("fit")
-    with pytest.warns(UserWarning, match="cannot be read"):
+    with pytest.warns(UserWarning, match="1 of .* cannot be used .*such as number 3"):
         batches = list(module.train_dataloader())
     assert len(batches) == 5 and len(module.train.corrupt) == 1
     for i in range(10, 30):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"not an image")
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="more than the 5%"):
+    with pytest.raises(UserError, match="more than the 5%"):
         list(module.train_dataloader())
 
 

@@ -6,6 +6,8 @@ to compress. The split is fixed by ``SPLIT_SEED`` and shared by the pipeline, th
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 IMAGE_SIZE = 16
@@ -41,9 +43,13 @@ def digit_prompts(wordings: tuple[str, ...] = TRAIN_WORDINGS) -> list[str]:
 
 
 def digit_of_prompt(prompt: str) -> int | None:
-    """The digit a prompt asks for: its last digit word (wordings may hold "one" as a pronoun), or None."""
-    found = [DIGIT_WORDS.index(word) for word in prompt.lower().split() if word in DIGIT_WORDS]
-    return found[-1] if found else None
+    """The digit a prompt asks for: its last digit word; None if it has none, or asks for several.
+
+    An earlier "one" may be a pronoun and does not count. Punctuation ends a word, a hyphen does not ("twenty-one").
+    """
+    found = [DIGIT_WORDS.index(word) for word in re.findall(r"[\w-]+", prompt.lower()) if word in DIGIT_WORDS]
+    several = {digit for digit in found if digit != DIGIT_WORDS.index("one")} - set(found[-1:])
+    return found[-1] if found and not several else None
 
 
 def load_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:

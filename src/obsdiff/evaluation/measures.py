@@ -17,8 +17,22 @@ from obsdiff.evaluation.digits import digit_of_prompt, load_digits
 BOOTSTRAPS = 2000
 
 
+def check_measurable(prompts: Sequence[str], alignment: str | None) -> None:
+    """See, before there are images, that they will be measurable.
+
+    Args:
+        prompts: Of the evaluation.
+        alignment: "digits", or None where nothing reads the images.
+
+    Raises:
+        UserError: A prompt asks for no digit, or for several.
+    """
+    if alignment == "digits":
+        _wanted_digits(prompts)
+
+
 def bootstrap_interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of per-image values (n,)."""
+    """95 % percentile bootstrap interval of the mean of per-image values (n,), n at least 1."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(values), (BOOTSTRAPS, len(values)), generator=generator)
     means = values.double()[draws].mean(1)
@@ -31,10 +45,15 @@ def fidelity(dense: Tensor, pruned: Tensor) -> dict[str, Any]:
 
     Returns:
         ``mse`` (mean over images) with ``mse_interval`` (95 % bootstrap over images), ``psnr`` in dB of that mse
-        (None for identical images), ``ssim`` (None for images below 11 pixels).
+        (None for identical images), ``ssim`` (None for images below 11 pixels). All are finite or None: without
+        images, or if a pixel is not finite, all are None; in the second case ``not_finite`` counts such images.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+    spoilt = int((~(finite_images(dense) & finite_images(pruned))).sum())
+    if spoilt or not len(dense):
+        nothing: dict[str, Any] = dict.fromkeys(("mse", "mse_interval", "psnr", "ssim"))
+        return nothing | ({"not_finite": spoilt} if spoilt else {})
     per_image = (dense.double() - pruned.double()).square().flatten(1).mean(1)
     mse = float(per_image.mean())
     ssim = None
@@ -48,25 +67,45 @@ def fidelity(dense: Tensor, pruned: Tensor) -> dict[str, Any]:
     }
 
 
+def finite_images(images: Tensor) -> Tensor:
+    """Which images (n, c, h, w) have finite pixels only, bool (n,)."""
+    return images.isfinite().flatten(1).all(1)
+
+
 def digit_hits(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """1.0 where the embedded classifier reads the digit the prompt asks for, 0.0 elsewhere, (n,).
 
+    An image with pixels that are not finite shows no digit.
+
     Raises:
-        UserError: A prompt asks for no digit.
+        UserError: A prompt asks for no digit, or for several.
     """
+    wanted = torch.tensor(_wanted_digits(prompts))
+    with torch.no_grad():
+        read = load_classifier()(images * 2 - 1).argmax(1)
+    return ((read == wanted) & finite_images(images)).float()
+
+
+def digit_frechet(images: Tensor) -> float | None:
+    """Fréchet distance of images in [0, 1] to the held-out scans, on the embedded classifier's 64 features.
+
+    None if there are fewer than two images, or one has pixels that are not finite.
+    """
+    if len(images) < 2 or not bool(finite_images(images).all()):
+        return None
+    classifier = load_classifier()
+    with torch.no_grad():
+        return frechet_distance(classifier.features(images * 2 - 1), classifier.features(load_digits("test")[0]))
+
+
+def _wanted_digits(prompts: Sequence[str]) -> list[int]:
     wanted = []
     for prompt in prompts:
         digit = digit_of_prompt(prompt)
         if digit is None:
-            raise UserError(f"cannot measure alignment: prompt {prompt!r} names no digit (zero to nine)")
+            raise UserError(
+                f"cannot measure alignment: prompt {prompt!r} names no digit (zero to nine), or several; name other "
+                "evaluation prompts"
+            )
         wanted.append(digit)
-    with torch.no_grad():
-        read = load_classifier()(images * 2 - 1).argmax(1)
-    return (read == torch.tensor(wanted)).float()
-
-
-def digit_frechet(images: Tensor) -> float:
-    """Fréchet distance of images in [0, 1] to the held-out scans, on the embedded classifier's 64 features."""
-    classifier = load_classifier()
-    with torch.no_grad():
-        return frechet_distance(classifier.features(images * 2 - 1), classifier.features(load_digits("test")[0]))
+    return wanted

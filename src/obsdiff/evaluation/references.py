@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
-from obsdiff.evaluation.sampling import sample
+from obsdiff.evaluation.sampling import check_finite, sample
 from obsdiff.ranks import from_all, rank, wait_for_all, world_size
 
 UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0}
@@ -52,25 +52,45 @@ class References:
 
 
 def sample_shared(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, quiet: bool = True, **call: Any
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    quiet: bool = True,
+    allow_nonfinite: bool = False,
+    **call: Any,
 ) -> Tensor:
     """All images on every process, each process drawing its share; an image depends on its own seed only.
 
     Every process draws equally many (the last image again where they do not divide), since a sharded denoiser runs on
     all processes at once.
+
+    Raises:
+        UserError: As :func:`sample`; of pixels that are not finite every process hears, unless they are allowed.
     """
     count = -(-len(prompts) // world_size())
     chosen = [min(rank() * count + i, len(prompts) - 1) for i in range(count)]
     own_prompts, own_seeds = [prompts[i] for i in chosen], [seeds[i] for i in chosen]
-    mine = sample(pipe, own_prompts, own_seeds, batch_size=batch_size, call=call, quiet=quiet)
-    return torch.cat(from_all(mine))[: len(prompts)]
+    mine = sample(pipe, own_prompts, own_seeds, batch_size=batch_size, call=call, quiet=quiet, allow_nonfinite=True)
+    images = torch.cat(from_all(mine))[: len(prompts)]
+    if not allow_nonfinite:
+        check_finite(images, prompts, seeds)
+    return images
 
 
-def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, alignment: str | None) -> Images:
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    alignment: str | None,
+    allow_nonfinite: bool = False,
+) -> Images:
     """The images of one pipeline, without guidance too where they can be measured."""
-    guided = sample_shared(pipe, prompts, seeds, batch_size)
-    unguided = sample_shared(pipe, prompts, seeds, batch_size, **UNGUIDED) if alignment else guided[:0]
-    return Images(guided, unguided)
+    guided = sample_shared(pipe, prompts, seeds, batch_size, allow_nonfinite=allow_nonfinite)
+    if not alignment:
+        return Images(guided, guided[:0])
+    return Images(guided, sample_shared(pipe, prompts, seeds, batch_size, allow_nonfinite=allow_nonfinite, **UNGUIDED))
 
 
 def references(
@@ -98,7 +118,7 @@ def references(
     found = _read(file, digest)
     if found is None:
         images = {"dense": draw(dense(), prompts, seeds, batch_size, alignment)}
-        images["pruned"] = draw(pruned, prompts, seeds, batch_size, alignment)
+        images["pruned"] = draw(pruned, prompts, seeds, batch_size, alignment, allow_nonfinite=True)
         found = {f"{name}.{kind}": t for name, pair in images.items() for kind, t in vars(pair).items()}
         if rank() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import torch
 from torch import Tensor
 
 from obsdiff.errors import UserError
-from obsdiff.models.info import call_arguments
+from obsdiff.evaluation.measures import finite_images
+from obsdiff.models.info import CALL_ARGUMENTS, MOST, call_arguments, info_of
+from obsdiff.models.modes import eval_mode
 from obsdiff.progress import track
+from obsdiff.ranks import check_seed
 
 
 @torch.no_grad()
@@ -23,8 +28,11 @@ def sample(
     batch_size: int = 32,
     call: Mapping[str, Any] | None = None,
     quiet: bool = True,
+    allow_nonfinite: bool = False,
 ) -> Tensor:
     """One image per prompt: float32 (n, channels, height, width) in [0, 1], on the CPU.
+
+    All models are in eval mode meanwhile.
 
     Args:
         pipe: The pipeline.
@@ -33,16 +41,77 @@ def sample(
         batch_size: Images per pipeline call.
         call: Call arguments over the pipeline's own defaults (steps, guidance, size).
         quiet: No progress bar.
+        allow_nonfinite: Return pixels that are NaN instead of refusing them.
+
+    Raises:
+        UserError: An argument is out of range, the pipeline refuses it, or an image has pixels that are not finite.
     """
+    check_request(prompts, seeds, batch_size, call)
     arguments = call_arguments(pipe, **(call or {}))
     starts = range(0, len(prompts), batch_size)
     images = []
-    for start in track(starts, len(starts), "sampling", quiet):
-        part = slice(start, start + batch_size)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        result = pipe(prompt=list(prompts[part]), generator=generators, output_type="pt", **arguments)
-        images.append(result.images.float().cpu())
+    with eval_mode(pipe):
+        for start in track(starts, len(starts), "sampling", quiet):
+            part = slice(start, start + batch_size)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+            try:
+                result = pipe(prompt=list(prompts[part]), generator=generators, output_type="pt", **arguments)
+            except UserError:
+                raise
+            except ValueError as error:  # how diffusers refuses sizes and lengths
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"{info_of(pipe).source} cannot draw with {arguments}: {reason}") from error
+            drawn = result.images.float().cpu()
+            if not allow_nonfinite:
+                check_finite(drawn, prompts[part], seeds[part])
+            images.append(drawn)
     return torch.cat(images)
+
+
+def check_request(
+    prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 1, call: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse what no pipeline can draw, before one is loaded.
+
+    Args:
+        prompts, seeds, batch_size, call: As for :func:`sample`; None in ``call`` stands for the pipeline's default.
+
+    Raises:
+        UserError: A prompt is no text, a seed or number is out of range, or there are not as many seeds as prompts.
+    """
+    if isinstance(prompts, str):
+        raise UserError("prompts is one text; give a list of prompts, such as [prompt]")
+    if not len(prompts):
+        raise UserError("there is no prompt to draw; give at least one")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"a prompt is {prompt!r}; each must be a text")
+    if len(seeds) != len(prompts):
+        raise UserError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; give one seed per prompt")
+    for seed in seeds:
+        check_seed(seed, "a noise seed")
+    for name, value in {"batch_size": batch_size, **(call or {})}.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if name == "guidance_scale":
+            if value is not None and not (isinstance(value, int | float) and -MOST <= value <= MOST):
+                raise UserError(f"{name} is {value}; it must be a number from {-MOST} to {MOST}")
+        elif name in ("batch_size", *CALL_ARGUMENTS) and value is not None and not (whole and 1 <= value <= MOST):
+            raise UserError(f"{name} is {value}; it must be a whole number from 1 to {MOST}")
+
+
+def check_finite(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuse images (n, c, h, w) with pixels that are NaN or infinite, which a file would show as black.
+
+    Raises:
+        UserError: There are some; the first one's prompt and seed are named.
+    """
+    spoilt = (~finite_images(images)).nonzero().flatten().tolist()
+    if spoilt:
+        raise UserError(
+            f"{len(spoilt)} of {len(images)} images have pixels that are not finite, such as that of prompt "
+            f"{prompts[spoilt[0]]!r}, seed {seeds[spoilt[0]]}; try float32 or bfloat16, or see whether the weights of "
+            "the pipeline are finite"
+        )
 
 
 def cycle_prompts(prompts: Sequence[str], count: int) -> list[str]:
@@ -54,7 +123,7 @@ def image_files(output: str | Path, count: int, overwrite: bool) -> list[Path]:
     """Where ``count`` images go: ``output`` itself for one, ``output/00000.png`` and so on for several.
 
     Raises:
-        UserError: There are no prompts, or a file is there already.
+        UserError: There are no prompts, a file is there already, or none can be written there.
     """
     if count == 0:
         raise UserError("no prompt given; pass --prompt TEXT")
@@ -62,25 +131,65 @@ def image_files(output: str | Path, count: int, overwrite: bool) -> list[Path]:
     files = [output] if count == 1 else [output / f"{i:05d}.png" for i in range(count)]
     if count == 1 and output.suffix.lower() != ".png":
         raise UserError(f"{output} must end in .png")
+    for file in files:
+        _check_name(file)
+    _check_folder(files[0].absolute().parent)
     existing = [file for file in files if file.exists()]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} exists; choose another output or pass --overwrite true")
     return files
 
 
+def _check_name(file: Path) -> None:
+    """Refuse a name that no file can have."""
+    try:
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; choose another output")
+        with suppress(FileNotFoundError, NotADirectoryError):
+            file.lstat()
+    except (OSError, ValueError) as error:  # an overlong name, a NUL in it
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot write {str(file)[:80]!r}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, by writing there; what that took is removed again."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write into {folder}: {there} is a file; choose another output")
+    missing = [parent for parent in (folder, *folder.parents) if parent.is_relative_to(there) and parent != there]
+    probe, made = folder / f".{os.getpid()}.tmp", list[Path]()
+    try:
+        for parent in reversed(missing):
+            parent.mkdir()
+            made.append(parent)
+        probe.touch()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}; choose another output") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        for parent in reversed(made):
+            parent.rmdir()
+
+
 def save_images(images: Tensor, files: Sequence[Path]) -> None:
     """Write images (n, c, h, w) in [0, 1] as PNG files, each under a temporary name first.
 
     Raises:
-        UserError: The place cannot be written.
+        UserError: The place cannot be written; nothing but whole files is left then.
     """
     from torchvision.transforms.functional import to_pil_image
 
-    try:
-        for image, file in zip(images, files, strict=True):
+    for image, file in zip(images, files, strict=True):
+        temporary = file.with_name(f".{file.name[:200]}.{os.getpid()}.tmp")
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.tmp")
             to_pil_image(image).save(temporary, format="PNG")
             temporary.replace(file)
-    except OSError as error:
-        raise UserError(f"cannot write {files[0]}: {error.strerror or error}") from error
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)

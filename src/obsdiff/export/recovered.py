@@ -13,7 +13,7 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.references import Images, References, measure
 from obsdiff.export.heatmap import draw_ratios
 from obsdiff.export.places import finite, write_or_rescue
-from obsdiff.export.report import draw_samples
+from obsdiff.export.report import draw_samples, mse_with_interval
 from obsdiff.files import FILES, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.wiring import denoiser_of, wire
@@ -171,7 +171,7 @@ def render_recovery(report: Mapping[str, Any]) -> str:
     if "fidelity_after" in recovery:
         lines += ["", "| | dense | pruned | recovered |", "|---|---|---|---|"]
         before, after = recovery["fidelity_before"], recovery["fidelity_after"]
-        lines.append(f"| MSE to dense (95 %) | 0 | {_with_interval(before)} | {_with_interval(after)} |")
+        lines.append(f"| MSE to dense (95 %) | 0 | {mse_with_interval(before)} | {mse_with_interval(after)} |")
         for key, name in (
             ("alignment", "alignment"),
             ("alignment_unguided", "alignment without guidance"),
@@ -202,8 +202,3 @@ def render_recovery(report: Mapping[str, Any]) -> str:
     if "fidelity_after" in recovery:
         lines += ["", "![dense, pruned and recovered, same prompts and seeds](samples.png)"]
     return "\n".join(lines) + "\n"
-
-
-def _with_interval(fidelity: Mapping[str, Any]) -> str:
-    low, high = fidelity["mse_interval"]
-    return f"{fidelity['mse']:.5f} ({low:.5f} to {high:.5f})"

@@ -25,14 +25,10 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     ]
     fidelity, alignment, frechet = report["fidelity"], report["alignment"], report["frechet"]
     if fidelity is not None:
-        low, high = fidelity["mse_interval"]
-        rows.append(
-            (
-                f"fidelity to dense, n = {fidelity['n']}",
-                f"MSE {fidelity['mse']:.5f} (95 % {low:.5f} to {high:.5f}), PSNR {_number(fidelity['psnr'])} dB, "
-                f"SSIM {_number(fidelity['ssim'])}",
-            )
-        )
+        figures = mse_with_interval(fidelity, "95 % ")
+        if fidelity["mse"] is not None:
+            figures = f"MSE {figures}, PSNR {_number(fidelity['psnr'])} dB, SSIM {_number(fidelity['ssim'])}"
+        rows.append((f"fidelity to dense, n = {fidelity['n']}", figures))
     if alignment is not None:
         rows.append(
             (
@@ -44,7 +40,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         rows.append(
             (
                 f"Fréchet distance ({frechet['features']}), n = {frechet['n']}",
-                f"{frechet['dense']:.3f} -> {frechet['pruned']:.3f} (can fall while images get worse)",
+                f"{_distance(frechet['dense'])} -> {_distance(frechet['pruned'])} (can fall while images get worse)",
             )
         )
     rows += _allocation_rows(report)
@@ -104,6 +100,18 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.5g}"
 
 
+def _distance(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def mse_with_interval(fidelity: Mapping[str, Any], prefix: str = "") -> str:
+    """The error and its interval, or why there is none."""
+    if fidelity["mse"] is None:
+        return f"not measured: {fidelity.get('not_finite', 0)} images have pixels that are not finite"
+    low, high = fidelity["mse_interval"]
+    return f"{fidelity['mse']:.5f} ({prefix}{low:.5f} to {high:.5f})"
+
+
 def draw_samples(
     path: Path, rows: Mapping[str, Tensor], prompts: Sequence[str], seeds: Sequence[int], title: str
 ) -> None:
@@ -144,7 +152,9 @@ def summary(report: Mapping[str, Any], output: str) -> str:
         f"parameters {parameters['dense']:,} -> {parameters['pruned']:,} ({parameters['nonzero']:,} not zero)"
     ]
     if report["fidelity"] is not None:
-        lines.append(f"fidelity to dense: MSE {report['fidelity']['mse']:.5f} over {report['fidelity']['n']} images")
+        fidelity = report["fidelity"]
+        mse = mse_with_interval(fidelity) if fidelity["mse"] is None else f"MSE {fidelity['mse']:.5f}"
+        lines.append(f"fidelity to dense: {mse} over {fidelity['n']} images")
     if report["alignment"] is not None:
         lines.append(f"alignment: {report['alignment']['dense']:.1%} -> {report['alignment']['pruned']:.1%}")
     lines.append(f"{output}: {' '.join(sorted(path.name for path in Path(output).iterdir()))}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from obsdiff.errors import UserError
-from obsdiff.files import read_json
-from obsdiff.models.info import INFO_FILE, PipelineInfo, attach_info
+from obsdiff.models.info import INFO_FILE, PipelineInfo, attach_info, read_info
 from obsdiff.models.register import register
 
 EMBEDDED = ("digits-sd3",)
@@ -42,14 +42,15 @@ def open_pipeline(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     folder = _resolve(str(source))
+    known = read_info(Path(folder))
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
     except Exception as error:  # diffusers, hub client and safetensors raise a dozen kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load pipeline {source}: {type(error).__name__}: {reason}") from error
-    info = Path(folder) / INFO_FILE
-    extra = read_json(info, "obsdiff's pipeline information") if info.is_file() else {}
-    known = {key: extra[key] for key in ("call", "alignment", "prompts") if key in extra}
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    if foreign := [name for name in known.get("call", {}) if name not in accepted]:
+        raise UserError(f"{Path(folder) / INFO_FILE}: {type(pipe).__name__} takes no {foreign[0]}; delete it there")
     attach_info(pipe, PipelineInfo(name or str(source), **known, manifest=manifest))
     pipe.set_progress_bar_config(disable=True)
     return to_device(pipe, device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models import obsdiff_shrunk
-from obsdiff.models.info import INFO_FILE, info_of
+from obsdiff.models.info import info_of, write_info
 from obsdiff.models.loading import open_pipeline, to_device
 from obsdiff.models.register import LIBRARY
 from obsdiff.models.wiring import denoiser_of, shrunk_of, wire
@@ -72,7 +72,7 @@ def write_pipeline_files(pipe: Any, folder: Path) -> None:
     wiring = wire(denoiser_of(pipe))
     target = folder / PIPELINE
     pipe.save_pretrained(target, safe_serialization=True)
-    write_json(target / INFO_FILE, info_of(pipe).to_json())
+    write_info(info_of(pipe), target)
     component = wiring.family.component
     if shrunk_of(wiring.denoiser) is not None:
         shutil.copyfile(str(obsdiff_shrunk.__file__), target / component / f"{LIBRARY}.py")

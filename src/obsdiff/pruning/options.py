@@ -12,8 +12,8 @@ class CalibrationOptions:
     """How layer inputs are measured.
 
     Args:
-        prompts: Prompt set: a .txt, .csv, .tsv or .parquet file, a Hugging Face dataset (owner/name), or an embedded
-            one (digits-train, digits-heldout). Default: the pipeline's own set, if it has one.
+        prompts: Prompt set: a .txt, .csv, .tsv, .jsonl or .parquet file, a Hugging Face dataset (owner/name), or an
+            embedded one (digits-train, digits-heldout). Default: the pipeline's own set, if it has one.
         column: Caption column of a table or dataset.
         num_prompts: Prompts to draw.
         steps: Denoising steps; default: the pipeline's own.

@@ -264,16 +264,17 @@ class Recovery(lightning.LightningModule):
         refs = self.frozen.refs
         return DataLoader(range(len(refs.prompts)), batch_size=self.evaluation.batch_size) if refs is not None else []  # type: ignore[arg-type]
 
-    def _draw(self, indices: Tensor) -> Tensor:
+    def _draw(self, indices: Tensor, allow_nonfinite: bool = False) -> Tensor:
         refs = self.frozen.refs
         assert refs is not None
         chosen = indices.tolist()
         with torch.autocast(self.device.type, enabled=False):
             prompts, seeds = [refs.prompts[i] for i in chosen], [refs.seeds[i] for i in chosen]
-            return sample(self.start.pipe, prompts, seeds, batch_size=len(chosen))
+            return sample(self.start.pipe, prompts, seeds, batch_size=len(chosen), allow_nonfinite=allow_nonfinite)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._drawn |= dict(zip(batch.tolist(), self._draw(batch), strict=True))
+        drawn = self._draw(batch, allow_nonfinite=True)  # measured as such; one process alone must not stop
+        self._drawn |= dict(zip(batch.tolist(), drawn, strict=True))
 
     test_step = validation_step
 
@@ -306,8 +307,11 @@ class Recovery(lightning.LightningModule):
         refs = self.frozen.refs
         if refs is None:
             return None
+        options = self.evaluation
         with torch.autocast(self.device.type, enabled=False):
-            return draw(self.start.pipe, refs.prompts, refs.seeds, self.evaluation.batch_size, refs.alignment)
+            return draw(
+                self.start.pipe, refs.prompts, refs.seeds, options.batch_size, refs.alignment, allow_nonfinite=True
+            )
 
     # ---- costs and checkpoints
 
