@@ -231,14 +231,27 @@ def _add_up_processes(statistics: Statistics, sites: Sequence[WiredSite]) -> Non
     if world_size() == 1:
         return
     for site in sites:
-        found = statistics.sites[site.name]
-        counts = torch.tensor([found.weight_sum, float(found.num_tokens)], dtype=torch.float64)
-        counts = counts.to(found.hessian_sum.device)
-        add_up([found.hessian_sum, found.input_sum, counts])
-        found.weight_sum, found.num_tokens = float(counts[0]), int(counts[1])
+        add_up_moments(statistics.sites[site.name])
     everyone = from_all((statistics.prompts_done, statistics.time_s))
     statistics.prompts_done = sum(done for done, _ in everyone)
     statistics.time_s = {key: max(times[key] for _, times in everyone) for key in statistics.time_s}
+
+
+def add_up_moments(found: SiteStatistics) -> None:
+    """Replace one process's moments of a site by those over all processes, the same to the bit on each of them."""
+    groups, columns = found.centre.shape
+    parts = torch.zeros(world_size(), groups * columns + 2, dtype=found.centre.dtype, device=found.centre.device)
+    parts[rank(), :-2] = found.centre.flatten()
+    parts[rank(), -2], parts[rank(), -1] = found.weight_sum, found.num_tokens
+    add_up([parts])  # each row is one process's, so that all know all
+    weights = parts[:, -2]
+    if not bool(weights.sum() > 0):
+        return
+    centre = ((weights / weights.sum()) @ parts[:, :-2]).view(groups, columns)
+    found.comoment = found.about(centre)
+    add_up([found.comoment])
+    found.centre = centre
+    found.weight_sum, found.num_tokens = float(weights.sum()), int(parts[:, -1].sum())
 
 
 def _check_measured(sites: Sequence[WiredSite], statistics: Statistics) -> None:
@@ -252,7 +265,7 @@ def _check_measured(sites: Sequence[WiredSite], statistics: Statistics) -> None:
             raise UserError(
                 f"layer {site.name} saw non-finite activations during calibration; try --dtype float32 or bfloat16"
             )
-        if not bool(found.hessian_sum.diagonal(dim1=-2, dim2=-1).sum() > 0):
+        if not bool(found.power().sum() > 0):
             raise UserError(f"layer {site.name} saw only zeros during calibration; exclude it")
 
 

@@ -23,7 +23,7 @@ from obsdiff.files import read_json, whole_folder, write_json
 from obsdiff.obs.hessian import SiteStatistics
 
 INDEX = "statistics.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -105,7 +105,7 @@ def save_statistics(statistics: Statistics, folder: Path) -> None:
         (temporary / "sites").mkdir()
         index = {}
         for number, (name, site) in enumerate(statistics.sites.items()):
-            content = save({"hessian_sum": site.hessian_sum.cpu(), "input_sum": site.input_sum.cpu()})
+            content = save({"comoment": site.comoment.cpu(), "mean": site.centre.cpu()})
             file = f"sites/{number:05d}.safetensors"
             (temporary / file).write_bytes(content)
             index[name] = {
@@ -137,7 +137,10 @@ def open_statistics(folder: Path) -> Statistics:
     content = read_json(folder / INDEX, what)
     try:
         if content["format"] != FORMAT:
-            raise UserError(f"{folder} was written in format {content['format']}; this version reads {FORMAT}")
+            raise UserError(
+                f"{folder} was written in format {content['format']}, this version reads {FORMAT}; "
+                "delete the folder and calibrate again"
+            )
         statistics = Statistics(
             dict(content["fingerprint"]),
             folder=folder,
@@ -161,13 +164,13 @@ def _read_site(folder: Path, name: str, entry: Mapping[str, Any], device: torch.
         if digest != entry["sha256"]:
             raise UserError(damaged)
         tensors = load_file(path)
-        return SiteStatistics(
-            tensors["hessian_sum"].to(device),
-            tensors["input_sum"].to(device),
-            float(entry["weight_sum"]),
-            int(entry["num_tokens"]),
-        )
-    except (OSError, SafetensorError, KeyError) as error:
+        comoment, mean = tensors["comoment"], tensors["mean"]
+        if comoment.dim() != 3 or comoment.shape[1:] != (*mean.shape[1:], *mean.shape[1:]):
+            raise UserError(damaged)
+        return SiteStatistics(comoment, mean, float(entry["weight_sum"]), int(entry["num_tokens"])).to(device)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(damaged) from error
 
 
