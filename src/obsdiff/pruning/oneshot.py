@@ -12,6 +12,7 @@ from torch import Tensor
 
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
+from obsdiff.models.content import model_hash
 from obsdiff.models.wiring import WiredGroups, WiredSite, Wiring, denoiser_of, shrunk_of, wire
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.linalg import DAMPING
@@ -21,7 +22,7 @@ from obsdiff.progress import track
 from obsdiff.pruning.plan import Plan, make_plan, packages_of
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.solve import LayerResult, SolveOptions, portable, solve_groups, solve_site
-from obsdiff.pruning.statistics import Statistics, model_hash
+from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.surgery import (
     Edits,
     become_shrunk,

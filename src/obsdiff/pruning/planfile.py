@@ -7,10 +7,10 @@ from typing import Any
 
 from obsdiff.errors import UserError
 from obsdiff.files import write_text
+from obsdiff.models.content import model_hash
 from obsdiff.models.wiring import Wiring
 from obsdiff.obs.pattern import NM, Structured, parse_pattern
 from obsdiff.pruning.plan import Plan, check_widths
-from obsdiff.pruning.statistics import model_hash
 
 FILE = "plan.yaml"
 FORMAT = 1

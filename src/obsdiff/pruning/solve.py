@@ -155,13 +155,15 @@ def _moments(statistics: SiteStatistics, layer: str, weight: Tensor, group: int 
     columns = statistics.centre.shape[-1]
     if columns != weight.shape[-1] or group >= len(statistics.centre):
         raise UserError(
-            f"the statistics of layer {layer} are of {columns} inputs, the layer has {weight.shape[-1]}; calibrate again"
+            f"the statistics of layer {layer} are of {columns} inputs, the layer has {weight.shape[-1]}; "
+            "calibrate again"
         )
     try:
         return Moments(statistics, group)
     except UnusableStatistics as error:
         raise UserError(
-            f"cannot solve layer {layer}: its statistics {error}; calibrate again, in float32 or bfloat16, or exclude it"
+            f"cannot solve layer {layer}: its statistics {error}; calibrate again (in float32 or bfloat16) "
+            "or exclude it"
         ) from error
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
 
 from obsdiff.errors import UserError
 from obsdiff.files import read_json, whole_folder, write_json
+from obsdiff.models.content import model_hash as model_hash  # part of what this module offers
 from obsdiff.obs.hessian import SiteStatistics
 
 INDEX = "statistics.json"
@@ -70,15 +70,6 @@ class Statistics:
         return replace(found, disposable=True)
 
 
-def model_hash(denoiser: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of the denoiser's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in denoiser.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def check_fingerprint(
     found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path, what: str = "statistics"
 ) -> None:
@@ -87,16 +78,23 @@ def check_fingerprint(
     Raises:
         UserError: Naming what differs.
     """
-    differences = [
-        f"{key} ({_short(found.get(key))} there, {_short(value)} now)"
-        for key, value in wanted.items()
-        if found.get(key) != value
-    ]
+    differences = [f"{key} ({_short(old)} there, {_short(new)} now)" for key, old, new in _differing(found, wanted)]
     if differences:
         raise UserError(
             f"{what} in {folder} belong{'' if what.endswith('s') else 's'} to another model or other settings: "
             f"{', '.join(differences)}; use the same settings or another folder"
         )
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What ``wanted`` has otherwise: names, old and new values; of nested mappings entry by entry, lost ones too."""
+    for key, value in wanted.items():
+        old = found.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            keys = [*value, *(other for other in old if other not in value)]
+            yield from ((name, old.get(name), value.get(name)) for name in keys if old.get(name) != value.get(name))
+        elif old != value:
+            yield key, old, value
 
 
 def save_statistics(statistics: Statistics, folder: Path) -> None:
@@ -175,5 +173,9 @@ def _read_site(folder: Path, name: str, entry: Mapping[str, Any], device: torch.
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return "none"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) == 66 and text[1:-1].isalnum():
+        return text[1:9]  # the beginning of a hash
     return text if len(text) <= 40 else text[:18] + "…" + text[-18:]
