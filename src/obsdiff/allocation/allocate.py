@@ -22,6 +22,7 @@ from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.times import Times, open_times
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
+from obsdiff.models.checks import check_layers
 from obsdiff.models.conditioning import Conditioning, encode_prompts, segment_lengths
 from obsdiff.models.content import denoiser_hash
 from obsdiff.models.wiring import Wiring, denoiser_of, wire
@@ -114,6 +115,7 @@ def allocate(
         pattern = Unstructured(budget.share)
     spared = () if rule == "measured" and spare_blocks is None else spare_blocks
     base = make_plan(wiring, pattern, include, exclude, spared)
+    check_layers(wiring, base.layers(wiring))
     settings = settings_of(statistics, batch_size)
     units = make_units(wiring, base, limits)
     keep = None if store is None else Path(store)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from obsdiff.errors import UserError
+from obsdiff.models.checks import check_layers
 from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.wiring import WiredSite, Wiring, denoiser_of, wire
@@ -73,6 +74,8 @@ def calibrate(
     settings = Settings(call, seed, weighting, tokens, batch_size)
     _check(settings, prompts)
     wiring = wire(denoiser_of(pipe))
+    chosen = [site for site in wiring.sites if sites is None or site.name in sites]
+    check_layers(wiring, [layer for site in chosen for layer in site.layers])
     fingerprint = fingerprint_of(pipe, prompts, settings)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0})
     partial_store = None
@@ -84,7 +87,6 @@ def calibrate(
             return found
         partial_store = store / (PARTIAL if world_size() == 1 else f"{PARTIAL}-{rank()}-of-{world_size()}")
         statistics = _continue_partial(partial_store, fingerprint) or statistics
-    chosen = [site for site in wiring.sites if sites is None or site.name in sites]
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, call)
     _measure(pipe, wiring, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
     _add_up_processes(statistics, chosen)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
+from obsdiff.models.checks import check_layers
 from obsdiff.models.content import model_hash
 from obsdiff.models.wiring import WiredGroups, WiredSite, Wiring, denoiser_of, shrunk_of, wire
 from obsdiff.obs.hessian import SiteStatistics
@@ -138,6 +139,7 @@ def prune(
         raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
     wiring = wire(denoiser_of(pipe))
     plan = make_plan(wiring, pattern, include, exclude, spare_blocks) if given is None else fitted_plan(given, wiring)
+    check_layers(wiring, plan.layers(wiring))
     if not prune_again:
         refuse_pruned(wiring)
     report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages)

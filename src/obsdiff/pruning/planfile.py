@@ -10,7 +10,7 @@ from obsdiff.files import write_text
 from obsdiff.models.content import model_hash
 from obsdiff.models.wiring import Wiring
 from obsdiff.obs.pattern import NM, Structured, parse_pattern
-from obsdiff.pruning.plan import Plan, check_widths
+from obsdiff.pruning.plan import Plan, check_fit
 
 FILE = "plan.yaml"
 FORMAT = 1
@@ -115,7 +115,7 @@ def fitted_plan(plan: Plan, wiring: Wiring, what: str = "the plan") -> Plan:
             f"there are {len(there)} such as {there[0]}"
         )
     ordered = Plan(plan.pattern, {n: plan.entries[n] for n in there if n in plan.entries}, plan.rule, plan.budget)
-    check_widths(wiring, ordered)
+    check_fit(wiring, ordered)
     return ordered
 
 
