@@ -129,7 +129,7 @@ WRONG = [
     (subclass, r"to_q is a Fancy, not a plain Linear"),
     (quantiser, r"to_q is a Linear8bitLt of bitsandbytes: quantised"),
     (narrow, "to_q is held as torch.float8_e4m3fn: it is quantised"),
-    (meta, r"to_q has no weights in memory .* pipe\.remove_all_hooks"),
+    (meta, r"to_q\.weight is not in memory .* pipe\.remove_all_hooks"),
     (weight_norm, "to_q is a ParametrizedLinear"),
     (half_pruned, "the weight of layer .*to_q is made anew"),
     (own_forward, "to_q has a forward of its own"),

@@ -31,7 +31,7 @@ from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import Plan, kept_groups, make_plan
 from obsdiff.pruning.solve import SolveOptions
-from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.statistics import Statistics, check_measured_on
 
 RULES = ("uniform", "measured", "owl")
 TRIPLES = 160
@@ -116,6 +116,7 @@ def allocate(
     spared = () if rule == "measured" and spare_blocks is None else spare_blocks
     base = make_plan(wiring, pattern, include, exclude, spared)
     check_layers(wiring, base.layers(wiring))
+    check_measured_on(statistics, wiring.denoiser)
     settings = settings_of(statistics, batch_size)
     units = make_units(wiring, base, limits)
     keep = None if store is None else Path(store)

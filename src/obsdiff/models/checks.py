@@ -32,6 +32,9 @@ def check_layers(wiring: Wiring, names: Sequence[str]) -> None:
         UserError: Naming the layer, what is odd about it, and what to do.
     """
     check_plain(wiring.denoiser, names)
+    for name, parameter in wiring.denoiser.named_parameters():
+        if parameter.is_meta:
+            raise UserError(f"{name} is not in memory (meta device), the denoiser is offloaded; {_OFFLOADED}")
     if not names:
         return
     _check_untied(wiring.denoiser, names)
@@ -99,8 +102,6 @@ def _check_plain_layer(name: str, layer: nn.Module) -> None:
             f"the weight of layer {name} is made anew at each call (weight norm, torch.nn.utils.prune); make it "
             "permanent first, with the remove function of what made it"
         )
-    if weight.is_meta:
-        raise UserError(f"layer {name} has no weights in memory (meta device), it is offloaded; {_OFFLOADED}")
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
         held = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
         raise UserError(f"the weight of layer {name} is held as {held}: it is {_QUANTISED}")

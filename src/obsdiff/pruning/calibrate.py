@@ -13,7 +13,7 @@ import torch
 
 from obsdiff.errors import UserError
 from obsdiff.models.checks import check_layers
-from obsdiff.models.conditioning import Conditioning, encode_prompts
+from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.wiring import WiredSite, Wiring, denoiser_of, wire
 from obsdiff.obs.hessian import SiteStatistics
@@ -21,13 +21,14 @@ from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.progress import track
 from obsdiff.pruning.collect import collecting
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
+from obsdiff.pruning.numbers import check_seed, check_whole
 from obsdiff.pruning.statistics import (
     Statistics,
     check_fingerprint,
     open_statistics,
     save_statistics,
 )
-from obsdiff.pruning.trajectories import counted_calls, noise_seeds, run_trajectories
+from obsdiff.pruning.trajectories import check_call, counted_calls, noise_seeds, run_trajectories
 from obsdiff.ranks import add_up, from_all, own_share, rank, wait_for_all, world_size
 
 SAVE_EVERY_S = 300.0
@@ -101,15 +102,12 @@ def calibrate(
 
 def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
     timestep_weights(settings.weighting, 1)
-    if len(prompts) == 0:
-        raise UserError("no calibration prompts; give at least one")
-    if settings.tokens is not None and settings.tokens < 1:
-        raise UserError(f"calibration.tokens is {settings.tokens}; it must be at least 1, or none for all")
-    if settings.batch_size < 1:
-        raise UserError(f"calibration.batch_size is {settings.batch_size}; it must be at least 1")
-    steps = settings.call.get("num_inference_steps")
-    if steps is not None and steps < 1:
-        raise UserError(f"calibration.steps is {steps}; it must be at least 1")
+    check_prompts(prompts)
+    if settings.tokens is not None:
+        check_whole("calibration.tokens", settings.tokens, 1)
+    check_whole("calibration.batch_size", settings.batch_size, 1)
+    check_call(settings.call)
+    check_seed(settings.seed)
 
 
 def _continue_partial(folder: Path, fingerprint: Mapping[str, Any]) -> Statistics | None:

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from obsdiff.errors import UserError
 from obsdiff.files import read_json, whole_folder, write_json
-from obsdiff.models.conditioning import encode_prompts
+from obsdiff.models.conditioning import check_prompts, encode_prompts
 from obsdiff.models.content import DECODING, component_hashes, model_hash
 from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.progress import track
+from obsdiff.pruning.numbers import check_seed, check_whole
 from obsdiff.pruning.statistics import check_fingerprint
-from obsdiff.pruning.trajectories import noise_seeds, run_trajectories
+from obsdiff.pruning.trajectories import check_call, noise_seeds, run_trajectories
 
 INDEX, TENSORS = "trajectories.json", "trajectories.safetensors"
 
@@ -94,6 +95,10 @@ def record_trajectories(
     """
     started = time.perf_counter()
     call = call_arguments(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
+    check_prompts(prompts)
+    check_call(call)
+    check_seed(seed)
+    check_whole("batch_size", batch_size, 1)
     denoiser = denoiser_of(pipe)
     family = find_family(denoiser)
     conditioning = encode_prompts(pipe, prompts, call)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from obsdiff.errors import UserError
 from obsdiff.files import read_json, whole_folder, write_json
@@ -68,6 +69,20 @@ class Statistics:
         found = self.site(name, device)
         self.sites.pop(name, None)
         return replace(found, disposable=True)
+
+
+def check_measured_on(statistics: Statistics, denoiser: nn.Module) -> None:
+    """Refuse statistics of other weights than ``denoiser`` has now.
+
+    Raises:
+        UserError: They are.
+    """
+    there, now = statistics.fingerprint.get("model"), model_hash(denoiser)
+    if there != now:
+        raise UserError(
+            f"the statistics were measured on other weights (model {_short(there)} there, {_short(now)} now); "
+            "calibrate this pipeline as it is"
+        )
 
 
 def check_fingerprint(
