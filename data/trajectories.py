@@ -9,9 +9,15 @@ from torch.utils.data import Dataset
 
 from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_count, check_enough, check_loading
 from obsdiff.data.prompts import load_prompts
-from obsdiff.errors import UserError
 from obsdiff.pruning.folder import load_pipeline
-from obsdiff.pruning.record import INDEX, Trajectories, open_trajectories, record_trajectories, recording_request
+from obsdiff.pruning.record import (
+    INDEX,
+    Trajectories,
+    check_recording,
+    open_trajectories,
+    record_trajectories,
+    recording_request,
+)
 
 
 class TrajectoryDataset(Dataset[dict[str, Any]]):
@@ -76,19 +82,12 @@ class TrajectoryDataModule(RecoveryData):
         """Record, unless it was done before or nothing is trained."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
-        wanted = recording_request(self.pipeline, self.prompts, self.steps, self.guidance_scale, self.seed)
-        if (self.folder / INDEX).exists():
-            found = open_trajectories(self.folder).request
-            different = [
-                f"{key} ({found.get(key)} there, {now} now)" for key, now in wanted.items() if found.get(key) != now
-            ]
-            if different:
-                raise UserError(
-                    f"trajectories in {self.folder} were recorded for other settings: {', '.join(different)}; "
-                    "use the same settings or another folder"
-                )
-            return
         pipe = load_pipeline(self.pipeline)
+        if (self.folder / INDEX).exists():
+            check_recording(
+                self.folder, recording_request(pipe, self.prompts, self.steps, self.guidance_scale, self.seed)
+            )
+            return
         if self.trainer is not None:
             pipe.to(self.trainer.strategy.root_device)
         record_trajectories(

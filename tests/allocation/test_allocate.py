@@ -218,15 +218,16 @@ def test_a_call_that_another_call_has_slowed_down_is_not_counted(monkeypatch):
     assert found == pytest.approx([0.008, 0.006, 9.0])
 
 
-def test_the_real_clock_runs(statistics, untimed, monkeypatch):
+def test_the_real_clock_runs(tmp_path, monkeypatch):
     from obsdiff.allocation import clock, latency
 
     monkeypatch.setattr(clock, "PROCESS_S", 0.5)
     for name, value in {"CHOICES": 2, "ROUNDS": 3, "LEAST_PROCESSES": 2, "MOST_PROCESSES": 2}.items():
         monkeypatch.setattr(latency, name, value)
     pipe = make_pipe().to(torch.bfloat16)
+    statistics = obsdiff.calibrate(pipe, PROMPTS[:1], steps=1)
     try:
-        found = made("structured:0.3", statistics, pipe=pipe, budget="latency:0.97", store=untimed)
+        found = made("structured:0.3", statistics, pipe=pipe, rule="uniform", budget="latency:0.97", store=tmp_path)
     except obsdiff.UserError as error:  # a busy machine may miss it
         assert "latency:0.97 on the clock" in str(error)
     else:

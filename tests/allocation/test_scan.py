@@ -18,7 +18,7 @@ from obsdiff.allocation.units import Unit, make_units
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.wiring import wire
-from obsdiff.pruning.calibrate import Settings
+from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.options import Limits
 from obsdiff.pruning.plan import Plan, make_plan
 from obsdiff.pruning.solve import SolveOptions

@@ -22,14 +22,16 @@ from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.times import Times, open_times
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
-from obsdiff.models.conditioning import Conditioning, encode_prompts
+from obsdiff.models.checks import check_layers
+from obsdiff.models.conditioning import Conditioning, encode_prompts, segment_lengths
+from obsdiff.models.content import denoiser_hash
 from obsdiff.models.wiring import Wiring, denoiser_of, wire
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
-from obsdiff.pruning.calibrate import Settings, prompts_hash
+from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import Plan, kept_groups, make_plan
 from obsdiff.pruning.solve import SolveOptions
-from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.statistics import Statistics, check_measured_on
 
 RULES = ("uniform", "measured", "owl")
 TRIPLES = 160
@@ -113,10 +115,16 @@ def allocate(
         pattern = Unstructured(budget.share)
     spared = () if rule == "measured" and spare_blocks is None else spare_blocks
     base = make_plan(wiring, pattern, include, exclude, spared)
+    check_layers(wiring, base.layers(wiring))
+    check_measured_on(statistics, wiring.denoiser)
     settings = settings_of(statistics, batch_size)
     units = make_units(wiring, base, limits)
     keep = None if store is None else Path(store)
-    depends_on = {"model": statistics.fingerprint["model"], "call": settings.call}
+    depends_on = {
+        "denoiser": denoiser_hash(pipe),
+        "call": settings.call,
+        "text_length": sum(segment_lengths(pipe, wiring.family, settings.call)),
+    }
     times = open_times(keep if budget.kind == "latency" else None, depends_on, wiring.denoiser)
     if budget.kind == "latency":
         costs = latency_costs(pipe, wiring, units, budget, settings.call, times, shared_clock(clock))
@@ -166,7 +174,7 @@ def _measured(
         statistics,
         options,
         probe,
-        prompts_hash(prompts),
+        conditioning_hash(job.pipe, prompts),
         levels=scanning.levels,
         store=store,
         quiet=job.quiet,
@@ -249,7 +257,7 @@ def settings_of(statistics: Statistics, batch_size: int) -> Settings:
     """The settings under which statistics were measured."""
     found = statistics.fingerprint
     call = dict(zip(("height", "width", "max_sequence_length"), found["size"], strict=True))
-    call |= {"num_inference_steps": found["steps"], "guidance_scale": found["guidance_scale"]}
+    call |= {"num_inference_steps": found["steps"], "guidance_scale": found["guidance_scale"], **found["call"]}
     call = {key: value for key, value in call.items() if value is not None}
     return Settings(call, int(found["seed"]), str(found["weighting"]), batch_size=batch_size)
 

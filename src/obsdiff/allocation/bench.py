@@ -18,7 +18,8 @@ from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.wiring import denoiser_of, wire
 from obsdiff.obs.pattern import parse_pattern
-from obsdiff.pruning.calibrate import calibrate, prompts_hash
+from obsdiff.pruning.calibrate import calibrate
+from obsdiff.pruning.fingerprint import conditioning_hash
 from obsdiff.pruning.folder import load_pipeline
 from obsdiff.pruning.options import CalibrationOptions, Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import make_plan
@@ -100,7 +101,7 @@ def bench_scan(
     settings = settings_of(statistics, preset.batch_size)
     started = time.perf_counter()
     probe, bare = probe_for(pipe, wiring, units, conditioning, settings, ScanOptions(triples=triples))
-    found = scan(wiring, units, statistics, options, probe, prompts_hash(conditioning))
+    found = scan(wiring, units, statistics, options, probe, conditioning_hash(pipe, conditioning))
     scan_s = time.perf_counter() - started
     costs = costs_of(pipe, wiring, units, default_budget(wiring, base), settings.call)
     added = check_additivity(wiring, base, units, costs, found, statistics, options, probe, plans)

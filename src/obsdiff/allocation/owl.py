@@ -44,5 +44,5 @@ def _scores(wiring: Wiring, layer: str, statistics: Statistics) -> Tensor:
     """Wanda's scores of one layer, flat."""
     site: SiteStatistics = statistics.site(wiring.site_of[layer].name, wiring.weight(layer).device)
     weights = weight_matrices(wiring.layer(layer)).detach().float()
-    norms = (site.hessian_sum.diagonal(dim1=-2, dim2=-1) / site.weight_sum).sqrt()
+    norms = site.power().sqrt()
     return (weights.abs() * norms[:, None, :]).flatten()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.obs.timesteps import timestep_weights
-from obsdiff.pruning.calibrate import Settings
+from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.trajectories import counted_calls, noise_seeds, run_trajectories
 
 CHOICE = 4  # calls recorded for each one that is used, so that prompts and steps mix

@@ -100,7 +100,7 @@ def scan(
         statistics: Of the calibration.
         options: How layers are pruned.
         probe: Where to measure.
-        prompts: Hash of the prompts that the probe was drawn from.
+        prompts: Hash of what the probe's denoiser was told (:func:`obsdiff.pruning.calibrate.conditioning_hash`).
         levels: Shares to measure at; None: :data:`MEASURED`.
         store: Folder to keep the results in; what it holds of the same settings is not measured again.
         quiet: No progress bar.

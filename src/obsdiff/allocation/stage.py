@@ -15,6 +15,7 @@ from obsdiff.allocation.planning import allocates, check_options, describe_scan,
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
+from obsdiff.models.checks import check_layers
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.wiring import Wiring, denoiser_of, wire
 from obsdiff.obs.hessian import weight_matrices
@@ -43,10 +44,11 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
     """The wiring, and the plan before anything is measured.
 
     Raises:
-        UserError: The plan does not fit, or the pipeline is pruned already.
+        UserError: The plan does not fit, a layer would not be pruned truly, or the pipeline is pruned already.
     """
     wiring = wire(denoiser_of(pipe))
     plan = first_plan(wiring, options)
+    check_layers(wiring, plan.layers(wiring))
     if not prune_again:
         refuse_pruned(wiring)
     return wiring, plan

@@ -41,8 +41,10 @@ def choose_groups(
         scores = torch.stack([c.weight.float().abs().sum(0).view(count, size).sum(1) for c in consumers]).sum(0)
         for weight in producers:
             scores = scores + weight.float().abs().sum(1).view(-1, count, size).sum((0, 2))
-    else:
+    elif rule == "random":
         scores = torch.rand(count, generator=torch.Generator().manual_seed(seed)).to(consumers[0].weight.device)
+    else:
+        raise ValueError(f"unknown rule {rule!r}; there are obs, magnitude and random")
     kept = torch.ones(count, dtype=torch.bool, device=scores.device)
     kept[drop_indices(scores, remove)] = False
     return kept

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obsdiff.errors import UserError
 from obsdiff.models.families import Family, find_family
 from obsdiff.models.wiring import denoiser_of
 
@@ -34,6 +35,27 @@ class Conditioning:
         return len(next(iter(self.embeds.values())))
 
 
+def check_prompts(prompts: Sequence[str] | Conditioning) -> None:
+    """Refuse what is no non-empty list of prompts.
+
+    Raises:
+        UserError: Saying what it is.
+    """
+    if isinstance(prompts, Conditioning):
+        return
+    if isinstance(prompts, str | bytes):
+        raise UserError(
+            f"prompts are one string, {str(prompts)[:40]!r}; give a list of them, such as [{prompts!r:.44}]"
+        )
+    if not isinstance(prompts, Sequence):
+        raise UserError(f"prompts are a {type(prompts).__name__}; give a list of strings")
+    if len(prompts) == 0:
+        raise UserError("no calibration prompts; give at least one")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt {i} is {str(prompt)[:40]!r}, a {type(prompt).__name__}; prompts are strings")
+
+
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> Conditioning:
     """Run the text encoders once over ``prompts`` (negative prompt "", as when a user gives none).
@@ -43,6 +65,7 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -
         prompts: The prompts.
         call: The pipeline's call arguments, for the sequence length.
     """
+    check_prompts(prompts)
     family = find_family(denoiser_of(pipe))
     accepted = inspect.signature(pipe.encode_prompt).parameters
     extra = {key: value for key, value in call.items() if key in accepted}

@@ -78,10 +78,15 @@ def denoiser_of(pipe: Any) -> nn.Module:
     """The transformer or UNet of a pipeline.
 
     Raises:
-        UserError: It has none.
+        UserError: It has none, or a compiled one.
     """
     for name in ("transformer", "unet"):
         denoiser = getattr(pipe, name, None)
+        if hasattr(denoiser, "_orig_mod"):
+            raise UserError(
+                f"the {name} is compiled, which hides its layers; use pipe.{name} = pipe.{name}._orig_mod, and compile "
+                "again afterwards"
+            )
         if isinstance(denoiser, nn.Module):
             return denoiser
     raise UserError(f"{type(pipe).__name__} has neither a transformer nor a unet; nothing to prune")
@@ -120,7 +125,7 @@ def _wire_heads(block: nn.Module, heads: Heads, here: set[str], prefix: str, ind
     attention: Any = block.get_submodule(heads.attention)
     producers = [layer for layer in heads.producers if layer in here]
     consumers = [layer for layer in heads.consumers if layer in here]
-    width: Any = block.get_submodule(consumers[0]).in_features
+    width: Any = getattr(block.get_submodule(consumers[0]), "in_features", 0)  # odd layers are refused later
     return WiredGroups(
         prefix + heads.attention,
         "heads",
@@ -134,7 +139,7 @@ def _wire_heads(block: nn.Module, heads: Heads, here: set[str], prefix: str, ind
 
 
 def _wire_neurons(block: nn.Module, neurons: Neurons, prefix: str, index: int) -> WiredGroups:
-    width: Any = block.get_submodule(neurons.consumer).in_features
+    width: Any = getattr(block.get_submodule(neurons.consumer), "in_features", 0)
     return WiredGroups(
         prefix + neurons.ffn,
         "ffn",

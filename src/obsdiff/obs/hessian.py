@@ -1,8 +1,9 @@
-"""Second-moment statistics of layer inputs: streaming, mergeable, one symmetric rank-k update per call."""
+"""Moments of layer inputs: centred, streaming, mergeable, one symmetric rank-k update per call."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,18 +60,22 @@ def _add_upper_product(total: Tensor, x: Tensor, weight: float) -> None:
 
 @dataclass
 class SiteStatistics:
-    """Weighted sums over everything one site has seen. Sums, not means, so that two halves add up to the whole.
+    """Weighted moments of everything one site has seen, centred while they accumulate.
+
+    Real models have channels whose mean is thousands of times their spread; the difference of two raw sums would leave
+    nothing of their variance in float32. Two parts are merged by Chan's rule (Chan, Golub, LeVeque 1979).
 
     Attributes:
-        hessian_sum: ``Σ α x xᵀ``, float32 (groups, n, n); only the upper triangle is kept up to date.
-        input_sum: ``Σ α x``, float32 (groups, n).
+        comoment: ``Σ α (x − μ)(x − μ)ᵀ``, float32 (groups, n, n); only the upper triangle is kept up to date.
+        centre: The weighted mean input μ, float64 (float32 where the device has no float64), (groups, n).
         weight_sum: ``Σ α`` over all inputs seen.
         num_tokens: Inputs seen.
-        disposable: Nobody else needs the sums: :meth:`hessian` may work in their memory, once per group.
+        disposable: Nobody else needs the moments: :meth:`covariance` and :meth:`hessian` may work in their memory,
+            once per group.
     """
 
-    hessian_sum: Tensor
-    input_sum: Tensor
+    comoment: Tensor
+    centre: Tensor
     weight_sum: float = 0.0
     num_tokens: int = 0
     disposable: bool = False
@@ -78,40 +83,80 @@ class SiteStatistics:
     @classmethod
     def empty(cls, columns: int, groups: int = 1, device: torch.device | str = "cpu") -> SiteStatistics:
         """Statistics of nothing yet."""
-        return cls(torch.zeros(groups, columns, columns, device=device), torch.zeros(groups, columns, device=device))
+        return cls(torch.zeros(groups, columns, columns), torch.zeros(groups, columns)).to(device)
+
+    def to(self, device: torch.device | str) -> SiteStatistics:
+        """The same on another device."""
+        exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        return replace(self, comoment=self.comoment.to(device), centre=self.centre.to(device, exact))
 
     @torch.no_grad()
     def add(self, x: Tensor, weight: float) -> None:
-        """Add inputs ``x`` (groups, tokens, n), all with timestep weight ``weight`` (α_t).
+        """Add inputs ``x`` (groups, tokens, n), all with timestep weight ``weight`` (α_t > 0).
 
-        Activations are cast to float32 *before* any scaling: half-precision features reach values whose scaled or
-        squared form overflows.
+        With W the weight before, w that of these inputs, u = x − μ and δ their mean, Chan's update
+        ``Σ α (u − δ)(u − δ)ᵀ + W w / (W + w) δ δᵀ`` is one product: ``Σ α (u − c δ)(u − c δ)ᵀ`` with
+        ``c = 1 − √(W / (W + w))``. Activations are cast to float32 *before* any scaling: half-precision features reach
+        values whose scaled or squared form overflows.
         """
-        x = x.float()
-        for total, inputs in zip(self.hessian_sum, x, strict=True):
+        if x.shape[1] == 0:
+            return
+        added = weight * x.shape[1]
+        share = added / (self.weight_sum + added)
+        # a float32 value near the mean: differences to it are exact to float32 of the difference
+        near = (x[:, 0] if self.weight_sum == 0 else self.centre).float()
+        u = x - near[:, None]
+        u = u.float()
+        exact = self.centre.dtype
+        mean = u.mean(1).to(exact)
+        centre = self.centre if self.weight_sum > 0 else near.to(exact) + mean
+        rest = centre - near.to(exact)  # what rounding to float32 left of the mean
+        delta = mean - rest
+        u -= (rest + (1 - math.sqrt(1 - share)) * delta).float()[:, None]
+        for total, inputs in zip(self.comoment, u, strict=True):
             _add_upper_product(total, inputs, weight)
-        self.input_sum += weight * x.sum(1)
-        self.weight_sum += weight * x.shape[1]
+        self.centre = centre + share * delta
+        self.weight_sum += added
         self.num_tokens += x.shape[1]
 
+    @torch.no_grad()
     def merge(self, other: SiteStatistics) -> None:
-        """Add another part's sums (another half of the prompts, another process)."""
-        self.hessian_sum += other.hessian_sum
-        self.input_sum += other.input_sum
-        self.weight_sum += other.weight_sum
+        """Add another part (another half of the prompts)."""
+        if other.weight_sum == 0:
+            return
+        total = self.weight_sum + other.weight_sum
+        centre = self.centre + other.weight_sum / total * (other.centre - self.centre)
+        shifted = other.about(centre)
+        self.comoment = self.about(centre) + shifted
+        self.centre = centre
+        self.weight_sum = total
         self.num_tokens += other.num_tokens
 
-    def hessian(self, group: int = 0) -> Tensor:
-        """``H = Σ α x xᵀ / Σ α``, symmetric float32 (n, n) (OBS-Diff eq. 5 up to a constant)."""
-        total = self.hessian_sum[group] if self.disposable else self.hessian_sum[group].clone()
+    def about(self, centre: Tensor) -> Tensor:
+        """``Σ α (x − m)(x − m)ᵀ`` about another centre m (groups, n), a new tensor like :attr:`comoment`."""
+        distance = (self.centre - centre).float()
+        return torch.baddbmm(self.comoment, distance[:, :, None], distance[:, None, :], alpha=self.weight_sum)
+
+    def covariance(self, group: int = 0) -> Tensor:
+        """``C = Σ α (x − μ)(x − μ)ᵀ / Σ α``, symmetric float32 (n, n)."""
+        total = self.comoment[group] if self.disposable else self.comoment[group].clone()
         upper = total.triu_().div_(self.weight_sum)
         return upper.add_(upper.T.tril(-1))
 
+    def hessian(self, group: int = 0) -> Tensor:
+        """``H = Σ α x xᵀ / Σ α = C + μ μᵀ``, symmetric float32 (n, n) (OBS-Diff eq. 5 up to a constant)."""
+        mean = self.centre[group].float()
+        return self.covariance(group).addr_(mean, mean)
+
     def mean(self, group: int = 0) -> Tensor:
-        """Weighted mean input, float32 (n,)."""
-        return self.input_sum[group] / self.weight_sum
+        """Weighted mean input, (n,), in the dtype of :attr:`centre`."""
+        return self.centre[group]
+
+    def power(self) -> Tensor:
+        """``diag H``: the weighted mean square of each input, float32 (groups, n)."""
+        return self.comoment.diagonal(dim1=-2, dim2=-1) / self.weight_sum + self.centre.float().square()
 
     def is_finite(self) -> bool:
         """Whether every activation seen was finite. The diagonal sees each one, and squares never cancel."""
-        diagonal = self.hessian_sum.diagonal(dim1=-2, dim2=-1)
-        return bool(torch.isfinite(diagonal).all()) and bool(torch.isfinite(self.hessian_sum).all())
+        diagonal = self.comoment.diagonal(dim1=-2, dim2=-1)
+        return all(bool(torch.isfinite(part).all()) for part in (diagonal, self.centre, self.comoment))

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from obsdiff.errors import UserError
-from obsdiff.models.conditioning import Conditioning, encode_prompts
+from obsdiff.models.checks import check_layers
+from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.wiring import WiredSite, Wiring, denoiser_of, wire
-from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
-from obsdiff.obs.timesteps import ALPHA_MAX, ALPHA_MIN, timestep_weights
+from obsdiff.obs.hessian import SiteStatistics
+from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.progress import track
+from obsdiff.pruning.collect import collecting
+from obsdiff.pruning.fingerprint import Settings, fingerprint_of
+from obsdiff.pruning.numbers import check_seed, check_whole
 from obsdiff.pruning.statistics import (
     Statistics,
     check_fingerprint,
-    model_hash,
     open_statistics,
     save_statistics,
 )
-from obsdiff.pruning.trajectories import CallCounter, counted_calls, noise_seeds, run_trajectories
+from obsdiff.pruning.trajectories import check_call, counted_calls, noise_seeds, run_trajectories
 from obsdiff.ranks import add_up, from_all, own_share, rank, wait_for_all, world_size
 
 SAVE_EVERY_S = 300.0
 PARTIAL = "partial"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything about a calibration that its numbers depend on, besides model and prompts.
-
-    Attributes:
-        call: The pipeline's call arguments (steps, guidance, size).
-        seed: Noise seed; each prompt draws from a seed of its own.
-        weighting: Timestep weights, see :mod:`obsdiff.obs.timesteps`.
-        tokens: Tokens of each sequence to use at each call, drawn at random; None uses all.
-        batch_size: Prompts per pipeline call; changes nothing but speed and memory.
-    """
-
-    call: Mapping[str, Any]
-    seed: int = 0
-    weighting: str = "log_decrease"
-    tokens: int | None = None
-    batch_size: int = 4
 
 
 def calibrate(
@@ -95,6 +75,8 @@ def calibrate(
     settings = Settings(call, seed, weighting, tokens, batch_size)
     _check(settings, prompts)
     wiring = wire(denoiser_of(pipe))
+    chosen = [site for site in wiring.sites if sites is None or site.name in sites]
+    check_layers(wiring, [layer for site in chosen for layer in site.layers])
     fingerprint = fingerprint_of(pipe, prompts, settings)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0})
     partial_store = None
@@ -106,7 +88,6 @@ def calibrate(
             return found
         partial_store = store / (PARTIAL if world_size() == 1 else f"{PARTIAL}-{rank()}-of-{world_size()}")
         statistics = _continue_partial(partial_store, fingerprint) or statistics
-    chosen = [site for site in wiring.sites if sites is None or site.name in sites]
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, call)
     _measure(pipe, wiring, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
     _add_up_processes(statistics, chosen)
@@ -119,51 +100,14 @@ def calibrate(
     return open_statistics(store)  # read back site by site, so that memory holds one Hessian at a time
 
 
-def fingerprint_of(pipe: Any, prompts: Sequence[str] | Conditioning, settings: Settings) -> dict[str, Any]:
-    """What the statistics depend on; equal fingerprints mean equal numbers up to rounding."""
-    scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    denoiser = denoiser_of(pipe)
-    return {
-        "model": model_hash(denoiser),
-        "prompts": prompts_hash(prompts),
-        "num_prompts": len(prompts),
-        "sampler": [
-            type(pipe.scheduler).__name__,
-            hashlib.sha256(json.dumps(scheduler, sort_keys=True, default=str).encode()).hexdigest(),
-        ],
-        "steps": settings.call.get("num_inference_steps"),
-        "guidance_scale": settings.call.get("guidance_scale"),
-        "size": [settings.call.get(key) for key in ("height", "width", "max_sequence_length")],
-        "seed": settings.seed,
-        "weighting": settings.weighting,
-        "alpha": [ALPHA_MIN, ALPHA_MAX],
-        "tokens": settings.tokens,
-        "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
-    }
-
-
-def prompts_hash(prompts: Sequence[str] | Conditioning) -> str:
-    """SHA-256 of prompts, or of what they were encoded to."""
-    if not isinstance(prompts, Conditioning):
-        return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-    digest = hashlib.sha256()
-    for name, tensor in sorted(prompts.embeds.items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
     timestep_weights(settings.weighting, 1)
-    if len(prompts) == 0:
-        raise UserError("no calibration prompts; give at least one")
-    if settings.tokens is not None and settings.tokens < 1:
-        raise UserError(f"calibration.tokens is {settings.tokens}; it must be at least 1, or none for all")
-    if settings.batch_size < 1:
-        raise UserError(f"calibration.batch_size is {settings.batch_size}; it must be at least 1")
-    steps = settings.call.get("num_inference_steps")
-    if steps is not None and steps < 1:
-        raise UserError(f"calibration.steps is {steps}; it must be at least 1")
+    check_prompts(prompts)
+    if settings.tokens is not None:
+        check_whole("calibration.tokens", settings.tokens, 1)
+    check_whole("calibration.batch_size", settings.batch_size, 1)
+    check_call(settings.call)
+    check_seed(settings.seed)
 
 
 def _continue_partial(folder: Path, fingerprint: Mapping[str, Any]) -> Statistics | None:
@@ -199,7 +143,7 @@ def _measure(
     )
     with (
         counted_calls(pipe) as counter,
-        _collecting(pipe, wiring, sites, settings, statistics, counter) as collector,
+        collecting(pipe, wiring, sites, settings, statistics, counter) as collector,
     ):
         batches = run_trajectories(
             pipe,
@@ -231,14 +175,27 @@ def _add_up_processes(statistics: Statistics, sites: Sequence[WiredSite]) -> Non
     if world_size() == 1:
         return
     for site in sites:
-        found = statistics.sites[site.name]
-        counts = torch.tensor([found.weight_sum, float(found.num_tokens)], dtype=torch.float64)
-        counts = counts.to(found.hessian_sum.device)
-        add_up([found.hessian_sum, found.input_sum, counts])
-        found.weight_sum, found.num_tokens = float(counts[0]), int(counts[1])
+        add_up_moments(statistics.sites[site.name])
     everyone = from_all((statistics.prompts_done, statistics.time_s))
     statistics.prompts_done = sum(done for done, _ in everyone)
     statistics.time_s = {key: max(times[key] for _, times in everyone) for key in statistics.time_s}
+
+
+def add_up_moments(found: SiteStatistics) -> None:
+    """Replace one process's moments of a site by those over all processes, the same to the bit on each of them."""
+    groups, columns = found.centre.shape
+    parts = torch.zeros(world_size(), groups * columns + 2, dtype=found.centre.dtype, device=found.centre.device)
+    parts[rank(), :-2] = found.centre.flatten()
+    parts[rank(), -2], parts[rank(), -1] = found.weight_sum, found.num_tokens
+    add_up([parts])  # each row is one process's, so that all know all
+    weights = parts[:, -2]
+    if not bool(weights.sum() > 0):
+        return
+    centre = ((weights / weights.sum()) @ parts[:, :-2]).view(groups, columns)
+    found.comoment = found.about(centre)
+    add_up([found.comoment])
+    found.centre = centre
+    found.weight_sum, found.num_tokens = float(weights.sum()), int(parts[:, -1].sum())
 
 
 def _check_measured(sites: Sequence[WiredSite], statistics: Statistics) -> None:
@@ -252,106 +209,5 @@ def _check_measured(sites: Sequence[WiredSite], statistics: Statistics) -> None:
             raise UserError(
                 f"layer {site.name} saw non-finite activations during calibration; try --dtype float32 or bfloat16"
             )
-        if not bool(found.hessian_sum.diagonal(dim1=-2, dim2=-1).sum() > 0):
+        if not bool(found.power().sum() > 0):
             raise UserError(f"layer {site.name} saw only zeros during calibration; exclude it")
-
-
-class _Collector:
-    """Adds layer inputs to the statistics as the denoiser runs."""
-
-    def __init__(self, statistics: Statistics, settings: Settings, counter: CallCounter, device: torch.device) -> None:
-        self.statistics = statistics
-        self.settings = settings
-        self.counter = counter
-        self.device = device
-        self.forward_s = 0.0
-        self._hook_s = 0.0
-        self._entered = 0.0
-        self._choices: dict[tuple[bool, int, int], Tensor | None] = {}
-
-    def begin(self, conditioning: Conditioning, seeds: Sequence[int], part: slice) -> None:
-        """A new batch of trajectories comes."""
-        self.counter.restart()
-        self.seeds = seeds[part]
-        self.text_mask = None
-        if conditioning.text_mask is not None and conditioning.negative_text_mask is not None:
-            wanted = conditioning.text_mask[part]
-            self.text_mask = torch.cat([conditioning.negative_text_mask.expand_as(wanted), wanted])
-
-    def enter_call(self, *_: object) -> None:
-        """The denoiser is called."""
-        steps = self.counter.total
-        self.weight = timestep_weights(self.settings.weighting, steps)[self.counter.index]
-        self._choices.clear()
-        self._hook_s = 0.0
-        self._entered = self._now()
-
-    def leave_call(self, *_: object) -> None:
-        """The denoiser has answered."""
-        self.forward_s += self._now() - self._entered - self._hook_s
-
-    def see(self, site: WiredSite, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """A layer is about to read its input."""
-        started = self._now()
-        x = inputs[0].detach()
-        if x.dim() == 3 and (chosen := self._chosen(site.text, x.shape[0], x.shape[1])) is not None:
-            x = x[chosen.to(x.device)]
-        self.statistics.sites[site.name].add(activation_matrices(layer, x), self.weight)
-        self._hook_s += self._now() - started
-
-    def _chosen(self, text: bool, sequences: int, length: int) -> Tensor | None:
-        """Bool (sequences, length): the tokens that count in this call; None if all do."""
-        key = (text, sequences, length)
-        if key not in self._choices:
-            self._choices[key] = self._choose(*key)
-        return self._choices[key]
-
-    def _choose(self, text: bool, sequences: int, length: int) -> Tensor | None:
-        mask = None
-        if text and self.text_mask is not None and self.text_mask.shape[1] == length:
-            mask = self.text_mask[-sequences:]  # with guidance the negative prompts come first, else only the others
-        if self.settings.tokens is None or self.settings.tokens >= length:
-            return mask
-        prompts = len(self.seeds)
-        scores = torch.empty(sequences, length)
-        for row in range(sequences):  # drawn per prompt and call, so the batch does not matter
-            seed = (self.seeds[row % prompts] * 4096 + self.counter.calls) * 4 + 2 * (row >= prompts) + text
-            scores[row] = torch.rand(length, generator=torch.Generator().manual_seed(seed % 2**63))
-        if mask is not None:
-            scores[~mask] = -1.0
-        drawn = torch.zeros(sequences, length, dtype=torch.bool)
-        drawn.scatter_(1, scores.topk(self.settings.tokens, dim=1).indices, True)
-        return drawn if mask is None else drawn & mask
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-@contextmanager
-def _collecting(
-    pipe: Any,
-    wiring: Wiring,
-    sites: Sequence[WiredSite],
-    settings: Settings,
-    statistics: Statistics,
-    counter: CallCounter,
-) -> Iterator[_Collector]:
-    """Hooks on the denoiser and on the first layer of each site, gone afterwards whatever happens."""
-    for site in sites:  # an entry for each, so that one never reached is noticed
-        groups, _, columns = weight_matrices(wiring.layer(site.name)).shape
-        device = wiring.weight(site.name).device
-        statistics.sites.setdefault(site.name, SiteStatistics.empty(columns, groups, device))
-    denoiser = wiring.denoiser
-    collector = _Collector(statistics, settings, counter, next(denoiser.parameters()).device)
-    handles = [denoiser.register_forward_pre_hook(collector.enter_call)]
-    for site in sites:
-        see: Callable[..., None] = partial(collector.see, site)
-        handles.append(wiring.layer(site.name).register_forward_pre_hook(see))
-    handles.append(denoiser.register_forward_hook(collector.leave_call))
-    try:
-        yield collector
-    finally:
-        for handle in handles:
-            handle.remove()

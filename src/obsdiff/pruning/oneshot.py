@@ -12,16 +12,19 @@ from torch import Tensor
 
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
+from obsdiff.models.checks import check_layers
+from obsdiff.models.content import model_hash
 from obsdiff.models.wiring import WiredGroups, WiredSite, Wiring, denoiser_of, shrunk_of, wire
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
+from obsdiff.pruning.numbers import check_number, check_seed, check_whole
 from obsdiff.pruning.plan import Plan, make_plan, packages_of
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.solve import LayerResult, SolveOptions, portable, solve_groups, solve_site
-from obsdiff.pruning.statistics import Statistics, model_hash
+from obsdiff.pruning.statistics import Statistics, check_measured_on
 from obsdiff.pruning.surgery import (
     Edits,
     become_shrunk,
@@ -133,8 +136,11 @@ def prune(
         raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
     wiring = wire(denoiser_of(pipe))
     plan = make_plan(wiring, pattern, include, exclude, spare_blocks) if given is None else fitted_plan(given, wiring)
+    check_layers(wiring, plan.layers(wiring))
     if not prune_again:
         refuse_pruned(wiring)
+    if isinstance(statistics, Statistics):
+        check_measured_on(statistics, wiring.denoiser)
     report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages)
     report.parameters["dense"] = sum(p.numel() for p in wiring.denoiser.parameters())
     with undone_on_error() as edits:
@@ -186,10 +192,9 @@ def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) ->
         )
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
-    if not 0 <= options.damping < float("inf"):
-        raise UserError(f"calibration.damping is {options.damping:g}; it must be a finite number, at least 0")
-    if packages < 1:
-        raise UserError(f"calibration.packages is {packages}; it must be at least 1")
+    check_number("calibration.damping", options.damping, 0.0)
+    check_whole("calibration.packages", packages, 1)
+    check_seed(options.seed)
 
 
 def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int) -> None:

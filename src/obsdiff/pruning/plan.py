@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from obsdiff.errors import UserError
+from obsdiff.models.checks import check_plain
 from obsdiff.models.wiring import WiredGroups, Wiring
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured
@@ -32,6 +33,17 @@ class Plan:
     @property
     def structured(self) -> bool:
         return isinstance(self.pattern, Structured)
+
+    def layers(self, wiring: Wiring) -> list[str]:
+        """Names of all layers that the plan changes."""
+        if not self.structured:
+            return list(self.entries)
+        return [
+            layer
+            for groups in wiring.groups
+            if groups.name in self.entries
+            for layer in (*groups.producers, *groups.consumers)
+        ]
 
     def sites(self, wiring: Wiring) -> set[str]:
         """Names of the sites whose statistics the plan needs."""
@@ -93,7 +105,7 @@ def make_plan(
             f"{sorted(spared)} leave nothing of {len(blocks)} candidates such as {next(iter(blocks))}"
         )
     plan = Plan(pattern, dict.fromkeys(chosen, pattern))
-    check_widths(wiring, plan)
+    check_fit(wiring, plan)
     return plan
 
 
@@ -103,12 +115,23 @@ def _check_matches(rules: Sequence[str], names: dict[str, int], option: str) -> 
             raise UserError(f"--{option} {rule!r} matches none of {len(names)} names such as {next(iter(names))}")
 
 
-def check_widths(wiring: Wiring, plan: Plan) -> None:
-    """Refuse N:M patterns that do not divide a layer's inputs.
+def check_fit(wiring: Wiring, plan: Plan) -> None:
+    """Refuse layers that are no plain ones, N:M patterns that do not divide a layer's inputs, and widths of which a
+    layer does not hold one multiple.
 
     Raises:
-        UserError: One does not.
+        UserError: Naming the layer.
     """
+    check_plain(wiring.denoiser, plan.layers(wiring))
+    for groups in wiring.groups:
+        pattern = plan.entries.get(groups.name)
+        if not isinstance(pattern, Structured) or groups.kind != "ffn" or pattern.ffn == 0:
+            continue
+        if (pattern.multiple_of or 1) > groups.count:
+            raise UserError(
+                f"multiple_of {pattern.multiple_of} does not fit {groups.name}: it has {groups.count} neurons; "
+                "choose a smaller multiple"
+            )
     for name, pattern in plan.entries.items():
         if isinstance(pattern, NM):
             columns = weight_matrices(wiring.layer(name)).shape[-1]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from obsdiff.errors import UserError
 from obsdiff.files import write_text
+from obsdiff.models.content import model_hash
 from obsdiff.models.wiring import Wiring
 from obsdiff.obs.pattern import NM, Structured, parse_pattern
-from obsdiff.pruning.plan import Plan, check_widths
-from obsdiff.pruning.statistics import model_hash
+from obsdiff.pruning.plan import Plan, check_fit
 
 FILE = "plan.yaml"
 FORMAT = 1
@@ -54,7 +55,7 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), plain_loader())
     except OSError as error:
         raise UserError(f"cannot read plan {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -79,6 +80,26 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     budget = content.get("budget")
     plan = Plan(pattern, entries, str(content.get("rule", "file")), None if budget is None else str(budget))
     return plan, content
+
+
+def plain_loader() -> Any:
+    """A safe YAML loader for names and patterns: ``2:4`` is no number of base 60, and no key stands twice."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for i, ((key, _), name) in enumerate(zip(node.value, keys, strict=True)):
+                if name in keys[:i]:
+                    raise yaml.constructor.ConstructorError(None, None, f"{name} stands there twice", key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    PlainLoader.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+    return PlainLoader
 
 
 def read_plan(path: str | Path, wiring: Wiring) -> Plan:
@@ -115,7 +136,7 @@ def fitted_plan(plan: Plan, wiring: Wiring, what: str = "the plan") -> Plan:
             f"there are {len(there)} such as {there[0]}"
         )
     ordered = Plan(plan.pattern, {n: plan.entries[n] for n in there if n in plan.entries}, plan.rule, plan.budget)
-    check_widths(wiring, ordered)
+    check_fit(wiring, ordered)
     return ordered
 
 

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from obsdiff.errors import UserError
 from obsdiff.files import read_json, whole_folder, write_json
-from obsdiff.models.conditioning import encode_prompts
+from obsdiff.models.conditioning import check_prompts, encode_prompts
+from obsdiff.models.content import DECODING, component_hashes, model_hash
 from obsdiff.models.families import find_family
-from obsdiff.models.info import call_arguments, info_of
+from obsdiff.models.info import call_arguments
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.progress import track
-from obsdiff.pruning.statistics import model_hash
-from obsdiff.pruning.trajectories import noise_seeds, run_trajectories
+from obsdiff.pruning.numbers import check_seed, check_whole
+from obsdiff.pruning.statistics import check_fingerprint
+from obsdiff.pruning.trajectories import check_call, noise_seeds, run_trajectories
 
 INDEX, TENSORS = "trajectories.json", "trajectories.safetensors"
 
@@ -50,16 +52,20 @@ class Trajectories:
 
 
 def recording_request(
-    source: str, prompts: Sequence[str], steps: int | None, guidance_scale: float | None, seed: int
+    pipe: Any, prompts: Sequence[str], steps: int | None, guidance_scale: float | None, seed: int
 ) -> dict[str, Any]:
-    """What a recording depends on besides the weights, JSON-able."""
-    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    """What a recording depends on, JSON-able: the content of all that stands upstream of latents, never a name.
+
+    Args:
+        pipe: The dense pipeline.
+        prompts, steps, guidance_scale, seed: As for :func:`record_trajectories`.
+    """
+    call = call_arguments(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     return {
-        "pipeline": source,
-        "prompts": digest,
+        "components": component_hashes(pipe, DECODING),
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "num_prompts": len(prompts),
-        "steps": steps,
-        "guidance_scale": guidance_scale,
+        "call": call,
         "seed": seed,
     }
 
@@ -89,6 +95,10 @@ def record_trajectories(
     """
     started = time.perf_counter()
     call = call_arguments(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
+    check_prompts(prompts)
+    check_call(call)
+    check_seed(seed)
+    check_whole("batch_size", batch_size, 1)
     denoiser = denoiser_of(pipe)
     family = find_family(denoiser)
     conditioning = encode_prompts(pipe, prompts, call)
@@ -113,9 +123,21 @@ def record_trajectories(
     tensors |= {f"embeds.{name}": tensor for name, tensor in conditioning.embeds.items()}
     with whole_folder(folder, INDEX, replace=True) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
-        request = recording_request(info_of(pipe).source, prompts, steps, guidance_scale, seed)
+        request = recording_request(pipe, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started
         write_json(temporary / INDEX, {"request": request, "model": model_hash(denoiser), "time_s": spent})
+
+
+def check_recording(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse a recording that was made of, or for, anything else than ``wanted`` (:func:`recording_request`).
+
+    Raises:
+        UserError: Naming what differs; or the recording is damaged.
+    """
+    found = open_trajectories(folder).request
+    if "components" not in found:
+        raise UserError(f"{folder} was recorded by an earlier version, by name only; delete it and record again")
+    check_fingerprint(found, wanted, folder, "trajectories")
 
 
 def open_trajectories(folder: Path) -> Trajectories:

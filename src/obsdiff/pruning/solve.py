@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,8 @@ from obsdiff.criteria.structured import choose_groups
 from obsdiff.errors import UserError
 from obsdiff.models.wiring import WiredGroups, Wiring
 from obsdiff.obs.hessian import SiteStatistics, weight_matrices
-from obsdiff.obs.linalg import DAMPING, SingularHessian, quadratic_error
+from obsdiff.obs.linalg import DAMPING, SingularHessian
+from obsdiff.obs.moments import Moments, UnusableStatistics, relative_error
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.obs.refit import STEPS, refit
 from obsdiff.obs.structured import Consumer, compensate
@@ -57,7 +57,7 @@ class LayerResult:
     Attributes:
         weight: The new weight, float32.
         mask: True = kept; None if the layer was shrunk.
-        error: Relative output error; None if nothing measured it.
+        error: Output error over the variance of the dense output; None if nothing measured it.
         bias_shift: What the refit adds to the bias, float32 (rows,); None if it leaves it.
     """
 
@@ -85,28 +85,6 @@ def layer_seed(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}/{name}".encode())
 
 
-class Moments:
-    """What is known of a site's input x: its mean μ, ``H = E[x xᵀ]`` and H centred on the mean, ``C = H − μ μᵀ``.
-
-    Only C is held; H is made when a method asks for it.
-    """
-
-    def __init__(self, statistics: SiteStatistics, group: int = 0) -> None:
-        self.num_tokens = statistics.num_tokens
-        self.mean = statistics.mean(group)
-        self.centred = statistics.hessian(group).addr_(self.mean, self.mean, alpha=-1)
-
-    @cached_property
-    def hessian(self) -> Tensor:
-        """H, float32 (columns, columns)."""
-        return torch.addr(self.centred, self.mean, self.mean)
-
-    def share(self, error: float, dense: Tensor) -> float:
-        """An output error over the dense layer's weighted output power ``tr(W₀ H W₀ᵀ) = tr(W₀ C W₀ᵀ) + ‖W₀ μ‖²``."""
-        power = quadratic_error(dense, self.centred) + float((dense @ self.mean).square().sum(dtype=torch.float64))
-        return error / power if power > 0 else 0.0
-
-
 @torch.no_grad()
 def solve_site(
     wiring: Wiring,
@@ -130,54 +108,129 @@ def solve_layers(
     """Like :func:`solve_site`, in a list: a layer may stand in ``layers`` several times, with different patterns."""
     method = METHODS[options.method]
     dense = [weight_matrices(wiring.layer(name)).detach().float() for name in layers]
-    centred = options.refits and method.centred and all(wiring.layer(name).bias is not None for name in layers)
-    found: list[list[LayerResult]] = [[] for _ in layers]
+    biases = [_biases(wiring.layer(name), len(dense[0])) for name in layers]
+    centred = options.refits and method.centred and all(bias is not None for bias in biases)
+    found: list[list[_Part]] = [[] for _ in layers]
     for group in range(len(dense[0])):
-        moments = None if statistics is None else Moments(statistics, group)
+        moments = None if statistics is None else _moments(statistics, layers[0], dense[0], group)
         weights = [matrix[group] for matrix in dense]
         seeds = [layer_seed(options.seed + group, name) for name in layers]
-        hessian = None if moments is None else moments.centred if centred else moments.hessian
+        hessian = moments.seen(centred) if moments is not None and method.needs_statistics else None
         try:
             solutions = method.solve(Problem(weights, patterns, hessian, options.damping, seeds))
         except SingularHessian as error:
             raise UserError(f"cannot solve layer {layers[0]}: {error}; raise --calibration.damping") from error
-        for name, solution, old, parts in zip(layers, solutions, weights, found, strict=True):
-            result = _finished(solution, old, moments, wiring.layer(name), options)
-            if not bool(torch.isfinite(result.weight).all()):
+        for name, solution, old, bias, parts in zip(layers, solutions, weights, biases, found, strict=True):
+            own = None if bias is None else bias[group]
+            part = _finished(solution, old, own, moments, wiring.weight(name).dtype, options)
+            if not bool(torch.isfinite(part.weight).all()):
                 raise UserError(f"layer {name} came out non-finite; raise --calibration.damping")
-            parts.append(result)
+            parts.append(part)
     return [_joined(wiring.weight(name).shape, parts) for name, parts in zip(layers, found, strict=True)]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One group of a layer: what is written, its output error, and the dense output's variance and squared mean."""
+
+    weight: Tensor
+    mask: Tensor | None
+    error: float | None = None
+    output: tuple[float, float] = (0.0, 0.0)
+    bias_shift: Tensor | None = None
+
+
+def _biases(layer: nn.Module, groups: int) -> Tensor | None:
+    """A layer's bias, (groups, rows)."""
+    bias = layer.bias
+    return bias.detach().view(groups, -1) if isinstance(bias, Tensor) else None
+
+
+def _moments(statistics: SiteStatistics, layer: str, weight: Tensor, group: int = 0) -> Moments:
+    """The moments of a site's group.
+
+    Raises:
+        UserError: They are damaged, or of another layer.
+    """
+    columns = statistics.centre.shape[-1]
+    if columns != weight.shape[-1] or group >= len(statistics.centre):
+        raise UserError(
+            f"the statistics of layer {layer} are of {columns} inputs, the layer has {weight.shape[-1]}; "
+            "calibrate again"
+        )
+    try:
+        return Moments(statistics, group)
+    except UnusableStatistics as error:
+        raise UserError(
+            f"cannot solve layer {layer}: its statistics {error}; calibrate again (in float32 or bfloat16) "
+            "or exclude it"
+        ) from error
+
+
 def _finished(
-    solution: Solution, dense: Tensor, moments: Moments | None, layer: nn.Module, options: SolveOptions
-) -> LayerResult:
-    """Refit if asked, and measure.
+    solution: Solution,
+    dense: Tensor,
+    bias: Tensor | None,
+    moments: Moments | None,
+    dtype: torch.dtype,
+    options: SolveOptions,
+) -> _Part:
+    """Refit if asked, round to the layer's ``dtype``, and measure what will be written.
 
     A layer with a bias is refitted on centred inputs and its bias takes up the mean, ``δb = −Δ μ``: together that is
     the least squares over kept weights and bias.
     """
-    hessian = _seen(moments, layer, options)
-    if moments is None or hessian is None:
-        return LayerResult(solution.weight, solution.mask, None)
+    if moments is None:
+        return _Part(solution.weight, solution.mask)
+    if not options.refits:
+        return _measured(solution.weight, solution.mask, dense, None, moments, dtype)
     least = METHODS[options.method].refit_steps
     steps = max(least, min(STEPS, int(REFIT_SHARE * moments.num_tokens / (2 * len(dense)))))
-    if not options.refits:
-        error = quadratic_error(solution.weight - dense, moments.hessian)
-        return LayerResult(solution.weight, solution.mask, moments.share(error, dense))
+    hessian = moments.seen(bias is not None)
     new, error = refit(solution.weight, dense, solution.mask, hessian, steps)
-    shift = None if layer.bias is None else (dense - new) @ moments.mean
-    return LayerResult(new, solution.mask, moments.share(error, dense), shift)
+    spread = error if hessian is moments.centred else None
+    return _measured(new, solution.mask, dense, bias, moments, dtype, spread)
 
 
-def _joined(shape: torch.Size, parts: list[LayerResult]) -> LayerResult:
+def _measured(
+    new: Tensor,
+    mask: Tensor | None,
+    dense: Tensor,
+    bias: Tensor | None,
+    moments: Moments,
+    dtype: torch.dtype,
+    spread: float | None = None,
+) -> _Part:
+    """A new weight as ``dtype`` holds it, what ``bias`` (None: nothing) takes up, and the error of both.
+
+    Args:
+        spread: ``tr(Δ C Δᵀ)`` of ``new``, if it is known.
+    """
+    if dtype != torch.float32:
+        new, spread = new.to(dtype).float(), None  # the bias takes up what rounding does to the mean as well
+    delta = new - dense
+    moved, shift = moments.through(delta), None  # E‖Δ x + δb‖² = tr(Δ C Δᵀ) + ‖Δ μ + δb‖²: H is never formed
+    if bias is not None:
+        shift = -moved.float()
+        held = (bias.float() + shift).to(bias.dtype).to(moved.dtype) - bias.to(moved.dtype)
+        moved = moved + held
+    spread = moments.spread(delta) if spread is None else spread
+    return _Part(new, mask, spread + float(moved.square().sum()), moments.output(dense), shift)
+
+
+def _joined(shape: torch.Size, parts: list[_Part]) -> LayerResult:
     """The groups of a convolution as one layer."""
     weight = torch.stack([part.weight for part in parts]).view(shape)
     mask = torch.stack([part.mask for part in parts if part.mask is not None]).view(shape)
-    errors = [part.error for part in parts if part.error is not None]
     shifts = [part.bias_shift for part in parts if part.bias_shift is not None]
-    error = sum(errors) / len(errors) if errors else None
-    return LayerResult(weight, mask, error, torch.cat(shifts) if shifts else None)
+    return LayerResult(weight, mask, _relative(parts), torch.cat(shifts) if shifts else None)
+
+
+def _relative(parts: Sequence[_Part]) -> float | None:
+    errors = [part.error for part in parts if part.error is not None]
+    if not errors:
+        return None
+    return relative_error(sum(errors), sum(part.output[0] for part in parts), sum(part.output[1] for part in parts))
 
 
 @torch.no_grad()
@@ -196,7 +249,7 @@ def solve_groups(
     Returns:
         Bool (count,), True = kept; and the consumers' results.
     """
-    moments = {name: Moments(site) for name, site in (statistics or {}).items()}
+    moments = {name: _moments(site, name, wiring.weight(name)) for name, site in (statistics or {}).items()}
     consumers = [
         Consumer(wiring.weight(name).detach().float(), _seen(moments.get(name), wiring.layer(name), options))
         for name in groups.consumers
@@ -227,9 +280,7 @@ def solve_groups(
 
 def _seen(moments: Moments | None, layer: nn.Module, options: SolveOptions) -> Tensor | None:
     """What the least squares of one layer go by: centred inputs if its bias may take up the mean."""
-    if moments is None:
-        return None
-    return moments.centred if options.refits and layer.bias is not None else moments.hessian
+    return None if moments is None else moments.seen(options.refits and layer.bias is not None)
 
 
 def _cut(
@@ -239,8 +290,10 @@ def _cut(
     dense, hessian = consumer.weight, consumer.hessian
     if moments is None or hessian is None:
         return LayerResult(dense[:, channels], None, None)
-    new = compensate(dense, hessian, channels, options.damping) if options.refits else dense[:, channels]
-    delta = -dense
-    delta[:, channels] += new
-    shift = -delta @ moments.mean if options.refits and layer.bias is not None else None
-    return LayerResult(new, None, moments.share(quadratic_error(delta, hessian), dense), shift)
+    new = torch.zeros_like(dense)
+    new[:, channels] = compensate(dense, hessian, channels, options.damping) if options.refits else dense[:, channels]
+    biases = _biases(layer, 1) if options.refits else None
+    dtype = layer.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    part = _measured(new, None, dense, None if biases is None else biases[0], moments, dtype)
+    return LayerResult(part.weight[:, channels], None, _relative([part]), part.bias_shift)

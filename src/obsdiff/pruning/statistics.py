@@ -20,10 +20,11 @@ from torch import nn
 
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
+from obsdiff.models.content import model_hash as model_hash  # part of what this module offers
 from obsdiff.obs.hessian import SiteStatistics
 
 INDEX = "statistics.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -70,13 +71,18 @@ class Statistics:
         return replace(found, disposable=True)
 
 
-def model_hash(denoiser: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of the denoiser's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in denoiser.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def check_measured_on(statistics: Statistics, denoiser: nn.Module) -> None:
+    """Refuse statistics of other weights than ``denoiser`` has now.
+
+    Raises:
+        UserError: They are.
+    """
+    there, now = statistics.fingerprint.get("model"), model_hash(denoiser)
+    if there != now:
+        raise UserError(
+            f"the statistics were measured on other weights (model {_short(there)} there, {_short(now)} now); "
+            "calibrate this pipeline as it is"
+        )
 
 
 def check_fingerprint(
@@ -87,16 +93,23 @@ def check_fingerprint(
     Raises:
         UserError: Naming what differs.
     """
-    differences = [
-        f"{key} ({_short(found.get(key))} there, {_short(value)} now)"
-        for key, value in wanted.items()
-        if found.get(key) != value
-    ]
+    differences = [f"{key} ({_short(old)} there, {_short(new)} now)" for key, old, new in _differing(found, wanted)]
     if differences:
         raise UserError(
             f"{what} in {folder} belong{'' if what.endswith('s') else 's'} to another model or other settings: "
             f"{', '.join(differences)}; use the same settings or another folder"
         )
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What ``wanted`` has otherwise: names, old and new values; of nested mappings entry by entry, lost ones too."""
+    for key, value in wanted.items():
+        old = found.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            keys = [*value, *(other for other in old if other not in value)]
+            yield from ((name, old.get(name), value.get(name)) for name in keys if old.get(name) != value.get(name))
+        elif old != value:
+            yield key, old, value
 
 
 def save_statistics(statistics: Statistics, folder: Path) -> None:
@@ -105,7 +118,7 @@ def save_statistics(statistics: Statistics, folder: Path) -> None:
         (temporary / "sites").mkdir()
         index = {}
         for number, (name, site) in enumerate(statistics.sites.items()):
-            content = save({"hessian_sum": site.hessian_sum.cpu(), "input_sum": site.input_sum.cpu()})
+            content = save({"comoment": site.comoment.cpu(), "mean": site.centre.cpu()})
             file = f"sites/{number:05d}.safetensors"
             (temporary / file).write_bytes(content)
             index[name] = {
@@ -150,7 +163,10 @@ def open_statistics(folder: Path) -> Statistics:
     content = read_json(folder / INDEX, what)
     try:
         if content["format"] != FORMAT:
-            raise UserError(f"{folder} was written in format {content['format']}; this version reads {FORMAT}")
+            raise UserError(
+                f"{folder} was written in format {content['format']}, this version reads {FORMAT}; "
+                "delete the folder and calibrate again"
+            )
         statistics = Statistics(
             dict(content["fingerprint"]),
             folder=folder,
@@ -174,16 +190,20 @@ def _read_site(folder: Path, name: str, entry: Mapping[str, Any], device: torch.
         if digest != entry["sha256"]:
             raise UserError(damaged)
         tensors = load_file(path)
-        return SiteStatistics(
-            tensors["hessian_sum"].to(device),
-            tensors["input_sum"].to(device),
-            float(entry["weight_sum"]),
-            int(entry["num_tokens"]),
-        )
-    except (OSError, SafetensorError, KeyError) as error:
+        comoment, mean = tensors["comoment"], tensors["mean"]
+        if comoment.dim() != 3 or comoment.shape[1:] != (*mean.shape[1:], *mean.shape[1:]):
+            raise UserError(damaged)
+        return SiteStatistics(comoment, mean, float(entry["weight_sum"]), int(entry["num_tokens"])).to(device)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(damaged) from error
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return "none"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) == 66 and text[1:-1].isalnum():
+        return text[1:9]  # the beginning of a hash
     return text if len(text) <= 40 else text[:18] + "…" + text[-18:]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.wiring import denoiser_of
+from obsdiff.pruning.numbers import check_number, check_whole
 
 
 class CallCounter:
@@ -41,7 +42,26 @@ class CallCounter:
 
 def noise_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     """One seed per prompt, depending on its index alone: not on batch size or number of processes."""
-    return [seed * 1_000_003 + index for index in range(first, first + count)]
+    return [(seed * 1_000_003 + index) % 2**63 for index in range(first, first + count)]
+
+
+def check_call(call: Mapping[str, Any]) -> None:
+    """Refuse call arguments that no pipeline can run with.
+
+    Raises:
+        UserError: Steps, sizes or guidance are out of range.
+    """
+    names = {
+        "num_inference_steps": "steps",
+        "height": "height",
+        "width": "width",
+        "max_sequence_length": "max_sequence_length",
+    }
+    for key, name in names.items():
+        if call.get(key) is not None:
+            check_whole(name, call[key], 1)
+    if call.get("guidance_scale") is not None:
+        check_number("guidance_scale", call["guidance_scale"], 0.0)
 
 
 @torch.no_grad()

@@ -1,0 +1,121 @@
+"""Statistics of layer inputs, collected by hooks while the real pipeline runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.wiring import WiredSite, Wiring
+from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
+from obsdiff.obs.timesteps import timestep_weights
+from obsdiff.pruning.fingerprint import Settings
+from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.trajectories import CallCounter
+
+
+class Collector:
+    """Adds layer inputs to the statistics as the denoiser runs."""
+
+    def __init__(self, statistics: Statistics, settings: Settings, counter: CallCounter, device: torch.device) -> None:
+        self.statistics = statistics
+        self.settings = settings
+        self.counter = counter
+        self.device = device
+        self.forward_s = 0.0
+        self._hook_s = 0.0
+        self._entered = 0.0
+        self._choices: dict[tuple[bool, int, int], Tensor | None] = {}
+
+    def begin(self, conditioning: Conditioning, seeds: Sequence[int], part: slice) -> None:
+        """A new batch of trajectories comes."""
+        self.counter.restart()
+        self.seeds = seeds[part]
+        self.text_mask = None
+        if conditioning.text_mask is not None and conditioning.negative_text_mask is not None:
+            wanted = conditioning.text_mask[part]
+            self.text_mask = torch.cat([conditioning.negative_text_mask.expand_as(wanted), wanted])
+
+    def enter_call(self, *_: object) -> None:
+        """The denoiser is called."""
+        steps = self.counter.total
+        self.weight = timestep_weights(self.settings.weighting, steps)[self.counter.index]
+        self._choices.clear()
+        self._hook_s = 0.0
+        self._entered = self._now()
+
+    def leave_call(self, *_: object) -> None:
+        """The denoiser has answered."""
+        self.forward_s += self._now() - self._entered - self._hook_s
+
+    def see(self, site: WiredSite, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A layer is about to read its input."""
+        started = self._now()
+        x = inputs[0].detach()
+        if x.dim() == 3 and (chosen := self._chosen(site.text, x.shape[0], x.shape[1])) is not None:
+            x = x[chosen.to(x.device)]
+        self.statistics.sites[site.name].add(activation_matrices(layer, x), self.weight)
+        self._hook_s += self._now() - started
+
+    def _chosen(self, text: bool, sequences: int, length: int) -> Tensor | None:
+        """Bool (sequences, length): the tokens that count in this call; None if all do."""
+        key = (text, sequences, length)
+        if key not in self._choices:
+            self._choices[key] = self._choose(*key)
+        return self._choices[key]
+
+    def _choose(self, text: bool, sequences: int, length: int) -> Tensor | None:
+        mask = None
+        if text and self.text_mask is not None and self.text_mask.shape[1] == length:
+            mask = self.text_mask[-sequences:]  # with guidance the negative prompts come first, else only the others
+        if self.settings.tokens is None or self.settings.tokens >= length:
+            return mask
+        prompts = len(self.seeds)
+        scores = torch.empty(sequences, length)
+        for row in range(sequences):  # drawn per prompt and call, so the batch does not matter
+            seed = (self.seeds[row % prompts] * 4096 + self.counter.calls) * 4 + 2 * (row >= prompts) + text
+            scores[row] = torch.rand(length, generator=torch.Generator().manual_seed(seed % 2**63))
+        if mask is not None:
+            scores[~mask] = -1.0
+        drawn = torch.zeros(sequences, length, dtype=torch.bool)
+        drawn.scatter_(1, scores.topk(self.settings.tokens, dim=1).indices, True)
+        return drawn if mask is None else drawn & mask
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@contextmanager
+def collecting(
+    pipe: Any,
+    wiring: Wiring,
+    sites: Sequence[WiredSite],
+    settings: Settings,
+    statistics: Statistics,
+    counter: CallCounter,
+) -> Iterator[Collector]:
+    """Hooks on the denoiser and on the first layer of each site, gone afterwards whatever happens."""
+    for site in sites:  # an entry for each, so that one never reached is noticed
+        groups, _, columns = weight_matrices(wiring.layer(site.name)).shape
+        device = wiring.weight(site.name).device
+        statistics.sites.setdefault(site.name, SiteStatistics.empty(columns, groups, device))
+    denoiser = wiring.denoiser
+    collector = Collector(statistics, settings, counter, next(denoiser.parameters()).device)
+    handles = [denoiser.register_forward_pre_hook(collector.enter_call)]
+    for site in sites:
+        see: Callable[..., None] = partial(collector.see, site)
+        handles.append(wiring.layer(site.name).register_forward_pre_hook(see))
+    handles.append(denoiser.register_forward_hook(collector.leave_call))
+    try:
+        yield collector
+    finally:
+        for handle in handles:
+            handle.remove()

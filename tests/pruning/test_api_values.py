@@ -1,0 +1,159 @@
+"""What a caller may hand over by mistake is refused in one line, before anything runs."""
+
+import math
+
+import pytest
+import torch
+
+import obsdiff
+from obsdiff.criteria.structured import choose_groups
+from obsdiff.obs.structured import Consumer
+from obsdiff.pruning.planfile import parse_plan
+from obsdiff.pruning.record import record_trajectories
+from obsdiff.pruning.trajectories import noise_seeds
+
+
+@pytest.fixture
+def untouched(pipe, monkeypatch):
+    """A pipeline that may not run."""
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *_, **__: pytest.fail("the denoiser ran"))
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("a digit seven", r"one string.*give a list"),
+        (b"a digit seven", "one string"),
+        (["a seven", None], "prompt 1 is 'None', a NoneType"),
+        (["a seven", float("nan")], "prompt 1 is 'nan', a float"),
+        ([["a", "b"]], "prompt 0 .* a list"),
+        ({"a seven"}, "prompts are a set"),
+        ([], "no calibration prompts"),
+        (None, "prompts are a NoneType"),
+    ],
+)
+def test_prompts_are_a_list_of_strings(untouched, tmp_path, prompts, message):
+    with pytest.raises(obsdiff.UserError, match=message):
+        obsdiff.calibrate(untouched, prompts)
+    with pytest.raises(obsdiff.UserError, match=message):
+        record_trajectories(untouched, prompts, tmp_path / "kept")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2.5}, r"steps is 2\.5; it must be a whole number"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1"),
+        ({"guidance_scale": "7"}, "guidance_scale is '7'"),
+        ({"tokens": 3.0}, r"calibration\.tokens is 3\.0; it must be a whole number"),
+        ({"tokens": math.nan}, "tokens is nan"),
+        ({"batch_size": math.inf}, "batch_size is inf"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it must be below"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"seed": None}, "seed is None"),
+    ],
+)
+def test_calibration_values(untouched, prompts, options, message):
+    with pytest.raises(obsdiff.UserError, match=message):
+        obsdiff.calibrate(untouched, prompts, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": math.inf}, r"calibration\.damping is inf"),
+        ({"damping": math.nan}, "damping is nan"),
+        ({"damping": -0.1}, "damping is -0.1"),
+        ({"damping": "0.1"}, "damping is '0.1'"),
+        ({"packages": 1.5}, "packages is 1.5"),
+        ({"seed": -3}, "seed is -3"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"seed": math.nan}, "seed is nan"),
+    ],
+)
+def test_pruning_values(untouched, options, message):
+    with pytest.raises(obsdiff.UserError, match=message):
+        obsdiff.prune(untouched, "unstructured:0.5", method="random", **options)
+
+
+def test_the_largest_seed_works(pipe, prompts):
+    assert noise_seeds(7, 3, 1) == [7 * 1_000_003 + index for index in (1, 2, 3)]
+    seed = 2**63 - 1
+    statistics = obsdiff.calibrate(pipe, prompts[:2], steps=1, seed=seed)
+    obsdiff.prune(pipe, "unstructured:0.5", method="random", statistics=statistics, seed=seed)
+
+
+def test_a_multiple_that_a_layer_does_not_hold_once(untouched):
+    with pytest.raises(obsdiff.UserError, match=r"multiple_of 100000 does not fit .*\.ff: it has 64 neurons"):
+        obsdiff.prune(untouched, "structured:heads=0,ffn=0.5,multiple_of=100000", method="magnitude")
+
+
+def test_a_multiple_matters_only_where_neurons_go(pipe):
+    obsdiff.prune(pipe, "structured:heads=0.5,ffn=0,multiple_of=100000", method="magnitude")
+    assert pipe.transformer.transformer_blocks[1].ff.net[2].weight.shape == (16, 64)
+
+
+@pytest.mark.parametrize("method", ["obs", "magnitude"])
+def test_statistics_of_other_weights_are_refused(pipe, prompts, method):
+    statistics = obsdiff.calibrate(pipe, prompts[:2], steps=1)
+    pipe.transformer.transformer_blocks[1].attn.to_q.weight.data[0, 0] += 1
+    with pytest.raises(obsdiff.UserError, match=r"measured on other weights \(model \w+ there, \w+ now\)"):
+        obsdiff.prune(pipe, "unstructured:0.5", method=method, statistics=statistics)
+    with pytest.raises(obsdiff.UserError, match="measured on other weights"):
+        obsdiff.allocate(pipe, "unstructured:0.5", statistics, prompts[:2], rule="owl")
+
+
+def test_pruning_again_needs_statistics_of_the_pruned_weights(pipe, prompts):
+    dense = obsdiff.calibrate(pipe, prompts[:2], steps=1)
+    obsdiff.prune(pipe, "unstructured:0.3", statistics=dense)
+    with pytest.raises(obsdiff.UserError, match="measured on other weights"):
+        obsdiff.prune(pipe, "unstructured:0.6", statistics=dense, prune_again=True)
+    pruned = obsdiff.calibrate(pipe, prompts[:2], steps=1)
+    report = obsdiff.prune(pipe, "unstructured:0.6", statistics=pruned, prune_again=True)
+    assert report.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+def test_packages_calibrate_the_weights_as_they_are(pipe, prompts):
+    def measure(sites):
+        return obsdiff.calibrate(pipe, prompts[:2], steps=1, sites=sites)
+
+    report = obsdiff.prune(pipe, "unstructured:0.5", statistics=measure, packages=3)
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_an_unknown_rule_for_groups_is_an_error():
+    weight = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="unknown rule 'magnitde'"):
+        choose_groups("magnitde", [Consumer(weight)], [], 8, 1, 2, "reciprocal_rank", 0.01, 0)
+
+
+PLAN = "format: 1\npattern: 2:4\nlayers:\n  a.to_q: 2:4\n  a.to_k: {}\n"
+
+
+def test_plans_may_leave_out_quotes(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN.format("dense"))
+    plan, content = parse_plan(tmp_path / "plan.yaml")
+    assert content["format"] == 1
+    assert {name: str(pattern) for name, pattern in plan.entries.items()} == {
+        "a.to_q": "2:4",
+        "a.to_k": "unstructured:0",
+    }
+
+
+@pytest.mark.parametrize("second", ["a.to_q: 2:4", "'a.to_q': 1:4"])
+def test_a_layer_that_stands_twice_is_refused(tmp_path, second):
+    (tmp_path / "plan.yaml").write_text(PLAN.format("2:4") + f"  {second}\n")
+    with pytest.raises(obsdiff.UserError, match=r"is not a plan: a\.to_q stands there twice in .*line 6"):
+        parse_plan(tmp_path / "plan.yaml")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN.format("2:4") + "pattern: 1:4\n")
+    with pytest.raises(obsdiff.UserError, match="pattern stands there twice"):
+        parse_plan(tmp_path / "plan.yaml")
