@@ -181,7 +181,7 @@ def test_an_interrupted_calibration_continues(pipe, prompts, tmp_path, monkeypat
     monkeypatch.setattr(module, "save_statistics", save_then_die)
     with pytest.raises(KeyboardInterrupt):
         obsdiff.calibrate(pipe, prompts, batch_size=2, store=store)
-    assert saves == [2, 4]
+    assert saves == [2, 4] and [path.name for path in tmp_path.iterdir()] == ["store.unfinished"]
     monkeypatch.setattr(module, "save_statistics", real)
     with pytest.raises(obsdiff.UserError, match="other settings"):
         obsdiff.calibrate(pipe, prompts, batch_size=2, store=store, seed=1)
@@ -191,8 +191,23 @@ def test_an_interrupted_calibration_continues(pipe, prompts, tmp_path, monkeypat
     assert continued.prompts_done == 6
     for name in whole:
         assert torch.equal(continued.site(name).comoment, whole.site(name).comoment)
-    assert not (store / "partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
     assert json.loads((store / "statistics.json").read_text())["prompts_done"] == 6
+
+
+def test_a_users_folder_is_no_store(pipe, prompts, tmp_path, monkeypatch):
+    """Refused before anything is measured, with all that it holds."""
+    from obsdiff.pruning import calibrate as module
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    monkeypatch.setattr(module, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(obsdiff.UserError, match="holds something else than a statistics store"):
+        obsdiff.calibrate(pipe, prompts, store=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(obsdiff.UserError, match="cannot write"):
+        obsdiff.calibrate(pipe, prompts, store=tmp_path / "file" / "store")
 
 
 def test_non_finite_activations_are_an_error(pipe, prompts):

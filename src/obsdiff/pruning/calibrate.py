@@ -23,16 +23,19 @@ from obsdiff.pruning.collect import collecting
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
 from obsdiff.pruning.numbers import check_seed, check_whole
 from obsdiff.pruning.statistics import (
+    INDEX,
+    UNFINISHED,
     Statistics,
     check_fingerprint,
+    check_store,
     open_statistics,
+    remove_unfinished,
     save_statistics,
 )
 from obsdiff.pruning.trajectories import check_call, counted_calls, noise_seeds, run_trajectories
 from obsdiff.ranks import add_up, from_all, own_share, rank, wait_for_all, world_size
 
 SAVE_EVERY_S = 300.0
-PARTIAL = "partial"
 
 
 def calibrate(
@@ -61,7 +64,7 @@ def calibrate(
         batch_size: Prompts per pipeline call.
         seed: Noise seed.
         store: Folder to keep the statistics in. A finished store of the same settings is opened instead of measured
-            again, an unfinished one is continued.
+            again, an unfinished one (kept beside it, with ``.unfinished`` added to the name) is continued.
         sites: Only these sites (names of their first layers); None: all.
         quiet: No progress bar.
 
@@ -82,11 +85,13 @@ def calibrate(
     partial_store = None
     if store is not None:
         store = Path(store)
-        if (store / "statistics.json").exists():
+        check_store(store)
+        if (store / INDEX).exists():
             found = open_statistics(store)
             check_fingerprint(found.fingerprint, fingerprint, store)
             return found
-        partial_store = store / (PARTIAL if world_size() == 1 else f"{PARTIAL}-{rank()}-of-{world_size()}")
+        part = "" if world_size() == 1 else f"-{rank()}-of-{world_size()}"
+        partial_store = store.with_name(store.name + UNFINISHED + part)
         statistics = _continue_partial(partial_store, fingerprint) or statistics
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, call)
     _measure(pipe, wiring, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
@@ -96,6 +101,7 @@ def calibrate(
         return statistics
     if rank() == 0:
         save_statistics(statistics, store)
+        remove_unfinished(store)
     wait_for_all()
     return open_statistics(store)  # read back site by site, so that memory holds one Hessian at a time
 
@@ -112,7 +118,8 @@ def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
 
 def _continue_partial(folder: Path, fingerprint: Mapping[str, Any]) -> Statistics | None:
     """The sums of a calibration that was cut off, if they fit."""
-    if not (folder / "statistics.json").exists():
+    check_store(folder)
+    if not (folder / INDEX).exists():
         return None
     found = open_statistics(folder)
     check_fingerprint(found.fingerprint, fingerprint, folder)

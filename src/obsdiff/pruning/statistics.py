@@ -6,8 +6,10 @@ written whole or not at all, and read site by site, so that memory holds one Hes
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +21,12 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from obsdiff.errors import UserError
-from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
+from obsdiff.files import check_folder, check_writable, read_json, remove_folder, whole_folder, write_json
 from obsdiff.models.content import model_hash as model_hash  # part of what this module offers
 from obsdiff.obs.hessian import SiteStatistics
 
 INDEX = "statistics.json"
+UNFINISHED = ".unfinished"  # added to a store's name for what a calibration has so far
 FORMAT = 2
 
 
@@ -150,6 +153,13 @@ def check_store(folder: Path) -> None:
         return
     check_folder(folder, INDEX, "a statistics store", replace=True)
     check_writable(folder)
+
+
+def remove_unfinished(store: Path) -> None:
+    """Remove what calibrations left on the way to a store that is finished now."""
+    for folder in store.parent.glob(f"{glob.escape(store.name + UNFINISHED)}*"):
+        if re.fullmatch(r"(-\d+-of-\d+)?", folder.name.removeprefix(store.name + UNFINISHED)):
+            remove_folder(folder, INDEX)
 
 
 def open_statistics(folder: Path) -> Statistics:
