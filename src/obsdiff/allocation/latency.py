@@ -27,6 +27,7 @@ from obsdiff.allocation.units import Unit
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import example_inputs
 from obsdiff.models.conditioning import segment_lengths
+from obsdiff.models.modes import eval_mode
 from obsdiff.models.obsdiff_shrunk import apply_shapes
 from obsdiff.models.wiring import WiredGroups, Wiring
 from obsdiff.obs.pattern import Structured
@@ -75,19 +76,20 @@ def latency_costs(
     """
     if not isinstance(units[0].options[0], Structured):
         raise UserError("a budget in latency needs a structured pattern: dense kernels do not skip zeros")
-    arguments = inputs_of(pipe, wiring, call)
-    modules = {groups.name: groups for groups in wiring.groups}
-    planned = [name for unit in units for name in unit.members]
-    inputs = _module_inputs(wiring, planned, arguments)
-    tables: dict[Any, list[tuple[float, float]]] = {}
-    table_of = {}
-    for name in planned:
-        key = _signature(wiring, modules[name], inputs[name])
-        if key not in tables:
-            timed = partial(_table, wiring, modules[name], inputs[name], clock)
-            tables[key] = list(zip(_widths(modules[name]), times.measure(str(key), timed), strict=True))
-        table_of[name] = tables[key]
-    [dense] = times.measure("dense", partial(_seconds, [partial(wiring.denoiser, **arguments)], clock))
+    with eval_mode(wiring.denoiser):
+        arguments = inputs_of(pipe, wiring, call)
+        modules = {groups.name: groups for groups in wiring.groups}
+        planned = [name for unit in units for name in unit.members]
+        inputs = _module_inputs(wiring, planned, arguments)
+        tables: dict[Any, list[tuple[float, float]]] = {}
+        table_of = {}
+        for name in planned:
+            key = _signature(wiring, modules[name], inputs[name])
+            if key not in tables:
+                timed = partial(_table, wiring, modules[name], inputs[name], clock)
+                tables[key] = list(zip(_widths(modules[name]), times.measure(str(key), timed), strict=True))
+            table_of[name] = tables[key]
+        [dense] = times.measure("dense", partial(_seconds, [partial(wiring.denoiser, **arguments)], clock))
     whole = sum(interpolate(table_of[name], modules[name].count) for name in planned)
 
     def cost(unit: Unit, pattern: Any) -> float:

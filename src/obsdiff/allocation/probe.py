@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.modes import eval_mode
+from obsdiff.models.rows import CallRows
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.fingerprint import Settings
@@ -25,7 +28,7 @@ class Probe:
 
     Attributes:
         rows: Per (latent, step, prompt) triple the keyword arguments of the call; tensors keep only the triple's rows:
-            one, or with guidance two, the negative prompt's first.
+            one, or with guidance two, the negative prompt's first (:class:`obsdiff.models.rows.CallRows`).
         weights: Timestep weight α_t of each triple.
         guidance: The pipeline's guidance scale.
         recorded: Calls of the denoiser, one prompt each, that recording took.
@@ -40,27 +43,45 @@ class Probe:
         return len(self.rows)
 
     def batches(self, size: int = BATCH_ROWS) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Keyword arguments of joint calls of about ``size`` rows, and each triple's weight (triples,) float64."""
-        each = _rows_of(self.rows[0])
-        step = max(1, size // each)
-        for start in range(0, len(self.rows), step):
-            part = self.rows[start : start + step]
-            arguments = {
-                key: torch.cat([row[key] for row in part]) if isinstance(value, Tensor) else value
-                for key, value in part[0].items()
-            }
-            weights = torch.tensor(self.weights[start : start + step], dtype=torch.float64)
-            yield arguments, weights
+        """Keyword arguments of joint calls of about ``size`` rows, and each triple's weight (triples,) float64.
 
-    def guided(self, output: Tensor) -> Tensor:
+        Calls of different kinds (guidance switched off for a part of the steps) are not joined.
+        """
+        kinds: dict[str, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            kinds.setdefault(_kind(row), []).append(i)
+        for members in kinds.values():
+            step = max(1, size // _rows_of(self.rows[members[0]]))
+            for start in range(0, len(members), step):
+                part = [self.rows[i] for i in members[start : start + step]]
+                arguments = {
+                    key: torch.cat([row[key] for row in part]) if isinstance(value, Tensor) and value.dim() else value
+                    for key, value in part[0].items()
+                }
+                weights = [self.weights[i] for i in members[start : start + step]]
+                yield arguments, torch.tensor(weights, dtype=torch.float64)
+
+    def guided(self, output: Tensor, triples: int) -> Tensor:
         """What a sampler makes of an output (rows, ...): with guidance ``n + g (p − n)``, float64 (triples, …).
 
         Errors of the two rows largely cancel or add up in it; going by it halves the image error of an allocation
         (docs/method.md).
         """
-        rows = output.double().unflatten(0, (-1, _rows_of(self.rows[0])))
+        rows = output.double().unflatten(0, (triples, -1))
         negative, positive = rows[:, 0], rows[:, -1]
         return negative + self.guidance * (positive - negative) if rows.shape[1] == 2 else positive
+
+
+def _kind(arguments: dict[str, Any]) -> str:
+    """Equal for calls that can be joined: their rows, and whatever is common to all rows."""
+    return repr(
+        [
+            (key, tuple(value.shape), value.item() if value.dim() == 0 else None)
+            if isinstance(value, Tensor)
+            else (key, value)
+            for key, value in arguments.items()
+        ]
+    )
 
 
 def _rows_of(arguments: dict[str, Any]) -> int:
@@ -87,18 +108,27 @@ def record_probe(pipe: Any, conditioning: Conditioning, settings: Settings, trip
         nonlocal now
         counter.restart()
         now = part
+        checked.begin(part)
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            raise TypeError("the pipeline calls its denoiser with positional arguments; the scan needs keywords")
+        given = checked.look(args, kwargs)
+        if checked.repeated:  # an extra call within a step; what it adds is not in the guided output
+            return
         weight = timestep_weights(settings.weighting, counter.total)[counter.index]
-        total, prompts = _rows_of(kwargs), now.stop - now.start
+        prompts = now.stop - now.start
+        total = checked.each * prompts
+        for key, value in given.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) != total:
+                raise UserError(
+                    f"the denoiser's {key} has {len(value)} rows in a call of {total}; the scan needs one each"
+                )
         for i in range(prompts):  # with guidance, prompt i has rows i and prompts + i
             at = list(range(i, total, prompts))
-            own = {k: v[at] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in kwargs.items()}
+            own = {k: v[at] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in given.items()}
             rows[now.start + i, counter.calls] = own, float(weight)
 
-    with counted_calls(pipe) as counter:
+    checked = CallRows(pipe, chosen)
+    with eval_mode(pipe), counted_calls(pipe) as counter:
         handle = denoiser_of(pipe).register_forward_pre_hook(record, with_kwargs=True)
         try:
             seeds = noise_seeds(settings.seed, len(conditioning))[:count]

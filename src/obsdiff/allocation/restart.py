@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.allocation.probe import BATCH_ROWS, Probe, power
+from obsdiff.models.modes import eval_mode
 from obsdiff.models.wiring import Wiring
 
 
@@ -72,7 +73,8 @@ class Restart:
             for i, arguments in enumerate(self.arguments):
                 given.value = self._given[i] if self._given else None
                 output = self.wiring.denoiser(**arguments)
-                yield self.probe.guided(output[0] if isinstance(output, tuple) else output.sample)
+                answer = output[0] if isinstance(output, tuple) else output.sample
+                yield self.probe.guided(answer, len(self.weights[i]))
 
     @contextmanager
     def _shortened(self) -> Iterator[_Given]:
@@ -84,6 +86,7 @@ class Restart:
         if self.first:
             setattr(self.wiring.denoiser, name, nn.ModuleList([*[given] * self.first, *blocks[self.first :]]))
         try:
-            yield given
+            with eval_mode(self.wiring.denoiser):
+                yield given
         finally:
             setattr(self.wiring.denoiser, name, blocks)

@@ -71,7 +71,7 @@ def check_plain(denoiser: nn.Module, names: Iterable[str]) -> None:
         if hasattr(module, "_hf_hook"):
             raise UserError(f"{where} is offloaded by accelerate; {_OFFLOADED}")
         if getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
-            hooks = ", ".join(module._diffusers_hook.hooks)  # type: ignore[union-attr]  # a registry, as just seen
+            hooks = ", ".join(module._diffusers_hook.hooks)
             raise UserError(
                 f"{where} has hooks of diffusers ({hooks}) that cache, skip or offload layers; disable them first "
                 "(disable_cache(), or load the pipeline again)"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from obsdiff.errors import UserError
 from obsdiff.models.families import Family, find_family
+from obsdiff.models.modes import eval_mode
 from obsdiff.models.wiring import denoiser_of
 
 ENCODE_BATCH = 32
@@ -30,6 +31,26 @@ class Conditioning:
     embeds: dict[str, Tensor]
     text_mask: Tensor | None = None
     negative_text_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse masks that do not fit the embeds.
+
+        Raises:
+            UserError: They do not.
+        """
+        text, negative = self.text_mask, self.negative_text_mask
+        if (text is None) is not (negative is None):
+            raise UserError("prompts are masked without their negative prompt, or it alone; give both masks or none")
+        if text is None or negative is None:
+            return
+        embeds = self.embeds.get("prompt_embeds")
+        there = text.shape if embeds is None else embeds.shape[:2]
+        if text.dtype != torch.bool or text.shape != there or negative.shape != there[1:]:
+            raise UserError(
+                f"the text encoders give {there[0]} prompts of {there[1]} tokens, the mask of padding is for "
+                f"{' x '.join(map(str, text.shape))} and the negative one for {' x '.join(map(str, negative.shape))} "
+                "(bool is needed); set max_sequence_length to what the text encoders give, or leave the masks out"
+            )
 
     def __len__(self) -> int:
         return len(next(iter(self.embeds.values())))
@@ -71,14 +92,15 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -
     extra = {key: value for key, value in call.items() if key in accepted}
     extra |= {key: None for key in ("prompt_2", "prompt_3") if key in accepted}
     parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(prompts), ENCODE_BATCH):
-        batch = list(prompts[start : start + ENCODE_BATCH])
-        encoded = pipe.encode_prompt(prompt=batch, do_classifier_free_guidance=True, **extra)
-        parts.append(tuple(tensor.cpu() for tensor in encoded))
+    with eval_mode(pipe):
+        for start in range(0, len(prompts), ENCODE_BATCH):
+            batch = list(prompts[start : start + ENCODE_BATCH])
+            encoded = pipe.encode_prompt(prompt=batch, do_classifier_free_guidance=True, **extra)
+            parts.append(tuple(tensor.cpu() for tensor in encoded))
     embeds = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(family.embeds)}
-    text_mask = token_mask(pipe, family, prompts, call)
-    negative = token_mask(pipe, family, [""], call)
-    return Conditioning(embeds, text_mask, None if negative is None else negative[0])
+    if not family.text:
+        return Conditioning(embeds)
+    return Conditioning(embeds, token_mask(pipe, family, prompts, call), token_mask(pipe, family, [""], call)[0])
 
 
 def segment_lengths(pipe: Any, family: Family, call: Mapping[str, Any]) -> list[int]:
@@ -93,21 +115,25 @@ def segment_lengths(pipe: Any, family: Family, call: Mapping[str, Any]) -> list[
     return lengths
 
 
-def token_mask(pipe: Any, family: Family, prompts: Sequence[str], call: Mapping[str, Any]) -> Tensor | None:
+def token_mask(pipe: Any, family: Family, prompts: Sequence[str], call: Mapping[str, Any]) -> Tensor:
     """Bool (prompts, text tokens): which positions hold a real token for any of their tokenizers.
 
-    None if a segment has no tokenizer (then nothing is known of padding).
+    The tokens of a segment whose text encoders are all absent are zeros: padding, all of them. Where an encoder is
+    there and its tokenizer is not, nothing is known of padding: all tokens of that segment count.
     """
     masks = []
     for segment, length in zip(family.text, segment_lengths(pipe, family, call), strict=True):
         found = torch.zeros(len(prompts), length, dtype=torch.bool)
         for name in segment.tokenizers:
+            if getattr(pipe, name.replace("tokenizer", "text_encoder"), None) is None:
+                continue
             tokenizer = getattr(pipe, name, None)
             if tokenizer is None:
-                return None
+                found[:] = True
+                continue
             tokens = tokenizer(
                 list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
             found |= tokens.attention_mask.bool()
         masks.append(found)
-    return torch.cat(masks, dim=1) if masks else None
+    return torch.cat(masks, dim=1)

@@ -1,4 +1,4 @@
-"""Pipelines in inference mode for a while."""
+"""Models measured as they are used: in eval mode, whatever mode their owner left them in."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from torch import nn
 
 
 @contextmanager
-def eval_mode(pipe: Any) -> Iterator[None]:
-    """Every model of ``pipe`` in eval mode (no dropout), each submodule put back exactly as it was afterwards.
-
-    Args:
-        pipe: A pipeline; all its ``nn.Module`` components count, whatever they are called.
-    """
-    models = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
-    before = [(module, module.training) for model in models for module in model.modules()]
+def eval_mode(owner: Any) -> Iterator[None]:
+    """Eval mode (no dropout) for a module, or for every model of a pipeline; each submodule's own mode comes back
+    exactly as it was."""
+    parts = [owner] if isinstance(owner, nn.Module) else vars(owner).values()
+    modes = [(module, module.training) for part in parts if isinstance(part, nn.Module) for module in part.modules()]
     try:
-        for model in models:
-            model.eval()
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
-        for module, training in before:
+        for module, training in modes:
             module.training = training

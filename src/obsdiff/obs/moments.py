@@ -31,8 +31,10 @@ class Moments:
         self.mean = statistics.mean(group)
         self.centred = statistics.covariance(group)
         variance, square = float(self.centred.diagonal().sum()), float(self.mean.square().sum())
-        if not math.isfinite(variance + square):
+        if not math.isfinite(variance + square) or not bool(torch.isfinite(self.centred).all()):
             raise UnusableStatistics("hold non-finite values")
+        if bool((self.centred.diagonal() < 0).any()):
+            raise UnusableStatistics("hold negative variances")
         if variance + square <= 0:
             raise UnusableStatistics("saw only zeros")
         self.varies = variance > ROUNDING * square

@@ -15,6 +15,7 @@ from obsdiff.errors import UserError
 from obsdiff.models.checks import check_layers
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.info import call_arguments
+from obsdiff.models.modes import eval_mode
 from obsdiff.models.wiring import WiredSite, Wiring, denoiser_of, wire
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.timesteps import timestep_weights
@@ -149,8 +150,9 @@ def _measure(
         conditioning.negative_text_mask,
     )
     with (
+        eval_mode(pipe),
         counted_calls(pipe) as counter,
-        collecting(pipe, wiring, sites, settings, statistics, counter) as collector,
+        collecting(pipe, wiring, sites, rest, settings, statistics, counter) as collector,
     ):
         batches = run_trajectories(
             pipe,

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.rows import CallRows
 from obsdiff.models.wiring import WiredSite, Wiring
 from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
 from obsdiff.obs.timesteps import timestep_weights
@@ -23,8 +25,16 @@ from obsdiff.pruning.trajectories import CallCounter
 class Collector:
     """Adds layer inputs to the statistics as the denoiser runs."""
 
-    def __init__(self, statistics: Statistics, settings: Settings, counter: CallCounter, device: torch.device) -> None:
+    def __init__(
+        self,
+        statistics: Statistics,
+        settings: Settings,
+        counter: CallCounter,
+        rows: CallRows,
+        device: torch.device,
+    ) -> None:
         self.statistics = statistics
+        self.rows = rows
         self.settings = settings
         self.counter = counter
         self.device = device
@@ -36,14 +46,16 @@ class Collector:
     def begin(self, conditioning: Conditioning, seeds: Sequence[int], part: slice) -> None:
         """A new batch of trajectories comes."""
         self.counter.restart()
+        self.rows.begin(part)
         self.seeds = seeds[part]
         self.text_mask = None
         if conditioning.text_mask is not None and conditioning.negative_text_mask is not None:
             wanted = conditioning.text_mask[part]
             self.text_mask = torch.cat([conditioning.negative_text_mask.expand_as(wanted), wanted])
 
-    def enter_call(self, *_: object) -> None:
+    def enter_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The denoiser is called."""
+        self.rows.look(args, kwargs)
         steps = self.counter.total
         self.weight = timestep_weights(self.settings.weighting, steps)[self.counter.index]
         self._choices.clear()
@@ -72,7 +84,13 @@ class Collector:
 
     def _choose(self, text: bool, sequences: int, length: int) -> Tensor | None:
         mask = None
-        if text and self.text_mask is not None and self.text_mask.shape[1] == length:
+        if text and self.text_mask is not None:
+            if (sequences, length) != (expected := (self.rows.each * len(self.seeds), self.text_mask.shape[1])):
+                raise UserError(
+                    f"the denoiser's text layers get {sequences} sequences of {length} tokens, the prompts' mask of "
+                    f"padding is for {expected[0]} of {expected[1]}; set max_sequence_length to what the text encoders "
+                    "give, or encode the prompts without a mask"
+                )
             mask = self.text_mask[-sequences:]  # with guidance the negative prompts come first, else only the others
         if self.settings.tokens is None or self.settings.tokens >= length:
             return mask
@@ -98,6 +116,7 @@ def collecting(
     pipe: Any,
     wiring: Wiring,
     sites: Sequence[WiredSite],
+    conditioning: Conditioning,
     settings: Settings,
     statistics: Statistics,
     counter: CallCounter,
@@ -108,8 +127,9 @@ def collecting(
         device = wiring.weight(site.name).device
         statistics.sites.setdefault(site.name, SiteStatistics.empty(columns, groups, device))
     denoiser = wiring.denoiser
-    collector = Collector(statistics, settings, counter, next(denoiser.parameters()).device)
-    handles = [denoiser.register_forward_pre_hook(collector.enter_call)]
+    device = next(denoiser.parameters()).device
+    collector = Collector(statistics, settings, counter, CallRows(pipe, conditioning), device)
+    handles = [denoiser.register_forward_pre_hook(collector.enter_call, with_kwargs=True)]
     for site in sites:
         see: Callable[..., None] = partial(collector.see, site)
         handles.append(wiring.layer(site.name).register_forward_pre_hook(see))

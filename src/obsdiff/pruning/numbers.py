@@ -18,9 +18,9 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise UserError(f"{name} is {value!r}; it must be a whole number")
-    if value < least:
+    if int(value) < least:
         raise UserError(f"{name} is {value}; it must be at least {least}")
-    if most is not None and value >= most:
+    if most is not None and int(value) >= most:
         raise UserError(f"{name} is {value}; it must be below {most}")
 
 
@@ -30,8 +30,8 @@ def check_number(name: str, value: object, least: float) -> None:
     Raises:
         UserError: Naming the option.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < least:  # type: ignore[arg-type,operator]  # a Real, as checked
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < least:
         raise UserError(f"{name} is {value!r}; it must be a finite number, at least {least:g}")
 
 

@@ -21,6 +21,8 @@ from obsdiff.models.conditioning import check_prompts, encode_prompts
 from obsdiff.models.content import DECODING, component_hashes, model_hash
 from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments
+from obsdiff.models.modes import eval_mode
+from obsdiff.models.rows import CallRows
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.progress import track
 from obsdiff.pruning.numbers import check_seed, check_whole
@@ -104,19 +106,29 @@ def record_trajectories(
     conditioning = encode_prompts(pipe, prompts, call)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def see(_: object, __: object, given: Mapping[str, Tensor]) -> None:
-        seen.append((given[family.sample].cpu(), given[family.time].reshape(-1)[:1].float().cpu()))
+    rows = CallRows(pipe, conditioning)
+
+    def begin(part: slice) -> None:
+        seen.clear()
+        rows.begin(part)
+
+    def see(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = rows.look(args, kwargs)
+        if not rows.repeated:  # skip-layer guidance asks twice about the same latents
+            time = torch.as_tensor(given[family.time])
+            seen.append((given[family.sample].cpu(), time.reshape(-1)[:1].float().cpu()))
 
     latents: list[Tensor] = []
     times = torch.empty(0)
     handle = denoiser.register_forward_pre_hook(see, with_kwargs=True)
     try:
-        seeds = noise_seeds(seed, len(prompts))
-        batches = run_trajectories(pipe, conditioning, seeds, batch_size, call, lambda _: seen.clear())
-        for part, _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
-            count = part.stop - part.start  # with guidance the prompts' own half comes last
-            latents.append(torch.stack([sample[-count:] for sample, _ in seen], dim=1))
-            times = torch.cat([at for _, at in seen])
+        with eval_mode(pipe):
+            seeds = noise_seeds(seed, len(prompts))
+            batches = run_trajectories(pipe, conditioning, seeds, batch_size, call, begin)
+            for part, _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
+                count = part.stop - part.start  # with guidance the prompts' own half comes last
+                latents.append(torch.stack([sample[-count:] for sample, _ in seen], dim=1))
+                times = torch.cat([at for _, at in seen])
     finally:
         handle.remove()
     tensors = {"latents": torch.cat(latents), "times": times}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,8 +124,10 @@ def solve_layers(
         for name, solution, old, bias, parts in zip(layers, solutions, weights, biases, found, strict=True):
             own = None if bias is None else bias[group]
             part = _finished(solution, old, own, moments, wiring.weight(name).dtype, options)
-            if not bool(torch.isfinite(part.weight).all()):
-                raise UserError(f"layer {name} came out non-finite; raise --calibration.damping")
+            if not bool(torch.isfinite(part.weight).all()) or not math.isfinite(part.error or 0.0):
+                kind = str(wiring.weight(name).dtype).removeprefix("torch.")
+                hint = ", or use bfloat16 or float32" if kind == "float16" else ""
+                raise UserError(f"layer {name} came out non-finite in {kind}; raise --calibration.damping{hint}")
             parts.append(part)
     return [_joined(wiring.weight(name).shape, parts) for name, parts in zip(layers, found, strict=True)]
 

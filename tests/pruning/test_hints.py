@@ -1,0 +1,61 @@
+"""A site that cannot be solved says why: more dampening is no cure for damaged statistics."""
+
+import pytest
+import torch
+from torch import nn
+
+import obsdiff
+from obsdiff.criteria import METHODS
+from obsdiff.models.families import SD3
+from obsdiff.models.wiring import WiredSite, Wiring
+from obsdiff.obs.hessian import SiteStatistics
+from obsdiff.obs.pattern import Unstructured
+from obsdiff.pruning.solve import SolveOptions, solve_site
+
+
+def nan_inside(found):
+    found.comoment[0, 1, 5] = float("nan")
+
+
+def infinite(found):
+    found.comoment[0, 2, 2] = float("inf")
+
+
+def nan_mean(found):
+    found.centre[0, 3] = float("nan")
+
+
+def negative(found):
+    found.comoment[0, 4, 4] = -1.0
+
+
+def nothing(found):
+    found.comoment.zero_()
+    found.centre.zero_()
+
+
+def other_layer(found):
+    found.comoment, found.centre = found.comoment[:, :6, :6], found.centre[:, :6]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (nan_inside, "statistics hold non-finite values"),
+        (infinite, "statistics hold non-finite values"),
+        (nan_mean, "statistics hold non-finite values"),
+        (negative, "statistics hold negative variances"),
+        (nothing, "statistics saw only zeros"),
+        (other_layer, "statistics of layer layer are of 6 inputs, the layer has 8"),
+    ],
+)
+def test_the_cause_is_named(method, damage, cause):
+    torch.manual_seed(0)
+    wiring = Wiring(nn.ModuleDict({"layer": nn.Linear(8, 4)}), SD3, (WiredSite(("layer",), False, 0),), (), 1)
+    found = SiteStatistics.empty(8)
+    found.add(torch.randn(1, 50, 8), 1.0)
+    damage(found)
+    with pytest.raises(obsdiff.UserError, match=cause) as refused:
+        solve_site(wiring, ["layer"], [Unstructured(0.5)], found, SolveOptions(method))
+    assert "damping" not in str(refused.value) and "calibrate again" in str(refused.value)
