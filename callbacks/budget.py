@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning
 
+from obsdiff.costs import Cost, exhausted, fraction_used
 from obsdiff.errors import UserError
-from obsdiff.training.budget import Cost, exhausted, fraction_used
 
 
 class Budget(lightning.Callback):

@@ -8,10 +8,12 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from obsdiff.callbacks.find import find
+from obsdiff.errors import UserError
 from obsdiff.ranks import full_tensor, local_part, sharded_like
 
 
@@ -103,6 +105,21 @@ def _like(local: Tensor, parameter: Tensor) -> Tensor:
         return local
     mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+
+
+def refuse_averaging(trainer: lightning.Trainer) -> None:
+    """Refuse Lightning's own averaging of weights: it copies the module in its setup, before there is a denoiser.
+
+    Raises:
+        UserError: The trainer has such a callback.
+    """
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if isinstance(callback, kinds):
+            raise UserError(
+                f"{type(callback).__name__} copies the module before it is pruned, so it would average nothing; use "
+                "obsdiff.callbacks.ema.EMA"
+            )
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def write_recovered(
     start = module.start
     pipe = load_pipeline(start.folder or start.dense, dtype="float32")
     denoiser = denoiser_of(pipe)
-    load_trained(denoiser, state, module)
+    module.load_trained(denoiser, state)
     masks = load_masks(start.folder / MASKS) if start.masks else {}
     if broken := broken_masks(denoiser, masks):
         raise UserError(f"{len(broken)} layers, such as {broken[0]}, are not zero where masked; not exported")
@@ -73,19 +73,6 @@ def write_recovered(
         if images is not None:
             _draw(folder / "samples.png", module.frozen.refs, images, report)
     return report
-
-
-def load_trained(denoiser: Any, state: Mapping[str, Tensor], module: Any) -> None:
-    """Give a freshly loaded denoiser the trained weights, adapters merged."""
-    if module.trained.lora_rank is None:
-        denoiser.load_state_dict(state)
-        return
-    from obsdiff.training.adapters import add_adapters, merge_adapters
-
-    adapted = [name.removesuffix(".base_layer.weight") for name in state if name.endswith(".base_layer.weight")]
-    add_adapters(denoiser, adapted, module.start.masks, module.trained.lora_rank, module.trained.lora_alpha)
-    denoiser.load_state_dict(state)
-    merge_adapters(denoiser)
 
 
 def recovered_report(

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from obsdiff.callbacks.ema import refuse_averaging
+from obsdiff.callbacks.find import find
+from obsdiff.callbacks.mask import MaskEnforcement
+from obsdiff.costs import Cost, calibration_cost, step_flops
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
@@ -26,7 +30,6 @@ from obsdiff.models.wiring import denoiser_of
 from obsdiff.pruning.folder import load_pipeline
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
 from obsdiff.ranks import from_all, full_tensor, keyed_generator, rank, world_size
-from obsdiff.training.budget import Cost, calibration_cost, step_flops
 from obsdiff.training.objectives import TEACHER_TERMS, check_objective, loss_terms
 from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.stage import Start, start_from
@@ -89,6 +92,22 @@ class Recovery(lightning.LightningModule):
             raise UserError(f"unknown schedule {self.optimization.schedule!r}; choose cosine or constant")
         if not 0 <= prompt_dropout <= 1:
             raise UserError(f"model.prompt_dropout is {prompt_dropout:g}; it must be in [0, 1]")
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """What no trainer may lack: the masks are held, unless it holds them already in a way of its own."""
+        refuse_averaging(self.trainer)
+        return [] if find(self.trainer, MaskEnforcement) else [MaskEnforcement()]
+
+    def on_fit_start(self) -> None:
+        """Refuse to train masked weights that nothing holds.
+
+        Raises:
+            RuntimeError: A subclass replaced ``configure_callbacks``.
+        """
+        if self.named_masks() and find(self.trainer, MaskEnforcement) is None:
+            raise RuntimeError(
+                "nothing holds the masks: call super().configure_callbacks(), or give the trainer a MaskEnforcement"
+            )
 
     # ---- setup: prune once, load, choose what is trained
 
@@ -194,6 +213,15 @@ class Recovery(lightning.LightningModule):
             adapted[layer] if adapted[layer] in own else f"{layer}.weight": mask
             for layer, mask in self.start.masks.items()
         }
+
+    def load_trained(self, denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Give a freshly loaded denoiser the trained weights (the whole state, on the CPU), adapters merged."""
+        if self.trained.lora_rank is None:
+            denoiser.load_state_dict(state)
+            return
+        from obsdiff.training.adapters import load_adapted
+
+        load_adapted(denoiser, state, self.start.masks, self.trained.lora_rank, self.trained.lora_alpha)
 
     # ---- training
 
