@@ -29,6 +29,10 @@ class EMA(lightning.Callback):
     """
 
     def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"ema.decay is {decay:g}; it must be at least 0 and below 1")
+        if update_every_n_steps < 1:
+            raise UserError(f"ema.update_every_n_steps is {update_every_n_steps}; it must be at least 1")
         self.decay, self.update_every_n_steps = decay, update_every_n_steps
         self._update = get_ema_multi_avg_fn(decay)
         self._average: dict[str, Tensor] = {}

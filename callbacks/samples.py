@@ -9,6 +9,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from obsdiff.errors import UserError
 from obsdiff.evaluation.sampling import save_images
 
 
@@ -20,6 +21,8 @@ class SampleGrid(lightning.Callback):
     """
 
     def __init__(self, shown: int = 8) -> None:
+        if shown < 1:
+            raise UserError(f"shown is {shown}; a grid of samples needs at least 1 image in a row")
         self.shown = shown
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:

@@ -72,6 +72,15 @@ def from_rank(value: T, source: int = 0) -> T:
     return box[0]
 
 
+def broadcast_numbers(values: Sequence[float], device: torch.device | str) -> list[float]:
+    """The first process's ``values`` on every process, as one small float64 tensor on ``device``."""
+    if world_size() == 1:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.broadcast(numbers, 0)
+    return [float(number) for number in numbers.tolist()]
+
+
 def from_all(value: T) -> list[T]:
     """The values of all processes, in their order, on every process."""
     if world_size() == 1:
@@ -138,6 +147,20 @@ def seed_for(*parts: int) -> int:
     for part in parts:
         mixed = (mixed * 6_364_136_223_846_793_005 + part * 1_442_695_040_888_963_407 + 1) % 2**63
     return mixed
+
+
+def check_seed(seed: int, name: str) -> None:
+    """Refuse what cannot seed a generator.
+
+    Args:
+        seed: The seed.
+        name: What the option is called.
+
+    Raises:
+        UserError: It is no whole number, or outside [0, 2**63).
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise UserError(f"{name} is {seed}; it must be a whole number from 0 to 2**63 - 1")
 
 
 def keyed_generator(*parts: int) -> torch.Generator:

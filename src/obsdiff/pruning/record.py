@@ -18,12 +18,14 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.files import read_json, whole_folder, write_json
 from obsdiff.models.conditioning import encode_prompts
+from obsdiff.models.content import component_hashes
 from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.progress import track
 from obsdiff.pruning.statistics import model_hash
 from obsdiff.pruning.trajectories import noise_seeds, run_trajectories
+from obsdiff.ranks import world_size
 
 INDEX, TENSORS = "trajectories.json", "trajectories.safetensors"
 
@@ -38,6 +40,9 @@ class Trajectories:
         embeds: Embeds of every prompt by pipeline name, negative ones included, (prompts, ...).
         request: What they were recorded for.
         model: Hash of the denoiser.
+        content: Hashes of the components of the pipeline that drew them.
+        rows: Rows per prompt in each of the denoiser's calls: 2 with guidance.
+        processes: That waited for it.
         time_s: Seconds it took.
     """
 
@@ -46,6 +51,9 @@ class Trajectories:
     embeds: dict[str, Tensor]
     request: dict[str, Any]
     model: str
+    content: dict[str, str]
+    rows: int
+    processes: int
     time_s: float
 
 
@@ -98,6 +106,7 @@ def record_trajectories(
         seen.append((given[family.sample].cpu(), given[family.time].reshape(-1)[:1].float().cpu()))
 
     latents: list[Tensor] = []
+    rows = 1
     times = torch.empty(0)
     handle = denoiser.register_forward_pre_hook(see, with_kwargs=True)
     try:
@@ -105,6 +114,7 @@ def record_trajectories(
         batches = run_trajectories(pipe, conditioning, seeds, batch_size, call, lambda _: seen.clear())
         for part, _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
             count = part.stop - part.start  # with guidance the prompts' own half comes last
+            rows = len(seen[0][0]) // count
             latents.append(torch.stack([sample[-count:] for sample, _ in seen], dim=1))
             times = torch.cat([at for _, at in seen])
     finally:
@@ -115,7 +125,9 @@ def record_trajectories(
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         request = recording_request(info_of(pipe).source, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started
-        write_json(temporary / INDEX, {"request": request, "model": model_hash(denoiser), "time_s": spent})
+        index: dict[str, Any] = {"request": request, "model": model_hash(denoiser), "content": component_hashes(pipe)}
+        index |= {"rows": rows, "processes": world_size(), "time_s": spent}
+        write_json(temporary / INDEX, index)
 
 
 def open_trajectories(folder: Path) -> Trajectories:
@@ -134,6 +146,9 @@ def open_trajectories(folder: Path) -> Trajectories:
             embeds,
             dict(index["request"]),
             str(index["model"]),
+            dict(index["content"]),
+            int(index["rows"]),
+            int(index["processes"]),
             float(index["time_s"]),
         )
     except (OSError, SafetensorError, KeyError, TypeError) as error:
