@@ -39,7 +39,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._keep(trainer)
 
     def _keep(self, trainer: lightning.Trainer) -> None:
-        if trainer.global_step > 0 and self._last_global_step_saved != trainer.global_step:
+        if trainer.global_step > 0 and not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
             path = str(Path(str(self.dirpath)) / "last.ckpt")
             try:
                 self._save_checkpoint(trainer, path)

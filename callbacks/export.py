@@ -22,7 +22,7 @@ class Export(lightning.Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse an output that holds another result, before any work."""
-        if stage == "fit":
+        if stage == "fit" and not trainer.fast_dev_run:
             replace = pl_module.overwrite or bool(trainer.ckpt_path)
             check_output(pl_module.output / RESULT, replace, "--model.overwrite true")
 
@@ -34,7 +34,7 @@ class Export(lightning.Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if self._written:
+        if self._written or trainer.fast_dev_run:
             return
         self._written = True
         budget = find(trainer, Budget)

@@ -27,7 +27,7 @@ class SampleGrid(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         now, refs = pl_module.last_measured.get("images"), pl_module.frozen.refs
-        if now is None or refs is None or trainer.sanity_checking or not trainer.is_global_zero:
+        if now is None or refs is None or trainer.sanity_checking or trainer.fast_dev_run or not trainer.is_global_zero:
             return
         grid = image_grid([refs.dense.guided, refs.pruned.guided, now], self.shown)
         save_images(grid[None], [Path(pl_module.output) / "samples" / f"step-{trainer.global_step:07d}.png"])
@@ -58,6 +58,6 @@ class SampleWriter(lightning.pytorch.callbacks.BasePredictionWriter):
     def write_on_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, prediction: dict[int, Tensor], *_: object
     ) -> None:
-        if prediction:
+        if prediction and not trainer.fast_dev_run:
             files = [self.folder / f"{number:05d}.png" for number in prediction]
             save_images(torch.stack(list(prediction.values())), files)
