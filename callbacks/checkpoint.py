@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from obsdiff.callbacks.find import is_trial
 from obsdiff.errors import UserError
 
 
@@ -39,7 +40,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._keep(trainer)
 
     def _keep(self, trainer: lightning.Trainer) -> None:
-        if trainer.global_step > 0 and not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
+        if trainer.global_step > 0 and not is_trial(trainer) and self._last_global_step_saved != trainer.global_step:
             path = str(Path(str(self.dirpath)) / "last.ckpt")
             try:
                 self._save_checkpoint(trainer, path)

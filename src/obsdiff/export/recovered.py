@@ -175,5 +175,7 @@ def render_recovery(report: Mapping[str, Any]) -> str:
 
 
 def _with_interval(fidelity: Mapping[str, Any]) -> str:
+    if fidelity["mse"] is None:
+        return "not finite"
     low, high = fidelity["mse_interval"]
     return f"{fidelity['mse']:.5f} ({low:.5f} to {high:.5f})"

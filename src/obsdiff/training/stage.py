@@ -90,7 +90,7 @@ def start_from(
         return _opened(folder, pipeline, device)
     dense = load_pipeline(pipeline, device=device)
     check(dense)
-    prompts = calibration_prompts(dense, options)
+    prompts = calibration_prompts(dense, options) if measures(options, None) else []
     wanted |= {"content": component_hashes(dense), "prompts_sha256": _digest("\0".join(prompts).encode())}
     if options.plan is not None:
         wanted["plan_sha256"] = _digest(Path(options.plan).read_bytes()) if Path(options.plan).is_file() else None
@@ -183,11 +183,11 @@ def _refuse_difference(folder: Path, found: Mapping[str, Any], wanted: Mapping[s
         elif key.endswith("_sha256"):
             texts.append(f"the content of the {key.removesuffix('_sha256')} changed since")
         else:
-            texts.append(f"{key}: {then} there, {now} now")
+            text = f"{key}: {then} there, {now} now"
+            texts.append(text if len(text) < 90 else text[:87] + "...")
     if texts:
-        short = "; ".join(text if len(text) < 90 else text[:87] + "..." for text in texts)
         raise UserError(
-            f"{folder} was pruned with other settings ({short}); use the same, another --model.output, or "
+            f"{folder} was pruned with other settings ({'; '.join(texts)}); use the same, another --model.output, or "
             "--model.overwrite true"
         )
 
