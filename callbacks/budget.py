@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 import lightning
 
+from obsdiff.costs import Cost, exhausted, fraction_used
 from obsdiff.errors import UserError
-from obsdiff.training.budget import Cost, exhausted, fraction_used
+from obsdiff.ranks import broadcast_numbers
 
 
 class Budget(lightning.Callback):
     """Counts what pruning and training cost and stops training before a limit is exceeded.
 
-    A limit that is None does not limit. Calibration and solving count in full; the cosine schedule ends with it.
+    A limit that is None does not limit. Calibration and solving count in full; the cosine schedule ends with it. What
+    is spent is what the first process's clock and batches say, on every process: schedule and end are the same on all.
 
     Args:
         steps: Optimizer steps.
@@ -40,8 +43,9 @@ class Budget(lightning.Callback):
             "wall_s": wall_s,
         }
         self.limits = {name: float(limit) for name, limit in given.items() if limit is not None}
-        if wrong := [name for name, limit in self.limits.items() if not limit > 0]:
-            raise UserError(f"budget {wrong[0]} is {self.limits[wrong[0]]:g}; it must be positive")
+        for name, limit in self.limits.items():
+            if not 0 < limit < math.inf:
+                raise UserError(f"budget.{name} is {limit:g}; it must be a positive number, or left out for no limit")
         self.recovery = Cost()
         self._before: dict[str, Cost] = {}
         self._step_cost = Cost()
@@ -58,20 +62,35 @@ class Budget(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Refuse a budget that pruning has used up already."""
         self._before = pl_module.cost_before()
-        for name, limit in self.limits.items():
-            if (spent := getattr(self.before, name)) >= limit:
-                raise UserError(f"the budget of {limit:g} {name} is less than what pruning already cost ({spent:.4g})")
+        self.check(self.before, "already cost")
         self._marked = time.perf_counter()
         self._apply(trainer, pl_module, at_step=True)
+
+    def check(self, before: Cost, verb: str) -> None:
+        """Refuse limits that what comes before training does not leave anything of.
+
+        Args:
+            before: What that costs.
+            verb: "already cost", or "will cost" if it is yet to be done.
+
+        Raises:
+            UserError: A limit is no larger.
+        """
+        for name, limit in self.limits.items():
+            if (spent := getattr(before, name)) >= limit:
+                raise UserError(f"the budget of {limit:g} {name} is less than what pruning {verb} ({spent:.4g})")
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        images = trainer.world_size * len(batch["latents"] if "latents" in batch else batch["image"])
+        images: float = trainer.world_size * len(batch["latents"] if "latents" in batch else batch["image"])
+        flops = trainer.world_size * pl_module.batch_flops
         steps = trainer.global_step - self.recovery.steps
         spent = now - self._marked
-        cost = Cost(steps, images, images * pl_module.flops_per_image(), spent * trainer.world_size, spent)
+        if self.limits.keys() - {"steps"}:  # steps are the same everywhere; clocks are not, and batches need not be
+            images, flops, spent = broadcast_numbers([images, flops, spent], pl_module.device)
+        cost = Cost(steps, images, flops, spent * trainer.world_size, spent)
         self._marked = now
         self.recovery = self.recovery + cost
         each = trainer.accumulate_grad_batches  # a step is only worth starting if all its batches fit

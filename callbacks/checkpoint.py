@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from obsdiff.callbacks.find import is_trial
 from obsdiff.errors import UserError
 from obsdiff.files import whole_file
 
@@ -67,7 +68,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._keep(trainer)
 
     def _keep(self, trainer: lightning.Trainer) -> None:
-        if trainer.global_step > 0 and self._last_global_step_saved != trainer.global_step:
+        if trainer.global_step > 0 and not is_trial(trainer) and self._last_global_step_saved != trainer.global_step:
             path = str(Path(str(self.dirpath)) / "last.ckpt")
             before = Path(path).exists()
             try:

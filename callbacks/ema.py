@@ -8,10 +8,12 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from obsdiff.callbacks.find import find
+from obsdiff.errors import UserError
 from obsdiff.ranks import full_tensor, local_part, sharded_like
 
 
@@ -27,6 +29,10 @@ class EMA(lightning.Callback):
     """
 
     def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"ema.decay is {decay:g}; it must be at least 0 and below 1")
+        if update_every_n_steps < 1:
+            raise UserError(f"ema.update_every_n_steps is {update_every_n_steps}; it must be at least 1")
         self.decay, self.update_every_n_steps = decay, update_every_n_steps
         self._update = get_ema_multi_avg_fn(decay)
         self._average: dict[str, Tensor] = {}
@@ -103,6 +109,21 @@ def _like(local: Tensor, parameter: Tensor) -> Tensor:
         return local
     mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+
+
+def refuse_averaging(trainer: lightning.Trainer) -> None:
+    """Refuse Lightning's own averaging of weights: it copies the module in its setup, before there is a denoiser.
+
+    Raises:
+        UserError: The trainer has such a callback.
+    """
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if isinstance(callback, kinds):
+            raise UserError(
+                f"{type(callback).__name__} copies the module before it is pruned, so it would average nothing; use "
+                "obsdiff.callbacks.ema.EMA"
+            )
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import lightning
 import torch
 from torch import Tensor
 
+from obsdiff.callbacks.find import is_trial
+from obsdiff.errors import UserError
 from obsdiff.evaluation.sampling import save_images
 
 
@@ -20,11 +22,13 @@ class SampleGrid(lightning.Callback):
     """
 
     def __init__(self, shown: int = 8) -> None:
+        if shown < 1:
+            raise UserError(f"shown is {shown}; a grid of samples needs at least 1 image in a row")
         self.shown = shown
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         now, refs = pl_module.last_measured.get("images"), pl_module.frozen.refs
-        if now is None or refs is None or trainer.sanity_checking or not trainer.is_global_zero:
+        if now is None or refs is None or trainer.sanity_checking or is_trial(trainer) or not trainer.is_global_zero:
             return
         grid = image_grid([refs.dense.guided, refs.pruned.guided, now], self.shown)
         save_images(grid[None], [Path(pl_module.output) / "samples" / f"step-{trainer.global_step:07d}.png"])
@@ -55,6 +59,6 @@ class SampleWriter(lightning.pytorch.callbacks.BasePredictionWriter):
     def write_on_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, prediction: dict[int, Tensor], *_: object
     ) -> None:
-        if prediction:
+        if prediction and not is_trial(trainer):
             files = [self.folder / f"{number:05d}.png" for number in prediction]
             save_images(torch.stack(list(prediction.values())), files)

@@ -72,6 +72,15 @@ def from_rank(value: T, source: int = 0) -> T:
     return box[0]
 
 
+def broadcast_numbers(values: Sequence[float], device: torch.device | str) -> list[float]:
+    """The first process's ``values`` on every process, as one small float64 tensor on ``device``."""
+    if world_size() == 1:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.broadcast(numbers, 0)
+    return [float(number) for number in numbers.tolist()]
+
+
 def from_all(value: T) -> list[T]:
     """The values of all processes, in their order, on every process."""
     if world_size() == 1:

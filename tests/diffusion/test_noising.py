@@ -19,12 +19,16 @@ def test_a_perfect_answer_gives_the_clean_latents_back():
     torch.testing.assert_close(
         flow.add_noise(x0, noise, times) - sigma * flow.target(x0, noise, times), x0, rtol=0, atol=1e-5
     )
-    for velocity in (False, True):
-        kind = DiffusionNoising(alphas(), velocity)
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        kind = DiffusionNoising(alphas(), prediction)
         times = kind.draw(8, generator)
         a = alphas()[times.long()].view(-1, 1, 1, 1)
         noisy, target = kind.add_noise(x0, noise, times), kind.target(x0, noise, times)
-        clean = a.sqrt() * noisy - (1 - a).sqrt() * target if velocity else (noisy - (1 - a).sqrt() * target) / a.sqrt()
+        clean = {
+            "epsilon": (noisy - (1 - a).sqrt() * target) / a.sqrt(),
+            "v_prediction": a.sqrt() * noisy - (1 - a).sqrt() * target,
+            "sample": target,
+        }[prediction]
         torch.testing.assert_close(clean, x0, rtol=1e-3, atol=1e-3)
 
 
@@ -46,5 +50,5 @@ def test_shift_moves_times_towards_noise():
 
 
 def test_unknown_prediction_types_are_refused():
-    with pytest.raises(ValueError, match="sample"):
-        noising_of({"prediction_type": "sample"}, alphas())
+    with pytest.raises(ValueError, match="flow_prediction"):
+        noising_of({"prediction_type": "flow_prediction"}, alphas())

@@ -16,14 +16,16 @@ SOURCES = {
     "obsdiff.data": ROOT / "data",
 }
 RANKS = [
-    {"errors", "files", "versions", "progress", "memory", "ranks"},
+    {"errors", "files", "versions", "progress", "memory", "ranks", "costs"},
     {"obs", "criteria", "diffusion"},
     {"models"},
     {"pruning", "evaluation"},
     {"data"},
     {"allocation"},
+    {"export"},
+    {"callbacks"},
     {"training"},
-    {"callbacks", "compare", "export"},
+    {"compare"},
     {"cli"},
 ]
 NUMERICS = RANKS[1]
@@ -62,6 +64,17 @@ def test_dependencies_point_one_way():
             if imported.startswith("obsdiff.") and rank(imported) > rank(module):
                 wrong.append(f"{module} imports {imported}")
     assert not wrong
+
+
+def test_no_two_packages_import_each_other():
+    needed = {
+        (module.split(".")[1], imported.split(".")[1])
+        for module, path in modules()
+        if module != "obsdiff"
+        for imported in imports(path)
+        if imported.startswith("obsdiff.")
+    }
+    assert not [pair for pair in needed if pair[0] < pair[1] and pair[::-1] in needed]
 
 
 def test_numerics_import_torch_only():

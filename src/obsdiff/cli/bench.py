@@ -52,7 +52,6 @@ def _train(args: Sequence[str]) -> None:
         import logging
         import warnings
 
-        from obsdiff.callbacks.mask import MaskEnforcement
         from obsdiff.data.trajectories import TrajectoryDataModule
         from obsdiff.training.bench import bench_train
 
@@ -64,9 +63,7 @@ def _train(args: Sequence[str]) -> None:
                 pipeline, str(folder), options.prompts, num_prompts=options.num_prompts, batch_size=batch_size
             )
 
-        found = bench_train(
-            options.pipeline, options.pattern, MaskEnforcement, data, options.batch_size, options.steps, options.rounds
-        )
+        found = bench_train(options.pipeline, options.pattern, data, options.batch_size, options.steps, options.rounds)
         print(json.dumps(found))
 
 

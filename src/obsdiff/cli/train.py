@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from obsdiff.cli.parse import clear_errors
@@ -27,22 +28,60 @@ def command_line() -> Any:
             parser.add_subclass_arguments(EMA, "ema", required=False)
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
+            given = Given.of(self._get(self.config_init, "trainer", default={}))
             trainer = super().instantiate_trainer(**kwargs)
             if isinstance(self.model, Recovery):
                 asked = self._get(self.config_init, "budget"), self._get(self.config_init, "ema")
-                complete(trainer, self.model, self.subcommand or "fit", [part for part in asked if part is not None])
+                found = [part for part in asked if part is not None]
+                complete(trainer, self.model, self.subcommand or "fit", found, given)
             return trainer
 
     return CommandLine
 
 
-def complete(trainer: Any, module: Any, subcommand: str, asked: list[Any]) -> None:
+@dataclass(frozen=True)
+class Given:
+    """What the user says of a trainer's callbacks and logs, before the trainer adds its own.
+
+    Attributes:
+        callbacks: Those the user brings.
+        checkpoints: Whether checkpoints may be written.
+        logger: Whether a logger is chosen or switched off.
+        folder: Whether a folder is named for what has no other.
+    """
+
+    callbacks: tuple[Any, ...] = ()
+    checkpoints: bool = True
+    logger: bool = False
+    folder: bool = False
+
+    @classmethod
+    def of(cls, trainer: Any) -> Given:
+        """From the trainer's instantiated options."""
+        callbacks = trainer.get("callbacks") or ()
+        return cls(
+            tuple(callbacks) if isinstance(callbacks, list | tuple) else (callbacks,),
+            trainer.get("enable_checkpointing") is not False,
+            trainer.get("logger") not in (None, True),
+            trainer.get("default_root_dir") is not None,
+        )
+
+
+def complete(trainer: Any, module: Any, subcommand: str, asked: list[Any], given: Given = Given()) -> None:
     """Add the callbacks of a recovery where the user gave none of their kind, in the order they depend on.
 
     Masks come first, so that all others see masked weights only; the result is written after everything else has had
-    its say, and checkpoints come last, as Lightning has it. Logs go to the run's folder unless a logger was chosen.
+    its say, and checkpoints come last, as Lightning has it. Logs go to the run's folder. What the user brings or
+    switches off stays so, and a ``fast_dev_run`` writes nothing.
+
+    Args:
+        trainer: Changed in place.
+        module: The recovery.
+        subcommand: fit, validate, test or predict.
+        asked: Callbacks with options of their own, such as the budget.
+        given: What the user says of callbacks and logs.
     """
-    from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+    from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, ModelCheckpoint
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from obsdiff.callbacks.checkpoint import LastCheckpoint
@@ -50,15 +89,18 @@ def complete(trainer: Any, module: Any, subcommand: str, asked: list[Any]) -> No
     from obsdiff.callbacks.mask import MaskEnforcement
     from obsdiff.callbacks.samples import SampleGrid, SampleWriter
 
-    folder = module.output / "checkpoints"
-    standard: list[Any] = [MaskEnforcement(), *asked, SampleGrid(), Export()]
+    # each with the kind that stands in its place
+    standard: list[tuple[Any, type]] = [(MaskEnforcement(), MaskEnforcement), *((part, type(part)) for part in asked)]
+    writing: list[tuple[Any, type]] = [(SampleGrid(), SampleGrid), (Export(), Export)]
     if subcommand == "predict":
-        standard.append(SampleWriter(module.output / "predictions"))
-    standard.append(LastCheckpoint(folder))
+        writing.append((SampleWriter(module.output / "predictions"), BasePredictionWriter))
+    if given.checkpoints:
+        writing.append((LastCheckpoint(module.output / "checkpoints"), ModelCheckpoint))
     # Lightning's own default checkpoint knows no folder; ours replaces it
-    own = [callback for callback in trainer.callbacks if type(callback) is not ModelCheckpoint or callback.dirpath]
-    kinds = tuple(type(callback) for callback in own)
-    parts = [callback for callback in standard if not issubclass(type(callback), kinds)] + own
+    lightnings = [] if any(isinstance(c, Checkpoint) for c in given.callbacks) else [ModelCheckpoint]
+    own = [callback for callback in trainer.callbacks if type(callback) not in lightnings]
+    wanted = standard if trainer.fast_dev_run else standard + writing
+    parts = [part for part, kind in wanted if not any(isinstance(callback, kind) for callback in own)] + own
 
     def place(part: Any) -> int:
         late = 3 if isinstance(part, Checkpoint) else 2 if isinstance(part, Export) else 1
@@ -66,5 +108,9 @@ def complete(trainer: Any, module: Any, subcommand: str, asked: list[Any]) -> No
 
     parts.sort(key=place)
     trainer.callbacks = parts
-    if all(isinstance(logger, TensorBoardLogger) and logger.name == "lightning_logs" for logger in trainer.loggers):
+    if trainer.fast_dev_run:
+        return
+    if not given.logger:
         trainer.logger = TensorBoardLogger(str(module.output), name="logs", version="")
+    if not given.folder:
+        trainer._default_root_dir = str(module.output)  # where the configuration is kept if nothing is logged

@@ -56,6 +56,6 @@ def jacobian_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def unit_directions(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Random directions of norm one per sample, shape and device of ``like`` (n, ...), drawn on the CPU."""
-    drawn = torch.randn(like.shape, generator=generator)
+    drawn = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     norm = drawn.flatten(1).norm(dim=1).view(-1, *[1] * (like.dim() - 1))
     return (drawn / norm).to(like)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from obsdiff.diffusion import flow
 
-PREDICTION_TYPES = ("flow", "epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class Noising(Protocol):
@@ -32,13 +32,29 @@ class Noising(Protocol):
 
 @dataclass(frozen=True)
 class FlowNoising:
-    """Flow matching, logit-normal noise levels (SD3 2403.03206 eq. 19), shifted as the sampler shifts them (eq. 23)."""
+    """Flow matching, logit-normal noise levels (SD3 2403.03206 eq. 19), shifted as the sampler shifts them (eq. 23).
+
+    Attributes:
+        shift: Of a sampler whose shift does not depend on anything.
+        levels, sigmas: What any other sampler makes of noise levels: levels before its shift, ascending, and what it
+            denoises at there, float32 (k,) each; linear in between. None: by ``shift``.
+    """
 
     shift: float = 1.0
+    levels: Tensor | None = None
+    sigmas: Tensor | None = None
+
+    def shifted(self, levels: Tensor) -> Tensor:
+        """The times (n,) at which the sampler denoises what it starts from as ``levels`` (n,) in [0, 1]."""
+        if self.levels is None or self.sigmas is None:
+            return flow.NUM_TRAIN_TIMESTEPS * self.shift * levels / (1 + (self.shift - 1) * levels)
+        above = torch.searchsorted(self.levels, levels.contiguous()).clamp(1, len(self.levels) - 1)
+        low, high = self.levels[above - 1], self.levels[above]
+        share = ((levels - low) / (high - low)).clamp(0, 1)
+        return flow.NUM_TRAIN_TIMESTEPS * torch.lerp(self.sigmas[above - 1], self.sigmas[above], share)
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        sigmas = flow.sample_sigmas(n, generator)
-        return flow.NUM_TRAIN_TIMESTEPS * self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+        return self.shifted(flow.sample_sigmas(n, generator))
 
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return flow.add_noise(x0, noise, times / flow.NUM_TRAIN_TIMESTEPS)
@@ -49,15 +65,17 @@ class FlowNoising:
 
 @dataclass(frozen=True)
 class DiffusionNoising:
-    """Variance-preserving diffusion, ``x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε``, steps drawn uniformly (2006.11239 eq. 4, 14).
+    """Variance-preserving diffusion, ``x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε``, steps drawn uniformly (2006.11239 eq. 4, 14):
+    over all of them, whichever of them a sampler stops at (its ``timestep_spacing``, its noise levels).
 
     Attributes:
         alphas_cumprod: ᾱ, float32 (steps,).
-        velocity: The target is ``v = √ᾱ_t ε − √(1 − ᾱ_t) x₀`` (2202.00512 app. D) instead of ε.
+        prediction: The target is ε ("epsilon"), ``v = √ᾱ_t ε − √(1 − ᾱ_t) x₀`` ("v_prediction", 2202.00512 app. D), or
+            x₀ ("sample").
     """
 
     alphas_cumprod: Tensor
-    velocity: bool = False
+    prediction: str = "epsilon"
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randint(len(self.alphas_cumprod), (n,), generator=generator).float()
@@ -71,10 +89,37 @@ class DiffusionNoising:
         return signal * x0 + spread * noise
 
     def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        if not self.velocity:
+        if self.prediction == "epsilon":
             return noise
+        if self.prediction == "sample":
+            return x0
         signal, spread = self._scales(x0, times)
         return signal * noise - spread * x0
+
+
+FIXED = ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def shifts_plainly(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a flow-matching scheduler of this configuration does nothing to noise levels but a fixed shift."""
+    return not any(scheduler.get(name) for name in FIXED)
+
+
+def flow_noising(levels: Tensor, sigmas: Tensor) -> FlowNoising:
+    """Flow matching at the noise levels of any sampler.
+
+    Args:
+        levels: What it starts from, (k,), in any order.
+        sigmas: What it makes of them, (k,).
+
+    Raises:
+        ValueError: It does not order noise levels.
+    """
+    order = levels.argsort()
+    levels, sigmas = levels[order].float(), sigmas[order].float()
+    if bool((sigmas.diff() < 0).any()) or not bool(torch.isfinite(sigmas).all()):
+        raise ValueError("its noise levels do not fall from step to step")
+    return FlowNoising(levels=levels, sigmas=sigmas)
 
 
 def noising_of(scheduler: Mapping[str, Any], alphas_cumprod: Tensor | None) -> Noising:
@@ -82,7 +127,7 @@ def noising_of(scheduler: Mapping[str, Any], alphas_cumprod: Tensor | None) -> N
 
     Args:
         scheduler: Its configuration.
-        alphas_cumprod: Its ᾱ, or None if it has none (flow matching).
+        alphas_cumprod: Its ᾱ, or None if it has none (flow matching with a fixed shift).
 
     Raises:
         ValueError: Its prediction type is none of :data:`PREDICTION_TYPES`.
@@ -90,6 +135,6 @@ def noising_of(scheduler: Mapping[str, Any], alphas_cumprod: Tensor | None) -> N
     if alphas_cumprod is None:
         return FlowNoising(float(scheduler.get("shift") or 1.0))
     kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES[1:]:
-        raise ValueError(f"prediction type {kind!r} is not one of {', '.join(PREDICTION_TYPES)}")
-    return DiffusionNoising(alphas_cumprod.float(), velocity=kind == "v_prediction")
+    if kind not in PREDICTION_TYPES:
+        raise ValueError(f"prediction type {kind!r} is not one of flow, {', '.join(PREDICTION_TYPES)}")
+    return DiffusionNoising(alphas_cumprod.float(), kind)

@@ -141,7 +141,14 @@ def _read(file: Path, digest: str) -> dict[str, Tensor] | None:
 
 
 def measure(refs: References, images: Images) -> dict[str, Any]:
-    """Fidelity to the dense images; alignment and Fréchet distances where there is an extractor for them."""
+    """Fidelity to the dense images; alignment and Fréchet distances where there is an extractor for them.
+
+    All are None if a pixel is not finite.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for part in (refs.dense, images) for tensor in vars(part).values()):
+        figures = ["alignment"] * (refs.alignment == "digits")
+        figures += ["frechet", "alignment_unguided", "frechet_unguided"] * (len(figures) and len(refs.prompts) > 1)
+        return {"fidelity": dict.fromkeys(("mse", "mse_interval", "psnr", "ssim")), **dict.fromkeys(figures)}
     measured: dict[str, Any] = {"fidelity": fidelity(refs.dense.guided, images.guided)}
     if refs.alignment == "digits":
         measured["alignment"] = float(digit_hits(images.guided, refs.prompts).mean())

@@ -56,7 +56,7 @@ def write_recovered(
     start = module.start
     pipe = load_pipeline(start.folder or start.dense, dtype="float32")
     denoiser = denoiser_of(pipe)
-    load_trained(denoiser, state, module)
+    module.load_trained(denoiser, state)
     if broken := broken_masks(denoiser, start.masks):
         raise UserError(f"{len(broken)} layers, such as {broken[0]}, are not zero where masked; not exported")
     report = recovered_report(module, denoiser, images, steps, loss, budget)
@@ -81,19 +81,6 @@ def write_recovered(
     kept = f"the weights are in {module.output / 'checkpoints'}; fit --ckpt_path last writes the result again"
     write_or_rescue(module.output / RESULT, REPORT, True, write, kept)
     return report
-
-
-def load_trained(denoiser: Any, state: Mapping[str, Tensor], module: Any) -> None:
-    """Give a freshly loaded denoiser the trained weights, adapters merged."""
-    if module.trained.lora_rank is None:
-        denoiser.load_state_dict(state)
-        return
-    from obsdiff.training.adapters import add_adapters, merge_adapters
-
-    adapted = [name.removesuffix(".base_layer.weight") for name in state if name.endswith(".base_layer.weight")]
-    add_adapters(denoiser, adapted, module.start.masks, module.trained.lora_rank, module.trained.lora_alpha)
-    denoiser.load_state_dict(state)
-    merge_adapters(denoiser)
 
 
 def recovered_report(

@@ -2,26 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from obsdiff.diffusion.noising import Noising, noising_of
-from obsdiff.errors import UserError
 from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments
+from obsdiff.models.modes import eval_mode
+from obsdiff.models.wiring import denoiser_of
 
 NEGATIVE = "negative_"
 
 
 def call_denoiser(denoiser: nn.Module, latents: Tensor, times: Tensor, embeds: Mapping[str, Tensor]) -> Tensor:
-    """The denoiser's answer to noisy ``latents`` (n, ...) at ``times`` (n,), told ``embeds`` (by pipeline name)."""
-    family = find_family(denoiser)
-    conditions = {argument: embeds[name] for argument, name in family.conditions}
-    answer = denoiser(**{family.sample: latents, family.time: times}, **conditions, return_dict=False)
+    """The denoiser's answer to noisy ``latents`` (n, ...) at ``times`` (n,), told ``embeds`` (by pipeline name).
+
+    It is given everything in its own dtype but the times, which half precision would round to steps of 2 to 4.
+    """
+    family, dtype = find_family(denoiser), dtype_of(denoiser)
+    conditions = {argument: embeds[name].to(dtype) for argument, name in family.conditions}
+    answer = denoiser(**{family.sample: latents.to(dtype), family.time: times}, **conditions, return_dict=False)
     return answer[0]
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's floating-point parameters."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """What tensors are made in that name no dtype; Lightning changes it where everything is trained in another one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def drawing(pipe: Any) -> Iterator[None]:
+    """Let a pipeline draw whose denoiser is in training: without dropout and autocast, and though the denoiser is in
+    another dtype than the pipeline's other parts (it is then given its own and answers in theirs)."""
+    denoiser = denoiser_of(pipe)
+    family, dtype = find_family(denoiser), dtype_of(denoiser)
+
+    def cast(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        inner = {k: v if k == family.time else _as(v, dtype) for k, v in given.items()}
+        return tuple(_as(value, dtype) for value in args), inner
+
+    def back(_: nn.Module, __: Any, answer: Any) -> Any:
+        if isinstance(answer, tuple):
+            return tuple(_as(value, outer) for value in answer)
+        for key, value in answer.items():
+            answer[key] = _as(value, outer)
+        return answer
+
+    outer = dtype_of(pipe.vae)
+    hooks: list[Any] = []
+    if dtype != outer:
+        hooks = [denoiser.register_forward_pre_hook(cast, with_kwargs=True), denoiser.register_forward_hook(back)]
+    try:
+        with eval_mode(pipe), torch.autocast(pipe.device.type, enabled=False), default_dtype(), torch.no_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def drop_prompts(embeds: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
@@ -33,18 +87,6 @@ def drop_prompts(embeds: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Ten
         for name, tensor in embeds.items()
         if not name.startswith(NEGATIVE)
     }
-
-
-def noising_of_pipeline(pipe: Any) -> Noising:
-    """The noise process of the pipeline's own scheduler.
-
-    Raises:
-        UserError: Its prediction type is unknown.
-    """
-    try:
-        return noising_of(pipe.scheduler.config, getattr(pipe.scheduler, "alphas_cumprod", None))
-    except ValueError as error:
-        raise UserError(f"cannot train with {type(pipe.scheduler).__name__}: {error}") from error
 
 
 @torch.no_grad()

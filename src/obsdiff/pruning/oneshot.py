@@ -36,6 +36,7 @@ from obsdiff.pruning.surgery import (
 )
 from obsdiff.ranks import solved_in_turn
 
+ZEROED = 0.01  # more exact zeros in a layer than this were put there
 Calibrate = Callable[[set[str]], Statistics]
 Read = Callable[[str, torch.device], SiteStatistics]
 
@@ -174,9 +175,14 @@ def refuse_pruned(wiring: Wiring) -> None:
     hint = "pass --prune_again true to prune it further"
     if shrunk_of(wiring.denoiser) is not None:
         raise UserError(f"this pipeline is pruned already (its {type(wiring.denoiser).__name__} is shrunk); {hint}")
-    for layer in wiring.site_of:
-        if (share := zero_share(wiring.weight(layer))) > 0.01:
-            raise UserError(f"this pipeline is pruned already ({share:.0%} of {layer} is zero); {hint}")
+    for layer, share in zeroed_layers(wiring).items():
+        raise UserError(f"this pipeline is pruned already ({share:.0%} of {layer} is zero); {hint}")
+
+
+def zeroed_layers(wiring: Wiring) -> dict[str, float]:
+    """Prunable layers with a share of exact zeros that training never leaves, and that share."""
+    shares = {layer: zero_share(wiring.weight(layer)) for layer in wiring.site_of}
+    return {layer: share for layer, share in shares.items() if share > ZEROED}
 
 
 def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from obsdiff.errors import UserError
-from obsdiff.files import read_json, whole_folder, write_json
+from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.conditioning import check_prompts, encode_prompts
 from obsdiff.models.content import DECODING, component_hashes, model_hash
 from obsdiff.models.families import find_family
@@ -28,6 +28,7 @@ from obsdiff.progress import track
 from obsdiff.pruning.numbers import check_seed, check_whole
 from obsdiff.pruning.statistics import check_fingerprint
 from obsdiff.pruning.trajectories import check_call, noise_seeds, run_trajectories
+from obsdiff.ranks import world_size
 
 INDEX, TENSORS = "trajectories.json", "trajectories.safetensors"
 
@@ -42,6 +43,9 @@ class Trajectories:
         embeds: Embeds of every prompt by pipeline name, negative ones included, (prompts, ...).
         request: What they were recorded for.
         model: Hash of the denoiser.
+        content: Hashes of the components of the pipeline that drew them.
+        rows: Rows per prompt in each of the denoiser's calls: 2 with guidance.
+        processes: That waited for it.
         time_s: Seconds it took.
     """
 
@@ -50,6 +54,9 @@ class Trajectories:
     embeds: dict[str, Tensor]
     request: dict[str, Any]
     model: str
+    content: dict[str, str]
+    rows: int
+    processes: int
     time_s: float
 
 
@@ -101,6 +108,8 @@ def record_trajectories(
     check_call(call)
     check_seed(seed)
     check_whole("batch_size", batch_size, 1)
+    check_folder(folder, INDEX, "a recording of trajectories", replace=True)
+    check_writable(folder)
     denoiser = denoiser_of(pipe)
     family = find_family(denoiser)
     conditioning = encode_prompts(pipe, prompts, call)
@@ -119,6 +128,7 @@ def record_trajectories(
             seen.append((given[family.sample].cpu(), time.reshape(-1)[:1].float().cpu()))
 
     latents: list[Tensor] = []
+    rows_each = 1
     times = torch.empty(0)
     handle = denoiser.register_forward_pre_hook(see, with_kwargs=True)
     try:
@@ -127,6 +137,7 @@ def record_trajectories(
             batches = run_trajectories(pipe, conditioning, seeds, batch_size, call, begin)
             for part, _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
                 count = part.stop - part.start  # with guidance the prompts' own half comes last
+                rows_each = len(seen[0][0]) // count
                 latents.append(torch.stack([sample[-count:] for sample, _ in seen], dim=1))
                 times = torch.cat([at for _, at in seen])
     finally:
@@ -137,7 +148,9 @@ def record_trajectories(
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         request = recording_request(pipe, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started
-        write_json(temporary / INDEX, {"request": request, "model": model_hash(denoiser), "time_s": spent})
+        index: dict[str, Any] = {"request": request, "model": model_hash(denoiser), "content": component_hashes(pipe)}
+        index |= {"rows": rows_each, "processes": world_size(), "time_s": spent}
+        write_json(temporary / INDEX, index)
 
 
 def check_recording(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -168,6 +181,9 @@ def open_trajectories(folder: Path) -> Trajectories:
             embeds,
             dict(index["request"]),
             str(index["model"]),
+            dict(index["content"]),
+            int(index["rows"]),
+            int(index["processes"]),
             float(index["time_s"]),
         )
     except (OSError, SafetensorError, KeyError, TypeError) as error:

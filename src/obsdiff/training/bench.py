@@ -45,8 +45,18 @@ def _plain(pipeline: str) -> _Plain:
     return _Plain(student.train(), teacher.requires_grad_(False).eval(), 1e-4)
 
 
-def _recovery(pipeline: str, pattern: str, output: Path) -> Recovery:
-    return Recovery(
+class _Unmasked(Recovery):
+    """A recovery that holds no masks."""
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        return []
+
+    def on_fit_start(self) -> None:
+        pass
+
+
+def _recovery(kind: type[Recovery], pipeline: str, pattern: str, output: Path) -> Recovery:
+    return kind(
         pipeline,
         str(output),
         PruningOptions(pattern=pattern, method="magnitude"),
@@ -70,15 +80,12 @@ class _Clock(lightning.Callback):
             self.seconds.append(time.perf_counter() - self.last)
 
 
-def bench_train(
-    pipeline: str, pattern: str, mask_enforcement: Any, data: Any, batch_size: int, steps: int, rounds: int
-) -> dict[str, Any]:
+def bench_train(pipeline: str, pattern: str, data: Any, batch_size: int, steps: int, rounds: int) -> dict[str, Any]:
     """Median seconds per step of output distillation: masks enforced, not enforced, and a plain Lightning loop.
 
     Args:
         pipeline: The dense pipeline.
         pattern: How it is pruned (by magnitude: no calibration is needed for a speed).
-        mask_enforcement: Makes the callback that holds the masks.
         data: Makes the data module for (pipeline, folder, batch size).
         batch_size: Latents per step.
         steps: Timed steps in each round.
@@ -94,7 +101,6 @@ def bench_train(
         for _ in range(rounds):
             for kind in found:
                 clock = _Clock(warmup)
-                callbacks = [mask_enforcement()] if kind == "masked" else []
                 trainer = lightning.Trainer(
                     accelerator="cpu" if not torch.cuda.is_available() else "gpu",
                     devices=1,
@@ -104,9 +110,10 @@ def bench_train(
                     enable_progress_bar=False,
                     enable_model_summary=False,
                     limit_val_batches=0,
-                    callbacks=[*callbacks, clock],
+                    callbacks=[clock],
                 )
-                module = _plain(pipeline) if kind == "plain" else _recovery(pipeline, pattern, folder / "run")
+                masked = Recovery if kind == "masked" else _Unmasked
+                module = _plain(pipeline) if kind == "plain" else _recovery(masked, pipeline, pattern, folder / "run")
                 trainer.fit(module, datamodule=data(pipeline, folder / "trajectories", batch_size))
                 found[kind] += clock.seconds
     medians = {kind: statistics.median(seconds) for kind, seconds in found.items()}

@@ -14,21 +14,8 @@ from obsdiff.diffusion.distill import feature_loss, jacobian_gain, jacobian_loss
 from obsdiff.errors import UserError
 from obsdiff.models.calling import call_denoiser
 from obsdiff.models.families import find_family
-from obsdiff.training.options import Objective
 
 TEACHER_TERMS = ("distill_output", "distill_features", "distill_jacobian")
-
-
-def check_objective(objective: Objective) -> dict[str, float]:
-    """The weights that are not zero.
-
-    Raises:
-        UserError: There is none, or one is negative.
-    """
-    weights = {name: float(weight) for name, weight in vars(objective).items() if weight}
-    if not weights or min(weights.values()) < 0:
-        raise UserError(f"model.objective needs at least one positive weight and none negative, not {vars(objective)}")
-    return weights
 
 
 def loss_terms(
@@ -46,7 +33,7 @@ def loss_terms(
     Args:
         student: The denoiser in training.
         teacher: The dense one, frozen; None if no term asks for it.
-        weights: Terms and their weights, from :func:`check_objective`.
+        weights: Terms and their weights, from :func:`obsdiff.training.checks.check_objective`.
         latents, times, embeds: What both are given.
         target: What the denoiser should answer, for ``denoise``; None if the batch holds no images.
         generator: For the directions of ``distill_jacobian``.

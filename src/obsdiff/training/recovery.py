@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from obsdiff.data.prompts import load_prompts
+from obsdiff.callbacks.budget import Budget
+from obsdiff.callbacks.ema import refuse_averaging
+from obsdiff.callbacks.find import find
+from obsdiff.callbacks.mask import MaskEnforcement
+from obsdiff.costs import Cost, step_flops
 from obsdiff.errors import UserError
-from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
 from obsdiff.evaluation.references import Images, References, draw, measure, references
-from obsdiff.evaluation.sampling import cycle_prompts, sample
-from obsdiff.models.calling import PromptEncoder, drop_prompts, encode_images, noising_of_pipeline
+from obsdiff.evaluation.sampling import sample
+from obsdiff.models.calling import PromptEncoder, default_dtype, drawing
 from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.wiring import denoiser_of
-from obsdiff.pruning.folder import load_pipeline
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
-from obsdiff.ranks import from_all, full_tensor, keyed_generator, rank, world_size
-from obsdiff.training.budget import Cost, calibration_cost, step_flops
-from obsdiff.training.objectives import TEACHER_TERMS, check_objective, loss_terms
+from obsdiff.ranks import check_seed, from_all, full_tensor, keyed_generator, rank
+from obsdiff.training.checks import (
+    check,
+    check_evaluation,
+    check_objective,
+    check_optimization,
+    check_trained,
+    check_trainer,
+)
+from obsdiff.training.fits import check_data, evaluation_prompts, recording_of
+from obsdiff.training.identity import check_settings, differences, settings_of
+from obsdiff.training.inputs import Inputs
+from obsdiff.training.objectives import TEACHER_TERMS, loss_terms
 from obsdiff.training.options import Objective, Optimization, Trained
-from obsdiff.training.stage import Start, start_from
+from obsdiff.training.precision import adam_epsilon, keep_times
+from obsdiff.training.selection import check_selection, choose_trained
+from obsdiff.training.spending import costs_before, expected_costs
+from obsdiff.training.stage import Start, dense_key, load_dense, start_from
 
 REFERENCES = "references.safetensors"
 
@@ -42,6 +57,8 @@ class _Frozen:
     teacher: nn.Module | None
     refs: References | None
     flops: tuple[int, int]  # of one call with one image: pruned, dense
+    costs: dict[str, Cost]  # before training, by stage
+    counts: tuple[FlopCounts, FlopCounts | None]  # of the denoiser as it trains, and of the teacher
 
 
 class Recovery(lightning.LightningModule):
@@ -57,6 +74,7 @@ class Recovery(lightning.LightningModule):
         evaluation: Images drawn at each validation, with the same prompts and seeds by the dense and pruned pipeline.
         prompt_dropout: Share of prompts replaced by the negative one, for classifier-free guidance.
         seed: Of noise, times and dropped prompts.
+        resume_changed: Go on from a checkpoint though objective, optimization, data, seed or the like changed since.
         overwrite: Replace an earlier run in ``output`` that pruned otherwise, and its result.
     """
 
@@ -72,6 +90,7 @@ class Recovery(lightning.LightningModule):
         prompt_dropout: float = 0.1,
         seed: int = 0,
         overwrite: bool = False,
+        resume_changed: bool = False,
     ) -> None:
         super().__init__()
         self.pipeline, self.output, self.pruning = pipeline, Path(output), pruning
@@ -79,16 +98,36 @@ class Recovery(lightning.LightningModule):
         self.trained, self.optimization = trained or Trained(), optimization or Optimization()
         self.evaluation = evaluation or EvaluationOptions()
         self.prompt_dropout, self.seed, self.overwrite = prompt_dropout, seed, overwrite
+        check_trained(self.trained)
+        check_optimization(self.optimization)
+        check_evaluation(self.evaluation)
+        check_seed(seed, "model.seed")
+        check(0 <= prompt_dropout <= 1, "model.prompt_dropout", prompt_dropout, "in [0, 1]")
+        self.resume_changed = resume_changed
+        self.batch_flops = 0.0  # in the denoisers, of this process's last batch, forward and backward
         self.budget_fraction = 0.0  # kept up to date by the Budget callback
         self.last_measured: dict[str, Any] = {}
         self.denoiser: nn.Module | None = None
         self._frozen: list[_Frozen] = []  # in a list, so that nn.Module does not register what is inside
         self._drawn: dict[int, Tensor] = {}
         self._sharded = False
-        if self.optimization.schedule not in ("cosine", "constant"):
-            raise UserError(f"unknown schedule {self.optimization.schedule!r}; choose cosine or constant")
-        if not 0 <= prompt_dropout <= 1:
-            raise UserError(f"model.prompt_dropout is {prompt_dropout:g}; it must be in [0, 1]")
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """What no trainer may lack: the masks are held, unless it holds them already in a way of its own."""
+        check_trainer(self.trainer, self.weights)
+        refuse_averaging(self.trainer)
+        return [] if find(self.trainer, MaskEnforcement) else [MaskEnforcement()]
+
+    def on_fit_start(self) -> None:
+        """Refuse to train masked weights that nothing holds.
+
+        Raises:
+            RuntimeError: A subclass replaced ``configure_callbacks``.
+        """
+        if self.named_masks() and find(self.trainer, MaskEnforcement) is None:
+            raise RuntimeError(
+                "nothing holds the masks: call super().configure_callbacks(), or give the trainer a MaskEnforcement"
+            )
 
     # ---- setup: prune once, load, choose what is trained
 
@@ -97,70 +136,56 @@ class Recovery(lightning.LightningModule):
         if self._frozen:
             return
         device, fitting = str(self.trainer.strategy.root_device), stage == "fit"
-        start = start_from(self.pipeline, self.pruning, self.output, device, fitting, self.overwrite)
+        start = start_from(
+            self.pipeline, self.pruning, self.output, device, self.overwrite, self._check if fitting else None
+        )
         denoiser = denoiser_of(start.pipe)
-        call = call_arguments(start.pipe)
-        flops = denoiser_flops(start.pipe, call)
+        flops = denoiser_flops(start.pipe, call_arguments(start.pipe))
         teacher, dense_flops = None, flops
-        needs_teacher = fitting and any(term in self.weights for term in TEACHER_TERMS)
-        dense = load_pipeline(start.dense, dtype="float32", device=device) if fitting else None
-        if dense is not None:
-            dense_flops = denoiser_flops(dense, call)
-            if needs_teacher:
-                teacher = denoiser_of(dense).requires_grad_(False).eval()
-        refs = self._references(start, dense)
+        if start.dense_pipe is not None:
+            dense_flops = denoiser_flops(start.dense_pipe, call_arguments(start.dense_pipe))
+            if any(term in self.weights for term in TEACHER_TERMS):
+                teacher = denoiser_of(start.dense_pipe).requires_grad_(False).eval()
+        costs = costs_before(start, dense_flops, recording_of(self.trainer)) if fitting else {}
+        if fitting and (budget := find(self.trainer, Budget)) is not None:
+            budget.check(sum(costs.values(), Cost()), "already cost")
+        refs = self._references(start, device)
         for model in (start.pipe.vae, *_text_encoders(start.pipe)):
             model.requires_grad_(False)
-        self._frozen.append(_Frozen(start, teacher, refs, (flops, dense_flops)))
-        self._choose_trained(denoiser, start.masks)
+        choose_trained(denoiser, start.masks, self.trained)
+        counts = (FlopCounts(denoiser), None if teacher is None else FlopCounts(teacher))
+        self._frozen.append(
+            _Frozen(replace(start, dense_pipe=None), teacher, refs, (flops, dense_flops), costs, counts)
+        )
         self.denoiser = denoiser
-        self.noising = noising_of_pipeline(start.pipe)
-        self.encode_prompts = PromptEncoder(start.pipe)
+        self.inputs = Inputs(start.pipe, PromptEncoder(start.pipe), self.prompt_dropout)
+        keep_times(self.trainer.precision_plugin)
 
-    def _references(self, start: Start, dense: Any) -> References | None:
-        options, info = self.evaluation, info_of(start.pipe)
-        source = options.prompts or info.prompts.get("evaluation")
-        if options.num_images < 1:
+    def _check(self, dense: Any) -> None:
+        """Refuse what training could not go on from, before anything is pruned or drawn."""
+        check_selection(denoiser_of(dense), self.trained)
+        evaluation_prompts(dense, self.evaluation)
+        check_data(dense, self.trainer.datamodule)  # type: ignore[attr-defined]  # of Lightning's data connector
+        if (budget := find(self.trainer, Budget)) is not None:
+            expected = expected_costs(dense, self.pruning, recording_of(self.trainer))
+            budget.check(sum(expected.values(), Cost()), "will cost")
+
+    def _references(self, start: Start, device: str) -> References | None:
+        options = self.evaluation
+        prompts = evaluation_prompts(start.pipe, options)
+        if not prompts:
             return None
-        if source is None:
-            raise UserError("give --model.evaluation.prompts, or --model.evaluation.num_images 0 for no evaluation")
-        prompts = cycle_prompts(load_prompts(source, options.column), options.num_images)
         seeds = list(range(options.seed, options.seed + options.num_images))
-        key = {"pruned": start.manifest.get("denoiser_sha256"), "call": call_arguments(start.pipe)}
         return references(
             self.output / REFERENCES,
-            {**key, "dense": start.dense},
+            {"pruned": start.content, "dense": dense_key(start), "call": call_arguments(start.pipe)},
             prompts,
             seeds,
             options.batch_size,
-            info.alignment,
-            lambda: dense or load_pipeline(start.dense, dtype="float32", device=str(start.pipe.device)),
+            info_of(start.pipe).alignment,
+            lambda: start.dense_pipe or load_dense(start, device),
             start.pipe,
         )
-
-    def _choose_trained(self, denoiser: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        options = self.trained
-        denoiser.requires_grad_(False)
-        if options.lora_rank is not None:
-            from obsdiff.training.adapters import add_adapters
-
-            linear = [name for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear)]
-            pruned = [name for name in linear if name in masks]
-            chosen = _matching(linear, options.include) if options.include else pruned or linear
-            add_adapters(denoiser, chosen, masks, options.lora_rank, options.lora_alpha)
-        else:
-            names = [name for name, _ in denoiser.named_parameters()]
-            chosen = _matching(names, options.include) if options.include else names
-            for name in chosen:
-                denoiser.get_parameter(name).requires_grad_(True)
-        if not any(parameter.requires_grad for parameter in denoiser.parameters()):
-            raise UserError(f"model.trained.include {options.include} matches no parameter; nothing to train")
-        denoiser.train()
-        if options.gradient_checkpointing:
-            enable: Any = getattr(denoiser, "enable_gradient_checkpointing", None)
-            if enable is None:
-                raise UserError(f"{type(denoiser).__name__} has no gradient checkpointing; turn it off")
-            enable()
 
     def configure_model(self) -> None:
         """Shard the denoiser block by block where the strategy has a mesh of processes (FSDP2)."""
@@ -195,13 +220,27 @@ class Recovery(lightning.LightningModule):
             for layer, mask in self.start.masks.items()
         }
 
+    def load_trained(self, denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Give a freshly loaded denoiser the trained weights (the whole state, on the CPU), adapters merged."""
+        if self.trained.lora_rank is None:
+            denoiser.load_state_dict(state)
+            return
+        from obsdiff.training.adapters import load_adapted
+
+        load_adapted(denoiser, state, self.start.masks, self.trained.lora_rank, self.trained.lora_alpha)
+
     # ---- training
 
     def configure_optimizers(self) -> Any:
         options = self.optimization
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=options.lr, weight_decay=options.weight_decay, betas=options.betas, foreach=True
+            parameters,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            betas=options.betas,
+            eps=adam_epsilon(parameters[0].dtype),
+            foreach=True,
         )
         total = self.trainer.estimated_stepping_batches
 
@@ -218,32 +257,17 @@ class Recovery(lightning.LightningModule):
         # keyed by the batch's number, so that a resumed run draws what an uninterrupted one would have drawn
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         generator = keyed_generator(self.seed, progress.processed, rank())
-        latents, times, embeds, target = self._inputs(batch, generator)
-        terms = loss_terms(self.denoiser, self.frozen.teacher, self.weights, latents, times, embeds, target, generator)
+        teacher = self.frozen.teacher
+        with default_dtype():
+            latents, times, embeds, target = self.inputs(batch, generator, self.device)
+            terms = loss_terms(self.denoiser, teacher, self.weights, latents, times, embeds, target, generator)
+        mine, theirs = self.frozen.counts
+        dense_flops = 0 if theirs is None else theirs(latents, embeds)
+        self.batch_flops = step_flops(mine(latents, embeds), dense_flops, "distill_jacobian" in self.weights)
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
-
-    def _inputs(
-        self, batch: Mapping[str, Any], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
-        """Latents, times and embeds for the denoiser, and what it should answer if the batch holds images."""
-        if "latents" in batch:
-            latents, times, embeds, target = batch["latents"], batch["time"], batch["embeds"], None
-        elif "image" in batch:
-            clean = encode_images(self.start.pipe, batch["image"].to(self.device), generator)
-            noise = torch.randn(clean.shape, generator=generator).to(clean)
-            times = self.noising.draw(len(clean), generator).to(clean.device)
-            latents, target = self.noising.add_noise(clean, noise, times), self.noising.target(clean, noise, times)
-            encoded = self.encode_prompts(list(batch["prompt"]))
-            embeds = {name: tensor.to(self.device) for name, tensor in encoded.items()}
-        else:
-            raise UserError(
-                f"a training batch needs image and prompt, or latents, time, embeds; it has {sorted(batch)}"
-            )
-        dropped = torch.rand(len(latents), generator=generator) < self.prompt_dropout
-        return latents, times, drop_prompts(embeds, dropped), target
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a gradient that is not finite spoils the weights (loss scaling skips such steps itself)."""
@@ -268,8 +292,8 @@ class Recovery(lightning.LightningModule):
         refs = self.frozen.refs
         assert refs is not None
         chosen = indices.tolist()
-        with torch.autocast(self.device.type, enabled=False):
-            prompts, seeds = [refs.prompts[i] for i in chosen], [refs.seeds[i] for i in chosen]
+        prompts, seeds = [refs.prompts[i] for i in chosen], [refs.seeds[i] for i in chosen]
+        with drawing(self.start.pipe):
             return sample(self.start.pipe, prompts, seeds, batch_size=len(chosen), allow_nonfinite=allow_nonfinite)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -301,14 +325,13 @@ class Recovery(lightning.LightningModule):
         values |= {key: value for key, value in found.items() if isinstance(value, float)}
         self.log_dict({f"{prefix}/{key}": value for key, value in values.items()}, rank_zero_only=False)
 
-    @torch.no_grad()
     def draw_all(self) -> Images | None:
         """The evaluation's images with the weights as they are now, without guidance too; every process must call."""
         refs = self.frozen.refs
         if refs is None:
             return None
         options = self.evaluation
-        with torch.autocast(self.device.type, enabled=False):
+        with drawing(self.start.pipe):
             return draw(
                 self.start.pipe, refs.prompts, refs.seeds, options.batch_size, refs.alignment, allow_nonfinite=True
             )
@@ -316,40 +339,32 @@ class Recovery(lightning.LightningModule):
     # ---- costs and checkpoints
 
     def cost_before(self) -> dict[str, Cost]:
-        """What pruning cost."""
-        return calibration_cost(self.start.manifest, self.frozen.flops[1], world_size())
-
-    def flops_per_image(self) -> float:
-        """Denoiser FLOPs of training on one image."""
-        student, dense = self.frozen.flops
-        teacher = dense if self.frozen.teacher is not None else 0
-        return step_flops(student, teacher, "distill_jacobian" in self.weights)
+        """What was spent before training, by stage."""
+        return self.frozen.costs
 
     def _identity(self) -> dict[str, Any]:
-        manifest = self.start.manifest
+        start = self.start
+        component = find_family(denoiser_of(start.pipe)).component
         return {
-            "pipeline": self.start.dense,
-            "pattern": manifest.get("pattern"),
-            "pruned denoiser": manifest.get("denoiser_sha256"),
+            "pattern": start.manifest.get("pattern"),
+            "pruned denoiser": start.content[component],
             "lora_rank": self.trained.lora_rank,
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["obsdiff"] = self._identity()
+        checkpoint["obsdiff"] = {**self._identity(), "settings": settings_of(self)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found, own = checkpoint.get("obsdiff"), self._identity()
+        found = checkpoint.get("obsdiff")
         if found is None:
             raise UserError("this checkpoint is not of a recovery; give one from the checkpoints folder of such a run")
-        different = [f"{key} ({found.get(key)} there, {now} here)" for key, now in own.items() if found.get(key) != now]
-        if different:
+        own = self._identity()
+        if different := differences({key: found.get(key) for key in own}, own):
             raise UserError(f"this checkpoint belongs to another run: {'; '.join(different)}")
-        if not self.trainer.training and "ema" in checkpoint:  # evaluate what would be exported
+        if self.trainer.state.fn == "fit":
+            check_settings(checkpoint, found.get("settings", {}), self)
+        elif "ema" in checkpoint:  # evaluate what would be exported
             checkpoint["state_dict"] |= checkpoint["ema"]
-
-
-def _matching(names: list[str], patterns: list[str]) -> list[str]:
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _text_encoders(pipe: Any) -> list[nn.Module]:

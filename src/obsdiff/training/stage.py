@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from obsdiff.allocation.planning import rule_of
 from obsdiff.allocation.stage import announce, calibration_prompts, measures, prepare, prune_stage
 from obsdiff.errors import UserError
-from obsdiff.files import read_json, whole_folder, write_json
+from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
+from obsdiff.models.content import component_hashes
+from obsdiff.models.wiring import denoiser_of, wire
 from obsdiff.pruning.folder import MASKS, load_pipeline, run_folder, write_pipeline
 from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.pruning.masks import load_masks
+from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
+from obsdiff.pruning.statistics import model_hash
 from obsdiff.ranks import rank, wait_for_all
 
 PRUNED, STATISTICS, SENSITIVITY = "pruned", "statistics", "sensitivity"
@@ -32,6 +38,8 @@ class Start:
         manifest: Its manifest; empty for a pipeline that is not pruned.
         masks: Bool by layer (True = kept) for weights that are zero and stay so.
         dense: Name of the dense pipeline it was made of.
+        content: Hashes of the components of ``pipe``, as it was before training.
+        dense_pipe: The dense pipeline, float32; None where nothing is trained.
     """
 
     pipe: Any
@@ -39,12 +47,22 @@ class Start:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     dense: str = ""
+    content: Mapping[str, str] = field(default_factory=dict)
+    dense_pipe: Any = None
 
 
 def start_from(
-    pipeline: str, options: PruningOptions | None, output: Path, device: str, may_prune: bool, overwrite: bool
+    pipeline: str,
+    options: PruningOptions | None,
+    output: Path,
+    device: str,
+    overwrite: bool,
+    check: Callable[[Any], None] | None,
 ) -> Start:
     """Load what is to be recovered; prune it first if that was not done before.
+
+    What was pruned before is found again by the *content* of the dense pipeline, of the calibration's prompts and of a
+    plan file, not by what they are called.
 
     Args:
         pipeline: The dense pipeline, or a prune run's folder (then ``options`` must be None).
@@ -52,41 +70,88 @@ def start_from(
         output: The run's folder; the pruned pipeline is kept in ``pruned``, the calibration in ``statistics``, the
             scan of a measured allocation in ``sensitivity``.
         device: Where to calibrate and train.
-        may_prune: Prune if it was not done before (fit), instead of refusing (validate, test, predict).
         overwrite: Prune again if an earlier run in ``output`` pruned otherwise.
+        check: Called with the dense pipeline before anything expensive; raises where training could not go on. None
+            (validate, test, predict): nothing is pruned.
 
     Raises:
         UserError: It cannot be pruned so, or ``output`` holds something pruned otherwise.
     """
     given = run_folder(pipeline)
     if options is None:
-        return _opened(given, pipeline, device)
+        return _as_given(given, pipeline, device, check)
     if given is not None:
         raise UserError(f"{pipeline} is pruned already; leave out --model.pruning, or name a dense pipeline")
     folder = output / PRUNED
-    wanted = {"pipeline": pipeline, **asdict(options)}
-    if (folder / FILE).exists():
-        found = read_manifest(folder).get("request")
-        if found == wanted:
-            return _opened(folder, pipeline, device)
-        if not (overwrite and may_prune):
-            raise UserError(
-                f"{folder} was pruned with other settings ({_difference(found or {}, wanted)}); use the same, another "
-                "--model.output, or --model.overwrite true"
-            )
-    elif not may_prune:
-        raise UserError(f"{folder} not found; run fit first, with the same --model.output")
-    _prune(pipeline, options, output, folder, device, wanted)
-    return _opened(folder, pipeline, device)
+    wanted: dict[str, Any] = {"pipeline": pipeline, **asdict(options)}
+    found = read_manifest(folder).get("request") or {} if (folder / FILE).exists() else None
+    if check is None:
+        if found is None:
+            raise UserError(f"{folder} not found; run fit first, with the same --model.output")
+        _refuse_difference(folder, found, wanted)
+        return _opened(folder, pipeline, device)
+    dense = load_pipeline(pipeline, device=device)
+    check(dense)
+    prompts = calibration_prompts(dense, options) if measures(options, None) else []
+    wanted |= {"content": component_hashes(dense), "prompts_sha256": _digest("\0".join(prompts).encode())}
+    if options.plan is not None:
+        wanted["plan_sha256"] = _digest(Path(options.plan).read_bytes()) if Path(options.plan).is_file() else None
+    if found is not None and not overwrite:
+        _refuse_difference(folder, found, wanted)
+    if found != wanted:
+        check_folder(folder, FILE, "a pruned pipeline", replace=True)
+        check_writable(folder)
+        _prune(dense, prompts, options, output, folder, wanted)
+        dense = load_pipeline(pipeline, dtype="float32", device=device)
+    return replace(_opened(folder, pipeline, device), dense_pipe=dense)
+
+
+def _as_given(given: Path | None, pipeline: str, device: str, check: Callable[[Any], None] | None) -> Start:
+    start = _opened(given, pipeline, device)
+    if check is None:
+        return start
+    dense = load_dense(start, device)
+    check(dense)
+    return replace(start, dense_pipe=dense)
+
+
+def load_dense(start: Start, device: str) -> Any:
+    """The dense pipeline that ``start`` was made of, float32.
+
+    Raises:
+        UserError: It is not what it was then.
+    """
+    dense = load_pipeline(start.dense, dtype="float32", device=device)
+    if start.folder is not None and (changed := _changed_since(start, dense)):
+        raise UserError(
+            f"{', '.join(changed)} of {start.dense} changed since {start.folder} was pruned from it, so it cannot be "
+            "its teacher; prune again, or bring back what was there"
+        )
+    return dense
+
+
+def dense_key(start: Start) -> Any:
+    """What is known of the dense denoiser's content without loading it."""
+    kept = (start.manifest.get("request") or {}).get("content")
+    return kept or (start.manifest.get("statistics") or {}).get("model") or start.content
+
+
+def _changed_since(start: Start, dense: Any) -> list[str]:
+    """Components of the dense pipeline that are not what ``start`` was made of, as far as its manifest tells."""
+    if kept := (start.manifest.get("request") or {}).get("content"):
+        now = component_hashes(dense)
+        return [name for name in now | kept if now.get(name) != kept.get(name)]
+    model = (start.manifest.get("statistics") or {}).get("model")
+    if model is None or start.manifest["dtype"] != "float32":  # then it was hashed in another dtype
+        return []
+    return [] if model_hash(denoiser_of(dense)) == model else [str(start.manifest["component"])]
 
 
 def _prune(
-    pipeline: str, options: PruningOptions, output: Path, folder: Path, device: str, request: Mapping[str, Any]
+    pipe: Any, prompts: list[str], options: PruningOptions, output: Path, folder: Path, request: Mapping[str, Any]
 ) -> None:
     """Calibrate and prune on all processes, and keep the result."""
-    pipe = load_pipeline(pipeline, device=device)
     wiring, plan = prepare(pipe, options)
-    prompts = calibration_prompts(pipe, options)
     store = output / STATISTICS if options.calibration.packages == 1 and measures(options, None) else None
     scan = output / SENSITIVITY if rule_of(options) == "measured" else None
     if rank() == 0:
@@ -101,14 +166,47 @@ def _prune(
 
 
 def _opened(folder: Path | None, pipeline: str, device: str) -> Start:
+    pipe = load_pipeline(folder or pipeline, dtype="float32", device=device)
+    content = component_hashes(pipe)
     if folder is None:
-        return Start(load_pipeline(pipeline, dtype="float32", device=device), None, dense=pipeline)
-    pipe = load_pipeline(folder, dtype="float32", device=device)
+        return Start(pipe, None, masks=_masks(pipe, {}), dense=pipeline, content=content)
     manifest = read_manifest(folder)
-    masks = {} if manifest["shrunk"] is not None else load_masks(folder / MASKS)
-    return Start(pipe, folder, manifest, masks, str(manifest.get("pipeline") or pipeline))
+    masks = _masks(pipe, {} if manifest["shrunk"] is not None else load_masks(folder / MASKS))
+    return Start(pipe, folder, manifest, masks, str(manifest.get("pipeline") or pipeline), content)
 
 
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    differing = [f"{key}: {found.get(key)} there, {now} now" for key, now in wanted.items() if found.get(key) != now]
-    return "; ".join(text if len(text) < 90 else text[:87] + "..." for text in differing)
+def _masks(pipe: Any, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of a run, and of layers that were pruned elsewhere or before: their zeros must not train back either."""
+    wiring = wire(denoiser_of(pipe))
+    found = {layer: wiring.weight(layer).detach().ne(0).cpu() for layer in zeroed_layers(wiring) if layer not in known}
+    if found:
+        rank_zero_warn(
+            f"{len(found)} layers, such as {next(iter(found))}, hold zeros that no mask of this run covers; they stay "
+            "zero in training"
+        )
+    return {**known, **found}
+
+
+def _refuse_difference(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    texts = []
+    for key, now in wanted.items():
+        then = found.get(key)
+        if then == now:
+            continue
+        if key == "content":
+            names = [name for name in now | (then or {}) if now.get(name) != (then or {}).get(name)]
+            texts.append(f"{', '.join(names)} of {wanted['pipeline']} changed since")
+        elif key.endswith("_sha256"):
+            texts.append(f"the content of the {key.removesuffix('_sha256')} changed since")
+        else:
+            text = f"{key}: {then} there, {now} now"
+            texts.append(text if len(text) < 90 else text[:87] + "...")
+    if texts:
+        raise UserError(
+            f"{folder} was pruned with other settings ({'; '.join(texts)}); use the same, another --model.output, or "
+            "--model.overwrite true"
+        )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,6 +1,6 @@
 import pytest
 
-from obsdiff.training.budget import Cost, calibration_cost, exhausted, fraction_used, step_flops
+from obsdiff.costs import Cost, calibration_cost, exhausted, fraction_used, step_flops
 
 MANIFEST = {
     "time_s": {"calibrate": 8.0, "allocate": 4.0, "solve": 2.0},

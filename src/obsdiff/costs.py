@@ -59,11 +59,23 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
     }
 
 
-def step_flops(student: int, teacher: int, jacobian: bool) -> float:
-    """Denoiser FLOPs of training on one image.
+def recording_cost(prompts: int, calls: int, rows: int, flops: int, wall_s: float, processes: int) -> Cost:
+    """What recording trajectories cost, also when it was done for an earlier run: it belongs to the method.
 
     Args:
-        student, teacher: FLOPs of one call of each with one image; teacher 0 if there is none.
+        prompts, calls: Trajectories, and the denoiser's calls in each.
+        rows: Rows per prompt in each call.
+        flops: FLOPs of one row.
+        wall_s, processes: Seconds it took, and how many waited for it.
+    """
+    return Cost(0, 0, prompts * calls * rows * flops, wall_s * processes, wall_s)
+
+
+def step_flops(student: int, teacher: int, jacobian: bool) -> float:
+    """Denoiser FLOPs of training on a batch.
+
+    Args:
+        student, teacher: FLOPs of one call of each with the batch; teacher 0 if there is none.
         jacobian: Second-order matching: the student's input gradient and its backward pass, and the teacher's.
     """
     plain = (1 + BACKWARD) * student + teacher

@@ -1,0 +1,105 @@
+"""What can be refused of a recovery before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from obsdiff.errors import UserError
+from obsdiff.pruning.options import EvaluationOptions
+from obsdiff.ranks import check_seed
+from obsdiff.training.options import Objective, Optimization, Trained
+
+SCHEDULES = ("cosine", "constant")
+
+
+def check(holds: bool, name: str, value: object, wanted: str) -> None:
+    """Refuse the ``value`` of the option ``name`` unless it ``holds`` (a comparison, so that NaN never does).
+
+    Raises:
+        UserError: Saying what is ``wanted``.
+    """
+    if not holds:
+        raise UserError(f"{name} is {value}; it must be {wanted}")
+
+
+def check_objective(objective: Objective) -> dict[str, float]:
+    """The weights that are not zero.
+
+    Raises:
+        UserError: There is none, or one is negative or not finite.
+    """
+    weights = {name: float(weight) for name, weight in vars(objective).items() if weight}
+    if not weights or not all(0 < weight < math.inf for weight in weights.values()):
+        raise UserError(
+            "model.objective needs at least one positive weight, none negative, all finite, not "
+            + ", ".join(f"{name}: {weight:g}" for name, weight in vars(objective).items())
+        )
+    return weights
+
+
+def check_trained(trained: Trained) -> None:
+    """Refuse a LoRA that cannot be.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    if (rank := trained.lora_rank) is not None:
+        check(rank >= 1, "model.trained.lora_rank", rank, "at least 1, or left out to train the weights themselves")
+    check(0 < trained.lora_alpha < math.inf, "model.trained.lora_alpha", trained.lora_alpha, "a positive number")
+
+
+def check_optimization(options: Optimization) -> None:
+    """Refuse what AdamW or its schedule cannot do.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    where = "model.optimization"
+    check(0 < options.lr < math.inf, f"{where}.lr", options.lr, "a positive number")
+    check(0 <= options.weight_decay < math.inf, f"{where}.weight_decay", options.weight_decay, "0 or a positive number")
+    betas = tuple(options.betas)
+    fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    check(fits, f"{where}.betas", list(betas), "two numbers, at least 0 and below 1")
+    check(options.warmup_steps >= 0, f"{where}.warmup_steps", options.warmup_steps, "at least 0")
+    if options.schedule not in SCHEDULES:
+        raise UserError(f"unknown schedule {options.schedule!r}; choose {' or '.join(SCHEDULES)}")
+
+
+def check_evaluation(options: EvaluationOptions) -> None:
+    """Refuse an evaluation that cannot be drawn.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    where = "model.evaluation"
+    check(options.num_images >= 0, f"{where}.num_images", options.num_images, "at least 0 (0: no evaluation)")
+    check(options.batch_size >= 1, f"{where}.batch_size", options.batch_size, "at least 1")
+    check_seed(options.seed, f"{where}.seed")
+    check_seed(options.seed + options.num_images, f"{where}.seed + num_images")
+
+
+def check_trainer(trainer: Any, weights: Mapping[str, float]) -> None:
+    """Refuse a trainer that would prune and then train nothing.
+
+    Args:
+        trainer: Lightning's, with its data module.
+        weights: Of the losses.
+
+    Raises:
+        UserError: Naming what stops it.
+    """
+    if trainer.state.fn != "fit":
+        return
+    found = {name: getattr(trainer, name) for name in ("max_steps", "max_epochs", "limit_train_batches")}
+    for name, limit in found.items():
+        if limit == 0:
+            raise UserError(f"trainer.{name} is {limit}, so nothing would be trained; it must be positive")
+    if "denoise" in weights and hasattr(trainer.datamodule, "trajectories"):
+        raise UserError(
+            "objective denoise needs images, and "
+            f"{type(trainer.datamodule).__name__} has none; choose another data module, or distil alone"
+        )
+    batch_size = getattr(trainer.datamodule, "batch_size", 1)
+    check(not isinstance(batch_size, int) or batch_size >= 1, "data.batch_size", batch_size, "at least 1")

@@ -1,0 +1,167 @@
+"""Whether data fit a model, before anything is pruned: both numbers are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from obsdiff.data.prompts import load_prompts
+from obsdiff.errors import UserError
+from obsdiff.evaluation.digits import digit_of_prompt
+from obsdiff.evaluation.flops import latent_size
+from obsdiff.evaluation.sampling import cycle_prompts
+from obsdiff.models.content import component_hashes
+from obsdiff.models.info import call_arguments, info_of
+from obsdiff.models.schedules import noising_of_pipeline
+from obsdiff.models.wiring import denoiser_of
+from obsdiff.pruning.options import EvaluationOptions
+from obsdiff.pruning.record import Trajectories
+
+NOT_SEEN = ("vae", "feature_extractor", "image_encoder")  # by what records a denoiser's inputs
+
+
+def recording_of(trainer: Any) -> Trajectories | None:
+    """The trajectories that the trainer's data module draws from, if it does."""
+    return getattr(trainer.datamodule, "trajectories", None)
+
+
+def check_data(dense: Any, data: Any) -> None:
+    """Refuse data that the model cannot be trained on, as far as the data module says what it holds; what it does not
+    say is checked when the first batch comes.
+
+    Args:
+        dense: The dense pipeline.
+        data: The data module, set up, or None.
+
+    Raises:
+        UserError: Naming both numbers.
+    """
+    what, size = getattr(data, "source", None) or type(data).__name__, latent_size(dense, call_arguments(dense))
+    if (recording := getattr(data, "trajectories", None)) is not None:
+        check_trajectories(dense, recording, f"the recording in {getattr(data, 'folder', what)}")
+        size = (int(recording.latents.shape[-2]), int(recording.latents.shape[-1]))
+    if (shape := getattr(data, "image_shape", None)) is not None:
+        check_images(dense, shape, str(what))
+        size = (int(shape[-2]) // vae_factor(dense), int(shape[-1]) // vae_factor(dense))
+    noising_of_pipeline(dense, size)
+
+
+def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
+    """The evaluation's prompts, one per image; none for no images.
+
+    Raises:
+        UserError: There are none to be found, or they cannot be measured.
+    """
+    info = info_of(pipe)
+    if options.num_images < 1:
+        return []
+    source = options.prompts or info.prompts.get("evaluation")
+    if source is None:
+        raise UserError("give --model.evaluation.prompts, or --model.evaluation.num_images 0 for no evaluation")
+    prompts = cycle_prompts(load_prompts(source, options.column), options.num_images)
+    check_measurable(prompts, info.alignment)
+    return prompts
+
+
+def check_images(pipe: Any, shape: Sequence[int], what: str) -> None:
+    """Refuse images (channels, height, width) that the autoencoder or the denoiser cannot take.
+
+    Raises:
+        UserError: Naming both numbers.
+    """
+    channels, height, width = (int(size) for size in shape)
+    config, denoiser = pipe.vae.config, cast(Any, denoiser_of(pipe)).config
+    if channels != config.in_channels:
+        raise UserError(
+            f"{what} has images of {channels} channels, the autoencoder of {info_of(pipe).source} takes "
+            f"{config.in_channels}"
+        )
+    factor = vae_factor(pipe)
+    patch = int(denoiser.get("patch_size") or 1)
+    for side in (height, width):
+        if side % (factor * patch):
+            raise UserError(
+                f"{what} has images of {height} x {width} pixels, but {info_of(pipe).source} takes multiples of "
+                f"{factor * patch} ({factor} per latent, {patch} latents per patch)"
+            )
+    check_latents(pipe, (int(denoiser.in_channels), height // factor, width // factor), what)
+
+
+def check_latents(pipe: Any, shape: Sequence[int], what: str) -> None:
+    """Refuse latents (channels, height, width) that the denoiser cannot take.
+
+    Raises:
+        UserError: Naming both numbers.
+    """
+    config: Any = denoiser_of(pipe).config
+    source, (channels, *sides) = info_of(pipe).source, (int(size) for size in shape)
+    if channels != config.in_channels:
+        raise UserError(
+            f"{what} has latents of {channels} channels, the denoiser of {source} takes {config.in_channels}"
+        )
+    patch, table = int(config.get("patch_size") or 1), config.get("pos_embed_max_size")
+    for side in sides:
+        if side % patch:
+            raise UserError(f"{what} has latents of {' x '.join(map(str, sides))}, {source} takes multiples of {patch}")
+        if table is not None and side // patch > table:
+            raise UserError(
+                f"{what} has latents of {' x '.join(map(str, sides))}, {side // patch} patches a side; the position "
+                f"table of {source} ends at {table}"
+            )
+
+
+def check_embeds(pipe: Any, embeds: Mapping[str, Any], what: str) -> None:
+    """Refuse embeds whose width is not what the denoiser takes.
+
+    Raises:
+        UserError: Naming both numbers.
+    """
+    config: Any = denoiser_of(pipe).config
+    for name, key in (("prompt_embeds", "joint_attention_dim"), ("pooled_prompt_embeds", "pooled_projection_dim")):
+        width = config.get(key)
+        if name in embeds and width is not None and embeds[name].shape[-1] != width:
+            raise UserError(
+                f"{what} has {name} of width {embeds[name].shape[-1]}, "
+                f"the denoiser of {info_of(pipe).source} takes {width}"
+            )
+
+
+def check_trajectories(pipe: Any, found: Trajectories, what: str) -> None:
+    """Refuse trajectories that another pipeline drew.
+
+    Args:
+        pipe: The dense pipeline.
+        found: The recording.
+        what: What it is called in errors.
+
+    Raises:
+        UserError: Saying what differs.
+    """
+    check_latents(pipe, found.latents.shape[2:], what)
+    check_embeds(pipe, found.embeds, what)
+    now = component_hashes(pipe)
+    names = {*now, *found.content} - {*NOT_SEEN}
+    if different := sorted(name for name in names if now.get(name) != found.content.get(name)):
+        raise UserError(
+            f"{what} was recorded from {found.request.get('pipeline')}, whose {', '.join(different)} is not what "
+            f"{info_of(pipe).source} has now; delete it or name another folder"
+        )
+
+
+def check_measurable(prompts: Iterable[str], alignment: str | None) -> None:
+    """Refuse evaluation prompts that cannot be measured.
+
+    Raises:
+        UserError: Alignment is by digits, and one names none.
+    """
+    for prompt in prompts:
+        if alignment == "digits" and digit_of_prompt(prompt) is None:
+            raise UserError(
+                f"cannot measure alignment: evaluation prompt {prompt!r} names no digit (zero to nine); give other "
+                "--model.evaluation.prompts"
+            )
+
+
+def vae_factor(pipe: Any) -> int:
+    """Pixels per latent."""
+    return int(getattr(pipe, "vae_scale_factor", 8))

@@ -1,0 +1,75 @@
+"""From a batch of any data module to what a denoiser is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obsdiff.diffusion.noising import Noising
+from obsdiff.errors import UserError
+from obsdiff.models.calling import drop_prompts, encode_images
+from obsdiff.models.schedules import noising_of_pipeline
+from obsdiff.training.fits import check_embeds, check_images, check_latents
+
+
+@dataclass
+class Inputs:
+    """Makes batches into latents, times, embeds and targets.
+
+    Attributes:
+        pipe: Whose autoencoder and noise they are for.
+        encode: Prompts to embeds.
+        prompt_dropout: Share of prompts replaced by the negative one.
+    """
+
+    pipe: Any
+    encode: Callable[[list[str]], dict[str, Tensor]]
+    prompt_dropout: float
+    _noising: dict[tuple[int, int], Noising] = field(default_factory=dict)
+    _fit: set[tuple[int, ...]] = field(default_factory=set)
+
+    def noising(self, latents: Tensor) -> Noising:
+        """The noise process for latents (n, c, h, w) of this size."""
+        size = (int(latents.shape[-2]), int(latents.shape[-1]))
+        if size not in self._noising:
+            self._noising[size] = noising_of_pipeline(self.pipe, size)
+        return self._noising[size]
+
+    def __call__(
+        self, batch: Mapping[str, Any], generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
+        """Latents, times and embeds for the denoiser, and what it should answer if the batch holds images.
+
+        Raises:
+            UserError: The batch holds neither images nor trajectories, or none that fit the model.
+        """
+        if "latents" in batch:
+            latents, times, embeds, target = batch["latents"], batch["time"], batch["embeds"], None
+            self._check(latents, lambda shape: check_latents(self.pipe, shape, "a training batch"))
+            check_embeds(self.pipe, embeds, "a training batch")
+        elif "image" in batch:
+            self._check(batch["image"], lambda shape: check_images(self.pipe, shape, "a training batch"))
+            clean = encode_images(self.pipe, batch["image"].to(device), generator)
+            noise = torch.randn(clean.shape, generator=generator).to(clean)
+            noising = self.noising(clean)
+            times = noising.draw(len(clean), generator).to(clean.device)
+            latents, target = noising.add_noise(clean, noise, times), noising.target(clean, noise, times)
+            encoded = self.encode(list(batch["prompt"]))
+            embeds = {name: tensor.to(device) for name, tensor in encoded.items()}
+        else:
+            raise UserError(
+                f"a training batch needs image and prompt, or latents, time, embeds; it has {sorted(batch)}"
+            )
+        dropped = torch.rand(len(latents), generator=generator) < self.prompt_dropout
+        return latents, times, drop_prompts(embeds, dropped), target
+
+    def _check(self, tensor: Tensor, check: Callable[[tuple[int, ...]], None]) -> None:
+        """Data modules that say nothing of their images are checked when the first of a shape comes."""
+        shape = tuple(tensor.shape[1:])
+        if shape not in self._fit:
+            check(shape)
+            self._fit.add(shape)

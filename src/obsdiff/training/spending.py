@@ -1,0 +1,52 @@
+"""What a recovery spends before it trains: pruning, and recording what it trains on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from obsdiff.allocation.stage import measures
+from obsdiff.costs import Cost, calibration_cost, recording_cost
+from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
+from obsdiff.models.calling import NEGATIVE
+from obsdiff.models.info import call_arguments
+from obsdiff.models.wiring import denoiser_of
+from obsdiff.pruning.options import PruningOptions
+from obsdiff.pruning.record import Trajectories
+from obsdiff.ranks import world_size
+from obsdiff.training.stage import Start
+
+
+def costs_before(start: Start, flops: int, recording: Trajectories | None) -> dict[str, Cost]:
+    """By stage, what was spent when training begins.
+
+    Args:
+        start: The pruned pipeline, with the dense one.
+        flops: FLOPs of one dense denoiser call with one image, as in the calibration.
+        recording: What is trained on, if that was recorded.
+    """
+    costs = calibration_cost(start.manifest, flops, world_size())
+    return costs | ({} if recording is None else {"recording": _recorded(start.dense_pipe, recording)})
+
+
+def expected_costs(dense: Any, options: PruningOptions | None, recording: Trajectories | None) -> dict[str, Cost]:
+    """The least that will be spent when training begins, as far as it is known before pruning: calls, not seconds."""
+    costs = {}
+    if options is not None and measures(options, None):
+        settings = options.calibration
+        call = call_arguments(dense, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
+        request = {
+            "num_prompts": settings.num_prompts,
+            "steps": call.get("num_inference_steps"),
+            "guidance_scale": call.get("guidance_scale"),
+        }
+        flops = denoiser_flops(dense, call_arguments(dense))
+        costs = calibration_cost({"packages": settings.packages, "statistics": request}, flops, world_size())
+    return costs | ({} if recording is None else {"recording": _recorded(dense, recording)})
+
+
+def _recorded(dense: Any, recording: Trajectories) -> Cost:
+    latents = recording.latents
+    embeds = {name: t[:1] for name, t in recording.embeds.items() if not name.startswith(NEGATIVE)}
+    flops = FlopCounts(denoiser_of(dense))(latents[:1, 0], embeds)
+    count, calls = latents.shape[:2]
+    return recording_cost(count, calls, recording.rows, flops, recording.time_s, recording.processes)
