@@ -176,7 +176,7 @@ def _opened(folder: Path | None, pipeline: str, device: str) -> Start:
 
 
 def _masks(pipe: Any, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks of a run, and of layers that were pruned elsewhere or before: their zeros must not train back either."""
+    """The masks of a run, and of layers pruned elsewhere or before: their zeros must not train back either."""
     wiring = wire(denoiser_of(pipe))
     found = {layer: wiring.weight(layer).detach().ne(0).cpu() for layer in zeroed_layers(wiring) if layer not in known}
     if found:
