@@ -16,7 +16,7 @@ SOURCES = {
     "obsdiff.data": ROOT / "data",
 }
 RANKS = [
-    {"errors", "files", "versions", "progress", "memory", "ranks"},
+    {"errors", "files", "versions", "progress", "memory", "ranks", "yamlfiles", "names", "paths", "devices"},
     {"obs", "criteria", "diffusion"},
     {"models"},
     {"pruning", "evaluation"},

@@ -13,6 +13,7 @@ from obsdiff.models.info import INFO_FILE, info_of
 from obsdiff.models.loading import open_pipeline, to_device
 from obsdiff.models.register import LIBRARY
 from obsdiff.models.wiring import denoiser_of, shrunk_of, wire
+from obsdiff.paths import user_path
 from obsdiff.pruning import planfile
 from obsdiff.pruning.manifest import FILE, manifest_of, read_manifest
 from obsdiff.pruning.masks import broken_masks, load_masks, save_masks
@@ -109,7 +110,7 @@ def load_pipeline(source: Any, *, dtype: str | None = None, device: str = "cpu")
 
 def run_folder(source: str | Path) -> Path | None:
     """The folder of the prune run that ``source`` (it, or its ``pipeline/``) names; None if it is none."""
-    path = Path(source)
+    path = user_path(source, "pipeline")
     for folder in (path, path.parent):
         if path.is_dir() and (folder / FILE).is_file() and (folder / PIPELINE).is_dir():
             return folder

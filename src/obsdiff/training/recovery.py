@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -22,7 +21,9 @@ from obsdiff.evaluation.sampling import cycle_prompts, sample
 from obsdiff.models.calling import PromptEncoder, drop_prompts, encode_images, noising_of_pipeline
 from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments, info_of
+from obsdiff.models.loading import check_source
 from obsdiff.models.wiring import denoiser_of
+from obsdiff.paths import user_path
 from obsdiff.pruning.folder import load_pipeline
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
 from obsdiff.ranks import from_all, full_tensor, keyed_generator, rank, world_size
@@ -74,7 +75,8 @@ class Recovery(lightning.LightningModule):
         overwrite: bool = False,
     ) -> None:
         super().__init__()
-        self.pipeline, self.output, self.pruning = pipeline, Path(output), pruning
+        self.pipeline, self.pruning = check_source(pipeline, "model.pipeline"), pruning
+        self.output = user_path(output, "model.output")
         self.weights = check_objective(objective or Objective(distill_output=1.0))
         self.trained, self.optimization = trained or Trained(), optimization or Optimization()
         self.evaluation = evaluation or EvaluationOptions()
