@@ -7,7 +7,7 @@ import torch
 
 import obsdiff
 from obsdiff.allocation.allocate import allocate
-from obsdiff.allocation.budget import Budget, parse_budget
+from obsdiff.allocation.request import Budget, parse_budget
 from obsdiff.allocation.units import removed
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.info import call_arguments

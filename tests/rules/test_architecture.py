@@ -16,7 +16,7 @@ SOURCES = {
     "obsdiff.data": ROOT / "data",
 }
 RANKS = [
-    {"errors", "files", "versions", "progress", "memory", "ranks", "costs"},
+    {"errors", "files", "versions", "progress", "memory", "ranks", "costs", "yamlfiles", "names", "paths", "devices"},
     {"obs", "criteria", "diffusion"},
     {"models"},
     {"pruning", "evaluation"},

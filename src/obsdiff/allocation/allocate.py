@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.allocation.assemble import achieved_share, plan_of, settle, table_cost
-from obsdiff.allocation.budget import Budget, Costs, costs_of, module_parameters, parse_budget
+from obsdiff.allocation.budget import Costs, costs_of, module_parameters
 from obsdiff.allocation.clock import Clock, Trial, new_process, time_calls
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
@@ -17,6 +17,7 @@ from obsdiff.allocation.knapsack import Infeasible, choose
 from obsdiff.allocation.latency import Share, latency_costs, meet_on_the_clock, shared_clock
 from obsdiff.allocation.owl import owl_offsets
 from obsdiff.allocation.probe import Probe, record_probe
+from obsdiff.allocation.request import Budget, check_scan, parse_budget
 from obsdiff.allocation.scan import Sensitivity, passes_needed, scan
 from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.times import Times, open_times
@@ -26,6 +27,7 @@ from obsdiff.models.checks import check_layers
 from obsdiff.models.conditioning import Conditioning, encode_prompts, segment_lengths
 from obsdiff.models.content import denoiser_hash
 from obsdiff.models.wiring import Wiring, denoiser_of, wire
+from obsdiff.names import ALLOCATIONS
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.options import Limits, ScanOptions
@@ -33,7 +35,6 @@ from obsdiff.pruning.plan import Plan, kept_groups, make_plan
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics, check_measured_on
 
-RULES = ("uniform", "measured", "owl")
 TRIPLES = 160
 CHECKS = 3  # passes of the probe that compare the plan and the uniform one with the dense outputs
 MOST_PASSES = 12.0  # cost of a scan that chooses its own number of triples, in bare passes over the calibration set
@@ -242,15 +243,9 @@ def check_request(rule: str, scanning: ScanOptions) -> None:
     Raises:
         UserError: An unknown rule, or impossible scan options.
     """
-    if rule not in RULES:
-        raise UserError(f"unknown allocation {rule!r}; choose one of {', '.join(RULES)}")
-    if scanning.triples is not None and scanning.triples < 1:
-        raise UserError(f"scan.triples is {scanning.triples}; it must be at least 1")
-    for level in scanning.levels or ():
-        if not 0 < level < 1:
-            raise UserError(f"scan.levels holds {level:g}; levels are shares removed, above 0 and below 1")
-    if scanning.levels is not None and not scanning.levels:
-        raise UserError("scan.levels is empty; give at least one share, or leave it out")
+    if rule not in ALLOCATIONS:
+        raise UserError(f"unknown allocation {rule!r}; choose one of {', '.join(ALLOCATIONS)}")
+    check_scan(scanning)
 
 
 def settings_of(statistics: Statistics, batch_size: int) -> Settings:

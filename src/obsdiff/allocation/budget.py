@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops, shrunk_flops
 from obsdiff.models.wiring import WiredGroups, Wiring
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.pruning.plan import kept_groups
-
-KINDS = ("sparsity", "parameters", "flops", "latency")
-_SYNTAX = "use sparsity:0.5 (share removed), parameters:0.7, flops:0.7 or latency:0.7 (share that stays)"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may stay.
-
-    Attributes:
-        kind: "sparsity", "parameters", "flops" or "latency".
-        share: Of the dense denoiser, in (0, 1]: for "sparsity" the share of the planned layers' weights (structured:
-            of the denoiser's parameters) that goes, for the others the share that stays.
-    """
-
-    kind: str
-    share: float
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.share:.10g}"
 
 
 @dataclass(frozen=True)
@@ -50,24 +30,6 @@ class Costs:
     options: list[list[float]]
     dense: float
     limit: float
-
-
-def parse_budget(text: str) -> Budget:
-    """The budget that ``text`` names, such as "parameters:0.7".
-
-    Raises:
-        UserError: It names none, or a share out of range.
-    """
-    match = re.fullmatch(r"(\w+):([0-9.eE+-]+)", str(text).strip())
-    if match is None or match[1] not in KINDS:
-        raise UserError(f"unknown budget {text!r}; {_SYNTAX}")
-    try:
-        share = float(match[2])
-    except ValueError:
-        raise UserError(f"cannot read {match[2]!r} as a number in budget {text!r}; {_SYNTAX}") from None
-    if not (0 <= share < 1 if match[1] == "sparsity" else 0 < share <= 1):
-        raise UserError(f"budget {text!r} is out of range; {_SYNTAX}")
-    return Budget(match[1], share)
 
 
 def costs_of(pipe: Any, wiring: Wiring, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:

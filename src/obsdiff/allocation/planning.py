@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.allocation.allocate import check_request, triples_of
-from obsdiff.allocation.budget import parse_budget
+from obsdiff.allocation.request import check_values
 from obsdiff.allocation.scan import passes_needed
 from obsdiff.allocation.units import make_units
 from obsdiff.criteria import find_method
@@ -52,12 +52,11 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
     Raises:
         UserError: The request cannot be met.
     """
+    check_values(options)
     pattern = parse_pattern(options.pattern) if options.plan is None else parse_plan(options.plan)[0].pattern
     check_solving(pattern, solve_options(options), options.calibration.packages)
     rule, packages = rule_of(options), options.calibration.packages
     check_request(rule, options.scan)
-    if options.budget is not None:
-        parse_budget(options.budget)
     if packages > 1 and statistics is not None:
         raise UserError(
             "several packages calibrate with earlier layers pruned, which a statistics folder cannot hold; "

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from obsdiff.cli.early import check_bench
 from obsdiff.cli.options import BenchOptions, BenchScanOptions, BenchTrainOptions
 from obsdiff.cli.parse import clear_errors, fail, parse_options
 
@@ -27,8 +28,10 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if args[:1] != ["prune"]:
         fail("obsdiff bench", f"say what to measure: {USAGE}")
-    options = parse_options(BenchOptions, "obsdiff bench prune", args[1:])
     with clear_errors("obsdiff bench prune"):
+        options = parse_options(BenchOptions, "obsdiff bench prune", args[1:])
+        check_bench(options)
+
         from obsdiff.evaluation.bench import bench_prune
 
         preset = _preset(options, options.preset)
@@ -47,8 +50,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _train(args: Sequence[str]) -> None:
-    options = parse_options(BenchTrainOptions, "obsdiff bench train", args)
     with clear_errors("obsdiff bench train"):
+        options = parse_options(BenchTrainOptions, "obsdiff bench train", args)
         import logging
         import warnings
 
@@ -68,9 +71,12 @@ def _train(args: Sequence[str]) -> None:
 
 
 def _scan(args: Sequence[str]) -> None:
-    options = parse_options(BenchScanOptions, "obsdiff bench scan", args)
     with clear_errors("obsdiff bench scan"):
+        options = parse_options(BenchScanOptions, "obsdiff bench scan", args)
+        check_bench(options)
+
         from obsdiff.allocation.bench import bench_scan, workload_of
+        from obsdiff.devices import choose_device
         from obsdiff.errors import UserError
         from obsdiff.evaluation.bench import build
 
@@ -83,7 +89,8 @@ def _scan(args: Sequence[str]) -> None:
             preset = _preset(options, name)
             pipe, conditioning = build(preset)
         else:
-            pipe, conditioning, preset = workload_of(name, **_given(options))
+            given = {**_given(options), "device": choose_device(options.device)}
+            pipe, conditioning, preset = workload_of(name, **given)
         found = bench_scan(
             name, pipe, conditioning, preset, options.pattern, options.method, options.triples, options.plans
         )
@@ -94,9 +101,12 @@ def _preset(options: BenchOptions | BenchScanOptions, name: str) -> Any:
     """The preset with what the options change."""
     from dataclasses import replace
 
+    from obsdiff.devices import choose_device
     from obsdiff.evaluation.bench import find_preset
 
-    return replace(find_preset(name), **_given(options))
+    preset = replace(find_preset(name), **_given(options))
+    choose_device(preset.device)
+    return preset
 
 
 def _given(options: BenchOptions | BenchScanOptions) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from obsdiff.cli.explain import nearest
+
 COMMANDS = {
     "prune": ("obsdiff.cli.prune", "prune a pipeline in one shot and measure the result"),
     "train": ("obsdiff.cli.train", "train with Lightning: fit, validate, test, predict"),
@@ -42,6 +44,7 @@ def main(args: list[str] | None = None) -> None:
         print(versions()["obsdiff"])
         return
     if args[0] not in COMMANDS:
-        print(f"obsdiff: unknown command {args[0]!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = nearest(args[0], COMMANDS)
+        print(f"obsdiff: unknown command {args[0][:80]!r}; choose one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         sys.exit(2)
     import_module(COMMANDS[args[0]][0]).main(args[1:])

@@ -16,7 +16,7 @@ class SampleOptions:
         seed: Noise seed of the first image; the others count up.
         steps: Denoising steps; default: the pipeline's own.
         guidance_scale: Classifier-free guidance; default: the pipeline's own.
-        device: Such as cpu or cuda.
+        device: cpu, cuda, cuda:NUMBER or mps; default: what is there, in the order cuda, mps, cpu.
         dtype: float32, bfloat16 or float16.
         overwrite: Replace existing files.
     """
@@ -27,7 +27,7 @@ class SampleOptions:
     seed: int = 0
     steps: int | None = None
     guidance_scale: float | None = None
-    device: str = "cpu"
+    device: str | None = None
     dtype: str | None = None
     overwrite: bool = False
 
@@ -85,7 +85,7 @@ class BenchScanOptions:
         method: As for prune.
         triples: Recorded calls to measure on; default: as for prune.
         plans: Random plans whose predicted and measured errors are compared.
-        device: Such as cpu or cuda; default: the preset's, or cpu.
+        device: cpu, cuda or cuda:NUMBER; default: the preset's; of a pipeline cuda if there is one, else cpu.
         dtype: Default: the preset's, or as the pipeline was saved.
         num_prompts: Default: the preset's, or 100.
         steps: Default: the preset's or the pipeline's.

@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+from obsdiff.cli.explain import explain, squeezed
 from obsdiff.errors import UserError
+from obsdiff.paths import user_path
+from obsdiff.yamlfiles import read_yaml, use_core_schema
 
 T = TypeVar("T")
 
 
-def parse_options(kind: type[T], program: str, args: Sequence[str] | None, positional: bool = False) -> T:
+class OneLine:
+    """For parsers of jsonargparse: complaints are one line in plain words."""
+
+    program = "obsdiff"
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Leave with exit code 2, or raise where a parser inside another one failed."""
+        parser: Any = self
+        if not parser.exit_on_error:
+            super().error(message, ex)  # type: ignore[misc]  # of the parser that this is mixed into
+        if ex is not None and (found := user_error_in(ex)) is not None:
+            fail(self.program, one_line(found))
+        actions = [action for action in parser._actions if action.option_strings]
+        several = [
+            action.dest for action in actions if re.search(r"list|Sequence|Mapping|dict|tuple", _kind_of(action))
+        ]
+        fail(self.program, explain(message, [action.dest for action in actions], several))
+
+
+def _kind_of(action: Any) -> str:
+    return str(getattr(action, "_typehint", ""))
+
+
+def parse_options(
+    kind: type[T], program: str, args: Sequence[str] | None, positional: bool = False, example: str = ""
+) -> T:
     """An instance of the dataclass ``kind`` from ``args``, over the YAML of ``--config``.
 
     Args:
@@ -22,50 +53,173 @@ def parse_options(kind: type[T], program: str, args: Sequence[str] | None, posit
         program: Such as "obsdiff prune".
         args: Command line without the program; None takes sys.argv.
         positional: A first argument without a name is the dataclass's first field.
+        example: Command lines that the help begins with.
     """
     from dataclasses import fields
 
     from jsonargparse import ArgumentParser
 
-    class OneLineParser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            fail(program, f"{' '.join(str(message).split())} (see {program} --help)")
+    class Parser(OneLine, ArgumentParser):
+        pass
 
+    use_core_schema()
     given = list(sys.argv[1:] if args is None else args)
     if positional and given and not given[0].startswith("-"):
         given[:1] = [f"--{fields(kind)[0].name}", given[0]]  # type: ignore[arg-type]  # every kind is a dataclass
-    parser = OneLineParser(prog=program, description=kind.__doc__.splitlines()[0] if kind.__doc__ else None)
+    summary = kind.__doc__.splitlines()[0] if kind.__doc__ else None
+    usage = f"{program} [--config FILE] [--OPTION VALUE ...]" + (f"\n\n{example}" if example else "")
+    parser = Parser(prog=program, usage=usage, description=summary, allow_abbrev=False)
+    parser.program = program
     parser.add_argument("--config", action="config", help="YAML file with the same keys")
     parser.add_class_arguments(kind)
-    _check_config_files(given, program)
-    config = parser.parse_args(given)
-    values: Any = parser.instantiate_classes(config)
+    try:
+        check_config_files(given)
+    except UserError as error:
+        fail(program, one_line(error))
+    values: Any = parser.instantiate(parser.parse_args(given))
     return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]  # as above
 
 
-def _check_config_files(args: Sequence[str], program: str) -> None:
+def check_config_files(args: Sequence[str]) -> None:
+    """Read the files that ``--config`` names before anything slow happens.
+
+    Raises:
+        UserError: One is missing, or holds no keys with values.
+    """
     for flag, value in zip(args, [*args[1:], ""], strict=False):
-        path = value if flag == "--config" else flag.partition("=")[2] if flag.startswith("--config=") else None
-        if path is not None and not Path(path).is_file():
-            fail(program, f"config file {path!r} not found")
+        path = value if flag in ("--config", "-c") else flag.partition("=")[2] if flag.startswith("--config=") else None
+        if path is not None and "://" not in path:
+            if not user_path(path, "--config").exists():
+                raise UserError(f"config file {path[:300]!r} not found")
+            read_yaml(path, "config")
 
 
-def fail(program: str, message: str) -> NoReturn:
-    """Print one line and leave with exit code 2."""
+def fail(program: str, message: str, code: int = 2) -> NoReturn:
+    """Print one line and leave with an exit code."""
     print(f"{program}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
+
+
+@dataclass
+class Session:
+    """A command that runs.
+
+    Attributes:
+        kept: Says, when it is interrupted, what is kept and how to go on.
+    """
+
+    kept: Callable[[], str] | None = None
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 @contextmanager
-def clear_errors(program: str) -> Iterator[None]:
-    """Turn a :class:`UserError` into one line and exit code 2; anything else is a defect and keeps its traceback."""
+def clear_errors(program: str) -> Iterator[Session]:
+    """Turn what the user can mend into one line and exit code 2, and Ctrl-C (or SIGTERM) into one line and exit code
+    130 (143). Anything else is a defect and keeps its traceback.
+
+    A :class:`UserError` counts wherever it was raised: in a constructor that a parser called, in a worker process.
+    """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    session = Session()
+    with _raised_on_sigterm():
+        try:
+            yield session
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except KeyboardInterrupt as stop:
+            _interrupted(program, stop, session)
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning leaves so, with 1
+                _interrupted(program, stop.__context__, session)
+            raise
+        except Exception as error:
+            if (message := _mendable(error)) is None:
+                raise
+            fail(program, message)
+
+
+@contextmanager
+def instantiating() -> Iterator[None]:
+    """While a parser makes the objects that its options name: what their constructors refuse is the user's to mend.
+
+    Raises:
+        UserError: A constructor raised it, or refused a value in its own way.
+    """
     try:
         yield
-    except UserError as error:
-        fail(program, " ".join(str(error).split()))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except Exception as error:
+        if (found := user_error_in(error)) is not None:
+            raise found from None
+        if isinstance(error, ValueError) and "Does not validate against" in str(error):
+            errors = re.findall(r"^ *- (?!Expected a)(.+)", str(error), re.MULTILINE)
+            raise UserError(squeezed(errors[0] if errors else error)) from None
+        if isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException":
+            raise UserError(squeezed(error)) from error
+        raise
+
+
+def _mendable(error: Exception) -> str | None:
+    """One line if the user can mend it, else None."""
+    if (found := user_error_in(error)) is not None:
+        return one_line(found)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{squeezed(error.filename)}: {error.strerror}"
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here
+        return squeezed(error)
+    return None
+
+
+def user_error_in(error: BaseException) -> Exception | None:
+    """The :class:`UserError` that ``error`` is, was raised from, or brings as text from another process."""
+    at: BaseException | None = error
+    seen: set[int] = set()
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        if isinstance(at, UserError):
+            return at
+        if type(at).__name__ in ("ProcessRaisedException", "RemoteError", "RemoteTraceback", "_RemoteTraceback"):
+            if found := _of_traceback(str(at)):
+                return UserError(found)
+        at = at.__cause__
+    return None
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, also of one that a worker process raised: that comes with the worker's traceback."""
+    text = str(error)
+    return " ".join((_of_traceback(text) or text).split())
+
+
+def _of_traceback(text: str) -> str:
+    found = re.findall(r"^(?:[\w.]+\.)?UserError: (.*(?:\n(?!Traceback|\s+File|$).*)*)", text, re.MULTILINE)
+    return str(found[-1]) if found and "Traceback (most recent call last)" in text else ""
+
+
+def _interrupted(program: str, stop: BaseException, session: Session) -> NoReturn:
+    kept = session.kept() if session.kept is not None else ""
+    terminated = isinstance(stop, Terminated)
+    what = "terminated" if terminated else "interrupted"
+    fail(program, f"{what}; {kept}" if kept else what, 143 if terminated else 130)
+
+
+@contextmanager
+def _raised_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises :class:`Terminated`, so that what Ctrl-C tidies up is tidied up."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from obsdiff.cli.early import checked_prune, kept
 from obsdiff.cli.parse import clear_errors, parse_options
 from obsdiff.pruning.options import PruneOptions
+
+PROGRAM = "obsdiff prune"
+EXAMPLE = """example: obsdiff prune --pipeline digits-sd3 --output outputs/digits --pattern unstructured:0.5
+required: --pipeline (a name, folder or hub id) and --output (a new folder)"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse, prune, print where the result is. Under ``torchrun`` the processes share the work."""
-    options = parse_options(PruneOptions, "obsdiff prune", args)
-    with clear_errors("obsdiff prune"):
+    with clear_errors(PROGRAM) as session:
+        options = checked_prune(parse_options(PruneOptions, PROGRAM, args, example=EXAMPLE))
+        session.kept = partial(kept, options.statistics, options.sensitivity, output=options.output)
+
+        from obsdiff.devices import choose_device
+
+        device = choose_device(options.device)
+
         from obsdiff.allocation.planning import check_options
         from obsdiff.export.places import check_places
         from obsdiff.export.report import summary
@@ -26,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
             None if options.statistics is None else Path(options.statistics),
             None if options.sensitivity is None else Path(options.sensitivity),
         )
-        with joined_processes(options.device) as device:
+        with joined_processes(device) as device:
             pipe = load_pipeline(options.pipeline, dtype=options.dtype, device=device)
             report = prune_run(pipe, options)
             if rank() == 0:

@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from obsdiff.cli.parse import clear_errors
+from obsdiff.cli.parse import OneLine, Session, clear_errors, instantiating
+from obsdiff.cli.train_arguments import check_arguments, last_checkpoint, usage
+from obsdiff.yamlfiles import use_core_schema
+
+PROGRAM = "obsdiff train"
 
 
 def main(args: list[str] | None = None) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``; see ``train.py fit --help``."""
-    with clear_errors("obsdiff train"):
-        command_line()(save_config_kwargs={"overwrite": True}, trainer_defaults={"num_sanity_val_steps": 0}, args=args)
+    with clear_errors(PROGRAM) as session:
+        check_arguments(sys.argv[1:] if args is None else args)  # cheap mistakes before costly imports
+        command_line(session)(
+            save_config_kwargs={"overwrite": True}, trainer_defaults={"num_sanity_val_steps": 0}, args=args
+        )
 
 
-def command_line() -> Any:
-    """Lightning's command line; a recovery gets what it needs (masks, budget, checkpoints, export) added."""
-    from lightning.pytorch.cli import LightningCLI
+def command_line(session: Session | None = None) -> Any:
+    """Lightning's command line; a recovery gets what it needs (masks, budget, checkpoints, export) added.
+
+    Args:
+        session: Is told what an interrupted run keeps.
+    """
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from obsdiff.callbacks.budget import Budget
     from obsdiff.callbacks.ema import EMA
     from obsdiff.training.recovery import Recovery
 
+    use_core_schema()
+
+    class Parser(OneLine, LightningArgumentParser):
+        program = PROGRAM
+
     class CommandLine(LightningCLI):
+        def init_parser(self, **kwargs: Any) -> Any:
+            self.parser_class = Parser
+            return super().init_parser(allow_abbrev=False, **kwargs)
+
+        def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+            super().setup_parser(*args, **kwargs)
+            self.parser.usage = usage()
+            for name, parser in getattr(self, "_subcommand_parsers", {}).items():
+                parser.usage = usage(name)
+
+        def _set_seed(self) -> None:
+            with instantiating():
+                super()._set_seed()
+
+        def instantiate_classes(self) -> None:
+            with instantiating():
+                super().instantiate_classes()
+
         def add_arguments_to_parser(self, parser: Any) -> None:
             parser.add_class_arguments(Budget, "budget")
             parser.add_subclass_arguments(EMA, "ema", required=False)
@@ -31,6 +67,8 @@ def command_line() -> Any:
             given = Given.of(self._get(self.config_init, "trainer", default={}))
             trainer = super().instantiate_trainer(**kwargs)
             if isinstance(self.model, Recovery):
+                if session is not None:
+                    session.kept = partial(last_checkpoint, self.model.output)
                 asked = self._get(self.config_init, "budget"), self._get(self.config_init, "ema")
                 found = [part for part in asked if part is not None]
                 complete(trainer, self.model, self.subcommand or "fit", found, given)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from obsdiff.devices import check_device_name, choose_device
 from obsdiff.errors import UserError
+from obsdiff.files import read_json
 from obsdiff.models.info import INFO_FILE, PipelineInfo, attach_info, read_info
 from obsdiff.models.register import register
+from obsdiff.names import DTYPES
+from obsdiff.paths import user_path
 
 EMBEDDED = ("digits-sd3",)
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def open_pipeline(
@@ -35,46 +41,126 @@ def open_pipeline(
     Raises:
         UserError: Nothing loadable is called so.
     """
+    check_loading(dtype, device)
+    folder = find_pipeline(source)
+    choose_device(device)
+    info = read_info(Path(folder))
+
     import torch
     from diffusers import DiffusionPipeline
 
     register()
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    folder = _resolve(str(source))
-    known = read_info(Path(folder))
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+        with _missing_weights() as missing:
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
     except Exception as error:  # diffusers, hub client and safetensors raise a dozen kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load pipeline {source}: {type(error).__name__}: {reason}") from error
     accepted = inspect.signature(type(pipe).__call__).parameters
-    if foreign := [name for name in known.get("call", {}) if name not in accepted]:
+    if foreign := [name for name in info.get("call", {}) if name not in accepted]:
         raise UserError(f"{Path(folder) / INFO_FILE}: {type(pipe).__name__} takes no {foreign[0]}; delete it there")
-    attach_info(pipe, PipelineInfo(name or str(source), **known, manifest=manifest))
+    missing += [
+        f"{component}: {name}"
+        for component, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, parameter in module.named_parameters()
+        if parameter.is_meta
+    ]
+    if missing:
+        raise UserError(
+            f"cannot load pipeline {source}: its files lack {len(missing)} weights, such as {missing[0]}; copy or "
+            "download it again"
+        )
+    attach_info(pipe, PipelineInfo(name or str(source), **info, manifest=manifest))
     pipe.set_progress_bar_config(disable=True)
     return to_device(pipe, device)
 
 
+def check_loading(dtype: str | None, device: str | None) -> None:
+    """Refuse names of dtypes and devices that are none, without importing torch.
+
+    Raises:
+        UserError: Naming the ones there are.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    check_device_name(device)
+
+
+@contextmanager
+def _missing_weights() -> Iterator[list[str]]:
+    """Collects the weights that transformers found in no file and filled with noise: it only logs them."""
+    missing: list[str] = []
+
+    class Reports(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
+            model = text.split(" ", 1)[0]
+            missing.extend(f"{model}: {name}" for name in re.findall(r"^(\S+)\s*\|\s*MISSING", text, re.MULTILINE))
+
+    logger, handler = logging.getLogger("transformers.modeling_utils"), Reports()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield missing
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
 def to_device(pipe: Any, device: str) -> Any:
     """Move a pipeline, with a clear error for devices that are not there."""
+    choose_device(device)
     try:
         return pipe.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot move the pipeline to device {device!r}: {reason}") from error
 
 
-def _resolve(source: str) -> str:
-    """The folder or hub id to load."""
+def check_source(source: str, option: str = "pipeline") -> str:
+    """The name of a pipeline, ``~`` filled in; refuses what is neither there nor a hub id, without importing torch.
+
+    Raises:
+        UserError: Nothing can be called so.
+    """
+    path = user_path(source, option)
+    if source not in EMBEDDED and not any((folder / "pruning.json").is_file() for folder in (path, path.parent)):
+        find_pipeline(str(path) if source.startswith("~") else source)
+    return str(path) if source.startswith("~") else source
+
+
+def _check_components(folder: Path) -> None:
+    """Every component that the index names has its folder: diffusers makes up a tokenizer that has none."""
+    index = read_json(folder / "model_index.json", "a pipeline's index")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str | list):
+        raise UserError(f"{folder / 'model_index.json'} is not a pipeline's index")
+    for name, value in index.items():
+        named = isinstance(value, list) and len(value) == 2 and value[1] is not None
+        if named and not name.startswith("_") and not (folder / name).is_dir():
+            raise UserError(f"{folder} lacks its {name}, which model_index.json names; copy or download it again")
+
+
+def find_pipeline(source: str | Path) -> str:
+    """The folder or hub id to load.
+
+    Raises:
+        UserError: ``source`` is neither, or the folder holds no pipeline.
+    """
+    source = str(source)
     if source in EMBEDDED:
         folder = files("obsdiff.data.assets").joinpath(source)
         return str(folder)
-    path = Path(source)
+    path = user_path(source, "pipeline")
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise UserError(f"{source} is a folder without model_index.json; give a diffusers pipeline folder")
-        return source
-    looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+        _check_components(path)
+        return str(path)
+    looks_like_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None and not path.exists()
     if not looks_like_hub_id:
         raise UserError(
             f"unknown pipeline {source!r}; give an embedded name ({', '.join(EMBEDDED)}), a folder, or a hub id "

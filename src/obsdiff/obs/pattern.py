@@ -109,7 +109,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     if isinstance(text, Unstructured | NM | Structured):
         return text
     text = str(text).strip()
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
+    if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
         return NM(int(match[1]), int(match[2]))
     kind, _, value = text.partition(":")
     if kind == "unstructured" and value:
@@ -119,7 +119,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
             ratio = _number(value, text)
             return Structured(ratio, ratio)
         return _parse_structured(value, text)
-    raise UserError(f"unknown pattern {text!r}; {_SYNTAX}")
+    raise UserError(f"unknown pattern {text[:80]!r}; {_SYNTAX}")
 
 
 def _parse_structured(value: str, text: str) -> Structured:
@@ -130,7 +130,7 @@ def _parse_structured(value: str, text: str) -> Structured:
             raise UserError(f"cannot read {part!r} in pattern {text!r}; {_SYNTAX}")
         fields[key] = _number(number, text)
     multiple = fields.get("multiple_of")
-    if multiple is not None and multiple != int(multiple):
+    if multiple is not None and not float(multiple).is_integer():
         raise UserError(f"multiple_of is {multiple:g} in pattern {text!r}; it must be a whole number")
     return Structured(fields.get("heads", 0.0), fields.get("ffn", 0.0), None if multiple is None else int(multiple))
 

@@ -17,6 +17,7 @@ from obsdiff.models.loading import open_pipeline, to_device
 from obsdiff.models.register import LIBRARY
 from obsdiff.models.wiring import denoiser_of, shrunk_of, wire
 from obsdiff.obs.pattern import Structured, parse_pattern
+from obsdiff.paths import user_path
 from obsdiff.pruning import planfile
 from obsdiff.pruning.manifest import FILE, manifest_of, read_manifest
 from obsdiff.pruning.masks import broken_masks, load_masks, save_masks
@@ -108,7 +109,7 @@ def load_pipeline(source: Any, *, dtype: str | None = None, device: str = "cpu")
 
 def run_folder(source: str | Path) -> Path | None:
     """The folder of the prune run that ``source`` (it, or its ``pipeline/``) names; None if it is none."""
-    path = Path(source)
+    path = user_path(source, "pipeline")
     for folder in (path, path.parent):
         if path.is_dir() and (folder / FILE).is_file() and (folder / PIPELINE).is_dir():
             return folder
@@ -129,7 +130,7 @@ def check_against_manifest(pipe: Any, folder: Path, manifest: dict[str, Any]) ->
     denoiser: Any = denoiser_of(pipe)
     masks = load_masks(folder / MASKS)
     try:
-        if getattr(pipe, manifest["component"], None) is not denoiser:
+        if vars(pipe).get(manifest["component"]) is not denoiser:
             raise _Unlike(f"the manifest's {manifest['component']} is not what is in pipeline/")
         if masks.keys() != manifest["plan"].keys():
             raise _Unlike("the masks are of other layers than the manifest's plan")

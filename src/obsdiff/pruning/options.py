@@ -139,7 +139,8 @@ class PruneOptions(PruningOptions):
     Args:
         pipeline: An embedded pipeline (digits-sd3), a folder, or a hub id (owner/name).
         output: Folder for the results; must be new, empty, or (with overwrite) an earlier run.
-        device: Such as cpu or cuda; with several processes (torchrun) each takes its own cuda device.
+        device: cpu, cuda, cuda:NUMBER or mps (which lacks the float64 that solving needs); default: cuda if there is
+            one, else cpu. With several processes (torchrun) each takes its own cuda device.
         dtype: float32, bfloat16 or float16; statistics and solves are float32 always. Default: as saved by an earlier
             run, else float32.
         statistics: Folder to keep the calibration in; an existing one is used instead of calibrating again.
@@ -152,7 +153,7 @@ class PruneOptions(PruningOptions):
 
     pipeline: str
     output: str
-    device: str = "cpu"
+    device: str | None = None
     dtype: str | None = None
     statistics: str | None = None
     sensitivity: str | None = None

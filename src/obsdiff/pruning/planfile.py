@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from obsdiff.models.content import model_hash
 from obsdiff.models.wiring import Wiring
 from obsdiff.obs.pattern import NM, Structured, parse_pattern
 from obsdiff.pruning.plan import Plan, check_fit
+from obsdiff.yamlfiles import read_yaml
 
 FILE = "plan.yaml"
 FORMAT = 1
@@ -52,54 +52,32 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     Raises:
         UserError: The file is missing, is no plan, or holds an impossible pattern.
     """
-    import yaml
-
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), plain_loader())
-    except OSError as error:
-        raise UserError(f"cannot read plan {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a plan: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict) or not content["layers"]:
+    content = read_yaml(path, "plan")
+    if not isinstance(content.get("layers"), dict) or not content["layers"]:
         raise UserError(f"{path} is not a plan; it needs 'pattern' and 'layers' (a pattern by layer name)")
     if unknown := sorted(str(key) for key in content.keys() - _KEYS):
         raise UserError(f"plan {path} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
     if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"plan {path} has format {content['format']}; this version reads {FORMAT}")
+        raise UserError(f"plan {path} has format {_shown(content['format'])}; this version reads {FORMAT}")
+    for key in ("denoiser", "model", "rule", "budget"):
+        if not isinstance(content.get(key, ""), str):
+            raise UserError(f"plan {path}: {key} is {_shown(content[key])}; it must be text")
+    if not isinstance(content.get("pattern", ""), str):
+        raise UserError(f"plan {path}: unknown pattern {_shown(content['pattern'])}")
     pattern = parse_pattern(content.get("pattern", ""))
     structured = isinstance(pattern, Structured)
     entries = {}
     for name, text in content["layers"].items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise UserError(f"plan {path}, {_shown(name)}: unknown pattern {_shown(text)}")
         dense = "structured:0" if structured else "unstructured:0"
         try:
-            entries[str(name)] = parse_pattern(dense if text == "dense" else str(text))
+            entries[name] = parse_pattern(dense if text == "dense" else text)
         except UserError as error:
             raise UserError(f"plan {path}, {name}: {error}") from None
-        if isinstance(entries[str(name)], Structured) is not structured:
+        if isinstance(entries[name], Structured) is not structured:
             raise UserError(f"plan {path}, {name}: {text} does not go with {pattern}; structured plans are apart")
-    budget = content.get("budget")
-    plan = Plan(pattern, entries, str(content.get("rule", "file")), None if budget is None else str(budget))
-    return plan, content
-
-
-def plain_loader() -> Any:
-    """A safe YAML loader for names and patterns: ``2:4`` is no number of base 60, and no key stands twice."""
-    import yaml
-
-    class PlainLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for i, ((key, _), name) in enumerate(zip(node.value, keys, strict=True)):
-                if name in keys[:i]:
-                    raise yaml.constructor.ConstructorError(None, None, f"{name} stands there twice", key.start_mark)
-            return super().construct_mapping(node, deep)
-
-    PlainLoader.yaml_implicit_resolvers = {
-        first: [(tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-    return PlainLoader
+    return Plan(pattern, entries, content.get("rule", "file"), content.get("budget")), content
 
 
 def read_plan(path: str | Path, wiring: Wiring) -> Plan:
@@ -138,6 +116,11 @@ def fitted_plan(plan: Plan, wiring: Wiring, what: str = "the plan") -> Plan:
     ordered = Plan(plan.pattern, {n: plan.entries[n] for n in there if n in plan.entries}, plan.rule, plan.budget)
     check_fit(wiring, ordered)
     return ordered
+
+
+def _shown(value: object) -> str:
+    """A value of any size as a few characters."""
+    return repr(value)[:40] if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
 
 
 def kinds_of(plan: Plan) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -25,7 +24,9 @@ from obsdiff.evaluation.sampling import sample
 from obsdiff.models.calling import PromptEncoder, default_dtype, drawing
 from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments, info_of
+from obsdiff.models.loading import check_source
 from obsdiff.models.wiring import denoiser_of
+from obsdiff.paths import user_path
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
 from obsdiff.ranks import check_seed, from_all, full_tensor, keyed_generator, rank
 from obsdiff.training.checks import (
@@ -93,7 +94,8 @@ class Recovery(lightning.LightningModule):
         resume_changed: bool = False,
     ) -> None:
         super().__init__()
-        self.pipeline, self.output, self.pruning = pipeline, Path(output), pruning
+        self.pipeline, self.pruning = check_source(pipeline, "model.pipeline"), pruning
+        self.output = user_path(output, "model.output")
         self.weights = check_objective(objective or Objective(distill_output=1.0))
         self.trained, self.optimization = trained or Trained(), optimization or Optimization()
         self.evaluation = evaluation or EvaluationOptions()

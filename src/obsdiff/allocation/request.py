@@ -1,0 +1,147 @@
+"""What pruning options may say, checked value by value without torch: wrong ones are answered at once."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from obsdiff.errors import UserError
+from obsdiff.names import ALLOCATIONS, FUSIONS, METHODS, STRUCTURED_METHODS
+from obsdiff.obs.pattern import Structured, parse_pattern
+from obsdiff.obs.timesteps import timestep_weights
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Limits, PruningOptions, ScanOptions
+from obsdiff.yamlfiles import read_yaml
+
+KINDS = ("sparsity", "parameters", "flops", "latency")
+LARGEST_SEED = 2**40  # times a million, of each prompt's own, it still is a seed of torch's
+_SYNTAX = "use sparsity:0.5 (share removed), parameters:0.7, flops:0.7 or latency:0.7 (share that stays)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may stay.
+
+    Attributes:
+        kind: "sparsity", "parameters", "flops" or "latency".
+        share: Of the dense denoiser, in (0, 1]: for "sparsity" the share of the planned layers' weights (structured:
+            of the denoiser's parameters) that goes, for the others the share that stays.
+    """
+
+    kind: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.share:.10g}"
+
+
+def parse_budget(text: str) -> Budget:
+    """The budget that ``text`` names, such as "parameters:0.7".
+
+    Raises:
+        UserError: It names none, or a share out of range.
+    """
+    match = re.fullmatch(r"(\w+):([0-9.eE+-]+)", str(text).strip())
+    if match is None or match[1] not in KINDS:
+        raise UserError(f"unknown budget {text!r}; {_SYNTAX}")
+    try:
+        share = float(match[2])
+    except ValueError:
+        raise UserError(f"cannot read {match[2]!r} as a number in budget {text!r}; {_SYNTAX}") from None
+    if not (0 <= share < 1 if match[1] == "sparsity" else 0 < share <= 1):
+        raise UserError(f"budget {text!r} is out of range; {_SYNTAX}")
+    return Budget(match[1], share)
+
+
+def check_values(options: PruningOptions) -> None:
+    """Refuse values that are wrong whatever the pipeline and the other options are.
+
+    Raises:
+        UserError: Naming the first one.
+    """
+    if options.method not in METHODS:
+        raise UserError(f"unknown method {options.method!r}; choose one of {', '.join(METHODS)}")
+    if options.plan is not None:
+        read_yaml(options.plan, "plan")
+    else:
+        pattern = parse_pattern(options.pattern)
+        if isinstance(pattern, Structured) and options.method not in STRUCTURED_METHODS:
+            *some, last = STRUCTURED_METHODS
+            raise UserError(
+                f"method {options.method} cannot prune heads and neurons; use {', '.join(some)} or {last} with {pattern}"
+            )
+    if options.fusion not in FUSIONS:
+        raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
+    if options.allocation is not None and options.allocation not in ALLOCATIONS:
+        raise UserError(f"unknown allocation {options.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
+    if options.budget is not None:
+        parse_budget(options.budget)
+    check_seed("seed", options.seed)
+    _check_calibration(options.calibration)
+    check_scan(options.scan)
+    _check_limits(options.limits)
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Refuse what no generator takes.
+
+    Raises:
+        UserError: The seed is negative or too large.
+    """
+    if not 0 <= seed < LARGEST_SEED:
+        raise UserError(f"{name} is {_brief(seed)}; it must be from 0 to {LARGEST_SEED - 1}")
+
+
+def check_scan(scan: ScanOptions) -> None:
+    """Refuse impossible scan options.
+
+    Raises:
+        UserError: Naming the first one.
+    """
+    if scan.triples is not None and scan.triples < 1:
+        raise UserError(f"scan.triples is {scan.triples}; it must be at least 1")
+    for level in scan.levels or ():
+        if not 0 < level < 1:
+            raise UserError(f"scan.levels holds {level:g}; levels are shares removed, above 0 and below 1")
+    if scan.levels is not None and not scan.levels:
+        raise UserError("scan.levels is empty; give at least one share, or leave it out")
+
+
+def check_evaluation(evaluation: EvaluationOptions) -> None:
+    """Refuse impossible evaluation options.
+
+    Raises:
+        UserError: Naming the first one.
+    """
+    if evaluation.num_images < 0:
+        raise UserError(f"evaluation.num_images is {evaluation.num_images}; it must be at least 0")
+    _at_least_1("evaluation.batch_size", evaluation.batch_size)
+    check_seed("evaluation.seed", evaluation.seed)
+
+
+def _check_calibration(calibration: CalibrationOptions) -> None:
+    for name in ("num_prompts", "steps", "batch_size", "packages", "tokens"):
+        _at_least_1(f"calibration.{name}", getattr(calibration, name))
+    if calibration.guidance_scale is not None and not math.isfinite(calibration.guidance_scale):
+        raise UserError(f"calibration.guidance_scale is {calibration.guidance_scale:g}; it must be a finite number")
+    if calibration.weighting is not None:
+        timestep_weights(calibration.weighting, 1)
+    if not 0 <= calibration.damping < math.inf:
+        raise UserError(f"calibration.damping is {calibration.damping:g}; it must be a finite number, at least 0")
+
+
+def _check_limits(limits: Limits) -> None:
+    for name, shares in (("floors", limits.floors), ("ceilings", limits.ceilings)):
+        for pattern, share in shares.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"limits.{name} holds {share:g} for {pattern!r}; it must be a share from 0 to 1")
+
+
+def _at_least_1(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"{name} is {_brief(value)}; it must be at least 1")
+
+
+def _brief(value: int) -> str:
+    text = str(value) if abs(value) < 10**30 else f"{'-' if value < 0 else ''}more than 10^30"
+    return text

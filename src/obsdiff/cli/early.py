@@ -1,0 +1,123 @@
+"""Mistakes in the options of a command that are answered before torch is imported."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from obsdiff.allocation.request import check_evaluation, check_seed, check_values
+from obsdiff.cli.options import BenchOptions, BenchScanOptions, InspectOptions, SampleOptions
+from obsdiff.errors import UserError
+from obsdiff.models.loading import check_loading, check_source
+from obsdiff.names import METHODS, PRESETS
+from obsdiff.obs.pattern import parse_pattern
+from obsdiff.paths import new_folder, user_path
+from obsdiff.pruning.options import PruneOptions
+
+PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def checked_prune(options: PruneOptions) -> PruneOptions:
+    """The options with ``~`` filled in.
+
+    Raises:
+        UserError: A value is wrong, or a file is missing.
+    """
+    output = new_folder(options.output, "output")
+    check_loading(options.dtype, options.device)
+    check_values(options)
+    check_evaluation(options.evaluation)
+    calibration, evaluation = options.calibration, options.evaluation
+    return replace(
+        options,
+        pipeline=check_source(options.pipeline),
+        output=str(output),
+        statistics=_optional(options.statistics, "statistics", whole=True),
+        sensitivity=_optional(options.sensitivity, "sensitivity"),
+        calibration=replace(calibration, prompts=_prompts(calibration.prompts, "calibration.prompts")),
+        evaluation=replace(evaluation, prompts=_prompts(evaluation.prompts, "evaluation.prompts")),
+    )
+
+
+def checked_sample(options: SampleOptions) -> SampleOptions:
+    """The options with ``~`` filled in, and the prompts as a list.
+
+    Raises:
+        UserError: A value is wrong, or a file is missing.
+    """
+    prompts = [options.prompt] if isinstance(options.prompt, str) else list(options.prompt)
+    if not prompts:
+        raise UserError("no prompt given; pass --prompt TEXT")
+    if isinstance(options.prompt, str) and options.prompt.startswith("[") and options.prompt.endswith("]"):
+        raise UserError(f"--prompt {options.prompt[:60]} is no list of texts; quote what could be a number or a word of "
+                        "YAML: ['7', 'null']")  # fmt: skip
+    check_seed("seed", options.seed)
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"steps is {options.steps}; it must be at least 1")
+    if options.guidance_scale is not None and not math.isfinite(options.guidance_scale):
+        raise UserError(f"guidance_scale is {options.guidance_scale:g}; it must be a finite number")
+    check_loading(options.dtype, options.device)
+    output = user_path(options.output, "output")
+    return replace(options, pipeline=check_source(options.pipeline), prompt=prompts, output=str(output))
+
+
+def checked_inspect(options: InspectOptions) -> InspectOptions:
+    """The options with ``~`` filled in.
+
+    Raises:
+        UserError: Nothing is there.
+    """
+    folder = user_path(options.folder, "folder")
+    if not folder.exists():
+        raise UserError(f"{folder} not found; give the folder of a prune run, or a plan file (.yaml)")
+    return replace(options, folder=str(folder))
+
+
+def check_bench(options: BenchOptions | BenchScanOptions) -> None:
+    """Refuse wrong values.
+
+    Raises:
+        UserError: Naming the first one.
+    """
+    if options.preset is not None and options.preset not in PRESETS:
+        raise UserError(f"unknown preset {options.preset!r}; choose one of {', '.join(PRESETS)}")
+    if options.method not in METHODS:
+        raise UserError(f"unknown method {options.method!r}; choose one of {', '.join(METHODS)}")
+    parse_pattern(options.pattern)
+    check_loading(options.dtype, options.device)
+    for name in ("num_prompts", "steps", "batch_size", "threads", "packages"):
+        value = getattr(options, name, None)
+        if value is not None and not 1 <= value < 10**9:
+            raise UserError(f"{name} is {str(value)[:20]}; it must be at least 1")
+    if isinstance(options, BenchOptions):
+        _optional(options.statistics, "statistics", whole=True)
+    elif options.pipeline is not None:
+        check_source(options.pipeline)
+
+
+def _optional(path: str | None, option: str, whole: bool = False) -> str | None:
+    return None if path is None else str((new_folder if whole else user_path)(path, option))
+
+
+def _prompts(source: str | None, option: str) -> str | None:
+    """A prompt set's name, ``~`` filled in; a file that is missing is refused."""
+    if source is None:
+        return None
+    path = user_path(source, option)
+    looks_like_file = path.suffix.lower() in PROMPT_FILES or source.startswith((".", "/", "~"))
+    if looks_like_file and not path.exists():
+        raise UserError(f"{option}: {path} not found")
+    return str(path) if source.startswith("~") else source
+
+
+def kept(*folders: str | None, output: str | None = None) -> str:
+    """What an interrupted run has kept in folders that were named for it."""
+    full = [folder for folder in folders if folder is not None and _holds_something(Path(folder))]
+    nothing = f"nothing was written to {output}" if output is not None and not _holds_something(Path(output)) else ""
+    there = f"what was measured is kept in {' and '.join(full)}, the same command goes on from there" if full else ""
+    return "; ".join(part for part in (nothing, there) if part)
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())

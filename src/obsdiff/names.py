@@ -1,0 +1,11 @@
+"""Names that options may take, without the code behind them, so that a wrong one is refused before torch is imported.
+
+A rule test compares them with the tables of the code.
+"""
+
+METHODS = ("obs", "admm", "sparsegpt", "wanda", "magnitude", "random")
+STRUCTURED_METHODS = ("obs", "magnitude", "random")
+FUSIONS = ("reciprocal_rank", "relative_error")
+ALLOCATIONS = ("uniform", "measured", "owl")
+DTYPES = ("float32", "bfloat16", "float16")
+PRESETS = ("sd3-tiny-cpu", "sd3-medium", "sd35-large")
