@@ -100,7 +100,7 @@ def test_sites_must_be_there(untouched, prompts):
     [
         ({"method": "foo"}, "unknown method 'foo'"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"scanning": ScanOptions(triples=2.5)}, "triples is 2.5"),
+        ({"scanning": ScanOptions(triples=0)}, "triples is 0"),
         ({"scanning": ScanOptions(levels=[math.nan])}, "levels holds nan"),
         ({"options": SolveOptions("obs", damping=math.nan)}, "damping is nan"),
     ],
