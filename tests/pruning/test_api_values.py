@@ -8,8 +8,11 @@ import torch
 import obsdiff
 from obsdiff.criteria.structured import choose_groups
 from obsdiff.obs.structured import Consumer
+from obsdiff.pruning.options import ScanOptions
 from obsdiff.pruning.planfile import parse_plan
 from obsdiff.pruning.record import record_trajectories
+from obsdiff.pruning.solve import SolveOptions
+from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.trajectories import noise_seeds
 
 
@@ -80,6 +83,52 @@ def test_calibration_values(untouched, prompts, options, message):
 def test_pruning_values(untouched, options, message):
     with pytest.raises(obsdiff.UserError, match=message):
         obsdiff.prune(untouched, "unstructured:0.5", method="random", **options)
+
+
+def test_statistics_are_statistics(untouched):
+    with pytest.raises(obsdiff.UserError, match=r"statistics are a str; give what obsdiff\.calibrate returns"):
+        obsdiff.prune(untouched, "unstructured:0.5", statistics="folder")
+
+
+def test_sites_must_be_there(untouched, prompts):
+    with pytest.raises(obsdiff.UserError, match=r"no site transformer_blocks\.0\.attn\.to_k; sites are named"):
+        obsdiff.calibrate(untouched, prompts, sites={"transformer_blocks.0.attn.to_k"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "foo"}, "unknown method 'foo'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"scanning": ScanOptions(triples=0)}, "triples is 0"),
+        ({"scanning": ScanOptions(levels=[math.nan])}, "levels holds nan"),
+        ({"options": SolveOptions("obs", damping=math.nan)}, "damping is nan"),
+    ],
+)
+def test_allocation_values(untouched, prompts, options, message):
+    with pytest.raises(obsdiff.UserError, match=message):
+        obsdiff.allocate(untouched, "unstructured:0.5", Statistics({}), prompts, **options)
+    with pytest.raises(obsdiff.UserError, match="one string"):
+        obsdiff.allocate(untouched, "unstructured:0.5", Statistics({}), prompts[0])
+
+
+def test_a_calibration_that_was_cut_off_is_not_continued_with_more_layers(pipe, prompts, tmp_path, monkeypatch):
+    """Layers that are new would be measured on the rest of the prompts alone."""
+    from obsdiff.pruning import calibrate as module
+
+    def save_then_die(statistics, folder, real=module.save_statistics):
+        real(statistics, folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "SAVE_EVERY_S", 0.0)
+        patched.setattr(module, "save_statistics", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            obsdiff.calibrate(
+                pipe, prompts, steps=1, batch_size=2, store=tmp_path, sites={"transformer_blocks.0.attn.to_q"}
+            )
+    with pytest.raises(obsdiff.UserError, match="begun without 20 of the layers"):
+        obsdiff.calibrate(pipe, prompts, steps=1, batch_size=2, store=tmp_path)
 
 
 def test_the_largest_seed_works(pipe, prompts):

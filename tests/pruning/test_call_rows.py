@@ -63,7 +63,7 @@ def test_rows_in_another_order_are_refused(pipe, prompts):
 
     pipe.transformer.register_forward_pre_hook(swapped, with_kwargs=True, prepend=True)
     assert pipe.transformer.forward == forward
-    with pytest.raises(obsdiff.UserError, match=r"not the negative prompts, then the prompts \(encoder_hidden_states"):
+    with pytest.raises(obsdiff.UserError, match=r"then the prompts \(encoder_hidden_states is not made of"):
         obsdiff.calibrate(pipe, prompts[:2])
 
 

@@ -24,12 +24,14 @@ from obsdiff.allocation.times import Times, open_times
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
 from obsdiff.models.checks import check_layers
-from obsdiff.models.conditioning import Conditioning, encode_prompts, segment_lengths
+from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts, segment_lengths
 from obsdiff.models.content import denoiser_hash
 from obsdiff.models.wiring import Wiring, denoiser_of, wire
 from obsdiff.names import ALLOCATIONS
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
+from obsdiff.pruning.numbers import check_whole
+from obsdiff.pruning.oneshot import check_solving
 from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import Plan, kept_groups, make_plan
 from obsdiff.pruning.solve import SolveOptions
@@ -107,6 +109,9 @@ def allocate(
     pattern = parse_pattern(pattern)
     scanning, limits = scanning or ScanOptions(), limits or Limits()
     check_request(rule, scanning)
+    check_solving(pattern, options or SolveOptions(method))
+    check_prompts(prompts)
+    check_whole("batch_size", batch_size, 1)
     wiring = wire(denoiser_of(pipe))
     if budget is None:
         budget = default_budget(wiring, make_plan(wiring, pattern, include, exclude, spare_blocks))

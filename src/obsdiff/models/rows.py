@@ -34,10 +34,12 @@ class CallRows:
         self.each, self.repeated = 1, False
         self._part = slice(0)
         self._latest: tuple[Tensor, Tensor] | None = None
+        self._told: dict[tuple[str, int], Tensor] = {}
 
     def begin(self, part: slice) -> None:
         """The prompts ``part`` come next."""
         self._part, self._latest = part, None
+        self._told.clear()
 
     def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Take note of a call, and give its arguments by name.
@@ -55,20 +57,28 @@ class CallRows:
                 f"prompt, or two (negative prompt, prompt). {self._advice()}"
             )
         for argument, name in self.family.conditions:
-            signs = (name,) if self.each == 1 else (NEGATIVE + name, name)
-            expected = [self.conditioning.embeds.get(sign) for sign in signs]
-            told = given[argument]
-            whole = None if any(e is None for e in expected) else torch.cat([e[self._part] for e in expected])  # type: ignore[index]  # none is None
-            if whole is None or whole.shape != told.shape or not torch.equal(whole.to(told), told):
+            expected, told = self._expected(name, given[argument]), given[argument]
+            if expected is None or expected.shape != told.shape or not torch.equal(expected, told):
                 raise UserError(
                     f"{self.kind} calls its denoiser with rows that are not "
                     f"{'the prompts' if self.each == 1 else 'the negative prompts, then the prompts'} ({argument} "
-                    f"differs from {' and '.join(signs)}). {self._advice()}"
+                    f"is not made of {name}). {self._advice()}"
                 )
         now = sample.detach(), torch.as_tensor(time).detach()
         self.repeated = self._latest is not None and all(map(_equal, now, self._latest, [prompts] * 2))
         self._latest = now
         return given
+
+    def _expected(self, name: str, like: Tensor) -> Tensor | None:
+        """What the rows of a call must be told, kept for the calls that follow; None if the embeds are not there."""
+        key = (name, self.each)
+        if key not in self._told:
+            embeds = self.conditioning.embeds
+            parts = [embeds[key][self._part] for key in (NEGATIVE + name, name)[-self.each :] if key in embeds]
+            if len(parts) < self.each:
+                return None
+            self._told[key] = torch.cat(parts).to(like)
+        return self._told[key]
 
     def _advice(self) -> str:
         return "Measure with the family's plain pipeline, made of the same parts (its from_pipe(pipe))"

@@ -80,6 +80,8 @@ def calibrate(
     _check(settings, prompts)
     wiring = wire(denoiser_of(pipe))
     chosen = [site for site in wiring.sites if sites is None or site.name in sites]
+    if unknown := sorted((sites or set()) - {site.name for site in chosen}):
+        raise UserError(f"there is no site {unknown[0]}; sites are named after the first layer that reads them")
     check_layers(wiring, [layer for site in chosen for layer in site.layers])
     fingerprint = fingerprint_of(pipe, prompts, settings)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0})
@@ -93,7 +95,7 @@ def calibrate(
             return found
         part = "" if world_size() == 1 else f"-{rank()}-of-{world_size()}"
         partial_store = store.with_name(store.name + UNFINISHED + part)
-        statistics = _continue_partial(partial_store, fingerprint) or statistics
+        statistics = _continue_partial(partial_store, fingerprint, chosen) or statistics
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, call)
     _measure(pipe, wiring, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
     _add_up_processes(statistics, chosen)
@@ -117,13 +119,17 @@ def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
     check_seed(settings.seed)
 
 
-def _continue_partial(folder: Path, fingerprint: Mapping[str, Any]) -> Statistics | None:
+def _continue_partial(folder: Path, fingerprint: Mapping[str, Any], sites: Sequence[WiredSite]) -> Statistics | None:
     """The sums of a calibration that was cut off, if they fit."""
     check_store(folder)
     if not (folder / INDEX).exists():
         return None
     found = open_statistics(folder)
     check_fingerprint(found.fingerprint, fingerprint, folder)
+    if missing := [site.name for site in sites if site.name not in found]:
+        raise UserError(
+            f"{folder} was begun without {len(missing)} of the layers, such as {missing[0]}; delete it to measure all"
+        )
     return replace(found, sites={name: found.site(name) for name in found}, folder=None, index={})
 
 

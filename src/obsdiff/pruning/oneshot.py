@@ -206,6 +206,10 @@ def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) ->
 def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int) -> None:
     check_solving(pattern, options, packages)
     method = find_method(options.method)
+    if not (statistics is None or isinstance(statistics, Statistics) or callable(statistics)):
+        raise UserError(
+            f"statistics are a {type(statistics).__name__}; give what obsdiff.calibrate returns (it opens a store too)"
+        )
     if packages > 1 and not callable(statistics):
         raise UserError("several packages calibrate with earlier layers pruned; stored statistics cannot serve them")
     if statistics is None and (method.needs_statistics or options.refits):
