@@ -105,3 +105,14 @@ def test_averaging_that_knows_no_pruning_is_refused_before_pruning(pipe_folder, 
     with pytest.raises(UserError, match=r"use obsdiff\.callbacks\.ema\.EMA"):
         runner.fit(recovery(pipe_folder, tmp_path / "run"), datamodule=DigitsDataModule(4))
     assert not (tmp_path / "run").exists()
+
+
+def test_one_module_is_validated_trained_and_trained_again(pipe_folder, tmp_path):
+    both = {"objective": Objective(distill_output=1.0, denoise=1.0), "evaluation": EvaluationOptions(num_images=1)}
+    fit(recovery(pipe_folder, tmp_path / "run", **both), trainer(tmp_path))  # so that there is a pruned pipeline
+    module = recovery(pipe_folder, tmp_path / "run", **both)
+    [measured] = trainer(tmp_path).validate(module, datamodule=DigitsDataModule(batch_size=4))
+    assert measured["val/fidelity_mse"] > 0
+    fit(module, trainer(tmp_path, precision="bf16-true"))
+    again = fit(module, trainer(tmp_path, precision="bf16-true"))
+    assert came_back(again) == []

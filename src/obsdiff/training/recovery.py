@@ -112,7 +112,7 @@ class Recovery(lightning.LightningModule):
         self.denoiser: nn.Module | None = None
         self._frozen: list[_Frozen] = []  # in a list, so that nn.Module does not register what is inside
         self._drawn: dict[int, Tensor] = {}
-        self._sharded = False
+        self._sharded = self._fitted = False
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """What no trainer may lack: the masks are held, unless it holds them already in a way of its own."""
@@ -135,9 +135,12 @@ class Recovery(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Prune if that was not done before, load the pruned pipeline and what it is compared with."""
-        if self._frozen:
-            return
+        keep_times(self.trainer.precision_plugin)
         device, fitting = str(self.trainer.strategy.root_device), stage == "fit"
+        if self._frozen and (self._fitted or not fitting):
+            return
+        self._frozen.clear()  # what was only evaluated so far has no teacher
+        self._fitted = fitting
         start = start_from(
             self.pipeline, self.pruning, self.output, device, self.overwrite, self._check if fitting else None
         )
@@ -161,7 +164,6 @@ class Recovery(lightning.LightningModule):
         )
         self.denoiser = denoiser
         self.inputs = Inputs(start.pipe, PromptEncoder(start.pipe), self.prompt_dropout)
-        keep_times(self.trainer.precision_plugin)
 
     def _check(self, dense: Any) -> None:
         """Refuse what training could not go on from, before anything is pruned or drawn."""
