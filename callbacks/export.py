@@ -23,8 +23,7 @@ class Export(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse an output that holds another result, before any work."""
         if stage == "fit":
-            replace = pl_module.overwrite or bool(trainer.ckpt_path)
-            check_output(pl_module.output / RESULT, replace, "--model.overwrite true")
+            check_output(pl_module.output / RESULT, pl_module.overwrite or pl_module.resumed, "--model.overwrite true")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._write(trainer, pl_module)

@@ -43,7 +43,7 @@ def test_prune_script_leaves_exactly_the_artifacts(pipe_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == ARTIFACTS | {"ratios.png"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert "sparsity 50.00%" in done.stdout and "calibrating" in done.stderr
+    assert "sparsity 50.00%" in done.stdout and "calibration: 4 prompts" in done.stderr
 
 
 def test_report_has_the_schema(pipe_folder, tmp_path):

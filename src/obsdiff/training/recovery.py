@@ -79,6 +79,7 @@ class Recovery(lightning.LightningModule):
         self.trained, self.optimization = trained or Trained(), optimization or Optimization()
         self.evaluation = evaluation or EvaluationOptions()
         self.prompt_dropout, self.seed, self.overwrite = prompt_dropout, seed, overwrite
+        self.resumed = False  # set before a fit from a checkpoint: the result of the part before is replaced then
         self.budget_fraction = 0.0  # kept up to date by the Budget callback
         self.last_measured: dict[str, Any] = {}
         self.denoiser: nn.Module | None = None
