@@ -16,7 +16,7 @@ SOURCES = {
     "obsdiff.data": ROOT / "data",
 }
 RANKS = [
-    {"errors", "files", "versions", "progress", "memory", "ranks"},
+    {"errors", "files", "versions", "progress", "memory", "ranks", "quiet"},
     {"obs", "criteria", "diffusion"},
     {"models"},
     {"pruning", "evaluation"},

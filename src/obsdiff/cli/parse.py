@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from obsdiff.errors import UserError
+from obsdiff.quiet import quiet_libraries
 
 T = TypeVar("T")
 
@@ -59,11 +60,9 @@ def fail(program: str, message: str) -> NoReturn:
 @contextmanager
 def clear_errors(program: str) -> Iterator[None]:
     """Turn a :class:`UserError` into one line and exit code 2; anything else is a defect and keeps its traceback."""
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        yield
+        with quiet_libraries():
+            yield
     except UserError as error:
         fail(program, " ".join(str(error).split()))
     except BrokenPipeError:

@@ -16,6 +16,7 @@ from obsdiff.callbacks.budget import Budget
 from obsdiff.callbacks.export import Export
 from obsdiff.callbacks.find import find
 from obsdiff.callbacks.progress import BudgetProgress, ShortSummary
+from obsdiff.callbacks.samples import SampleWriter
 from obsdiff.errors import UserError
 from obsdiff.evaluation.references import measure
 from obsdiff.export.recovered import RESULT
@@ -112,14 +113,16 @@ class Session:
             return _fitted(trainer, module, took)
         if not isinstance(module, Recovery):
             return ""
-        name = f"{self.checkpoint or module.start.folder or module.start.dense}"
-        if subcommand == "predict":
-            files = sorted((module.output / "predictions").glob("*.png"))
-            return images_summary(f"by {name}", files, took)
-        refs, found = module.frozen.refs, module.last_measured
-        if refs is None or not found:
+        name, refs = f"{self.checkpoint or module.start.folder or module.start.dense}", module.frozen.refs
+        if refs is None:
             return ""
-        return evaluation_summary(name, measure(refs, refs.pruned), found, len(refs.prompts), took)
+        writer = find(trainer, SampleWriter)
+        if subcommand == "predict" and writer is not None:
+            return images_summary(f"by {name}", [writer.file(number) for number in range(len(refs.prompts))], took)
+        if subcommand == "predict" or not module.last_measured:
+            return ""
+        before = measure(refs, refs.pruned)
+        return evaluation_summary(name, before, module.last_measured, len(refs.prompts), took)
 
 
 def own_looks(trainer: Any, given: list[Any]) -> None:

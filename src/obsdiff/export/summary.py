@@ -81,7 +81,7 @@ def recovery_summary(report: Mapping[str, Any], output: str | Path, total_s: flo
     Args:
         report: The content of ``report.json``.
         output: The folder it lies in.
-        total_s: How long the command took.
+        total_s: How long the command took; default: what the stages took.
     """
     recovery, dense = report["recovery"], report.get("dense", {})
     steps = f"{recovery['steps']:,} step{'s' * (recovery['steps'] != 1)}"
@@ -197,9 +197,8 @@ def _budget(budget: Mapping[str, Any]) -> str:
 
 def _time(report: Mapping[str, Any], total_s: float | None) -> str:
     used = {} if report["budget"] is None else {k: cost["wall_s"] for k, cost in report["budget"]["used"].items()}
-    parts = _stages(used).strip()
-    took = parts if total_s is None else f"{duration(total_s)} {parts}".strip()
-    return f"{took}, peak memory {memory(report['peak_memory_bytes'])}"
+    total_s = sum(used.values()) if total_s is None else total_s
+    return f"{duration(total_s)}{_stages(used)}, peak memory {memory(report['peak_memory_bytes'])}"
 
 
 def _contents(output: str | Path) -> str:
