@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
 
 from obsdiff.callbacks.budget import Budget
 from obsdiff.callbacks.find import find
@@ -124,6 +124,21 @@ class BudgetProgress(ProgressBar):
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._close()
+
+
+class RateAndBudget(LearningRateMonitor):
+    """Logs the learning rate, the share of the budget that is used (``budget/used``), and what was spent of each limit."""
+
+    def __init__(self) -> None:
+        super().__init__(logging_interval="step")
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: object) -> None:
+        budget = find(trainer, Budget)
+        if budget is None:
+            return
+        spent = budget.before + budget.recovery
+        values = {name: float(getattr(spent, name)) for name in budget.limits}
+        pl_module.log_dict({f"budget/{name}": v for name, v in {"used": pl_module.budget_fraction, **values}.items()})
 
 
 class ShortSummary(ModelSummary):

@@ -10,12 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
 
 from obsdiff.callbacks.budget import Budget
 from obsdiff.callbacks.export import Export
 from obsdiff.callbacks.find import find
-from obsdiff.callbacks.progress import BudgetProgress, ShortSummary
+from obsdiff.callbacks.progress import BudgetProgress, RateAndBudget, ShortSummary
 from obsdiff.callbacks.samples import SampleWriter
 from obsdiff.errors import UserError
 from obsdiff.evaluation.references import measure
@@ -126,7 +126,14 @@ class Session:
 
 
 def own_looks(trainer: Any, given: list[Any]) -> None:
-    """Lightning's default bar and table become ours; what the user brought or turned off stays so."""
+    """Lightning's default bar and table become ours, and loggers get the learning rate and what is used of the budget.
+
+    What the user brought or turned off stays so.
+
+    Args:
+        trainer: With Lightning's defaults.
+        given: The callbacks that the user named.
+    """
 
     def ours(part: Any) -> Any:
         if any(part is own for own in given):
@@ -136,6 +143,8 @@ def own_looks(trainer: Any, given: list[Any]) -> None:
         return ShortSummary() if isinstance(part, ModelSummary) else part
 
     trainer.callbacks = [ours(part) for part in trainer.callbacks]
+    if trainer.loggers and find(trainer, LearningRateMonitor) is None:
+        trainer.callbacks.insert(0, RateAndBudget())
 
 
 def finished_report(trainer: Any, module: Recovery, contents: Mapping[str, Any]) -> dict[str, Any] | None:
