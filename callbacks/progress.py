@@ -127,7 +127,7 @@ class BudgetProgress(ProgressBar):
 
 
 class RateAndBudget(LearningRateMonitor):
-    """Logs the learning rate, the share of the budget that is used (``budget/used``), and what was spent of each limit."""
+    """Logs the learning rate, the used share of the budget (``budget/used``), and what was spent of each limit."""
 
     def __init__(self) -> None:
         super().__init__(logging_interval="step")

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from obsdiff import progress
 from obsdiff.callbacks.progress import BudgetProgress
 from obsdiff.cli.main import main
-from tests.training.common import arguments, fit
+from tests.training.common import arguments, fit, fit_elsewhere
 
 SHOWN = ("--trainer.enable_progress_bar=true", "--trainer.enable_model_summary=true")
 
@@ -44,10 +44,8 @@ def test_a_run_says_first_what_it_will_do(said, pipe_folder):
 def test_training_is_counted_in_steps_of_the_budget(said):
     _, _, err = said
     lines = [line for line in err.splitlines() if line.startswith("training ")]
-    assert lines[0].startswith("training 0/6 steps, 0%")
-    found = [
-        re.fullmatch(r"training (\d)/6 steps, (\d+)%, loss [\d.e-]+, [\d.]+ s(, about .* left)?", x) for x in lines[1:]
-    ]
+    form = re.compile(r"training (\d)/6 steps, (\d+)%, loss [\d.e-]+, [\d.]+ s(, about .* left)?")
+    found = [form.fullmatch(line) for line in lines]
     steps = [int(match[1]) for match in found]
     assert steps == sorted(steps) and steps[-1] == 6 and {2, 3, 4} <= set(steps)
     assert all(int(match[2]) == round(100 * int(match[1]) / 6) for match in found)
@@ -71,19 +69,24 @@ def test_the_end_sums_it_up(said):
     assert rows["MSE to dense"].startswith(f"{before:.3g} -> {after:.3g} (95% ") and "2 images" in rows["MSE to dense"]
     assert rows["budget"] == "6 of 6 steps"
     assert rows["result"].startswith(str(output / "recovered"))
-    assert re.match(r"[\d.]+ s \(calibrating .*training .*\), peak memory", rows["time"])
+    assert re.match(r"[\d.]+ s \(.*allocating .*training .*\), peak memory", rows["time"])
 
 
 def test_libraries_are_quiet(said):
     _, _, err = said
-    lines = [line for line in err.splitlines() if not line.startswith(("training ", "step "))]
-    talk = [
-        x
-        for x in lines
-        if re.search(r"💡|GPU avail|TPU|Seed set|FLOPs: 0|treespec|does not have many|deprecat|args para", x)
-    ]
-    assert not talk
-    assert [line for line in lines if "it/s" not in line and line.strip()] == lines[:7]
+    ours = (
+        "recovery: ",
+        "evaluation: ",
+        "calibration: ",
+        "sensitivity scan: ",
+        "training: ",
+        "step ",
+        "the result will ",
+    )
+    work = ("calibrating ", "scanning ", "solving ", "training ", "sampling ")
+    rest = [line for line in err.splitlines() if not line.startswith((*ours, *work)) and "it/s]" not in line]
+    [plan] = [line for line in rest if line]  # (tqdm's bars are turned off when it is imported, here too early)
+    assert "measured allocation" in plan
 
 
 def test_tensorboard_gets_rate_and_budget(said):
@@ -94,7 +97,8 @@ def test_tensorboard_gets_rate_and_budget(said):
     assert used == pytest.approx([i / 6 for i in range(1, 7)])
     assert [event.value for event in events.Scalars("budget/steps")] == [1, 2, 3, 4, 5, 6]
     rates = [event.value for event in events.Scalars("lr-AdamW")]
-    assert rates[0] == pytest.approx(1e-3) and rates == sorted(rates, reverse=True) and rates[-1] < 1e-4
+    assert rates[0] == pytest.approx(1e-3) and rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] < 0.5e-3
     assert len(events.Scalars("grad_norm")) == 6
 
 
@@ -144,3 +148,12 @@ def test_a_bar_that_is_turned_off_or_brought_is_respected():
     assert bars(enable_model_summary=False) == [BudgetProgress]
     assert bars(enable_progress_bar=False, enable_model_summary=False) == []
     assert bars([RichProgressBar(), RichModelSummary()]) == [RichProgressBar, RichModelSummary]
+
+
+def test_the_command_itself_is_short(said, pipe_folder):
+    """In a process of its own, with Lightning's bar and table as they are by default, and nothing left to do."""
+    output, _, _ = said
+    args = [arg for arg in arguments(pipe_folder, output) if "enable_" not in arg]
+    done = fit_elsewhere("fit", *args, "--ckpt_path=last")
+    assert done.stderr == ""
+    assert done.stdout.startswith("finished: ") and len(done.stdout.splitlines()) == 9
