@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from obsdiff.cli.options import SampleOptions
@@ -12,7 +13,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Parse, draw, print the files."""
     options = parse_options(SampleOptions, "obsdiff sample", args, positional=True)
     with clear_errors("obsdiff sample"):
+        started = time.perf_counter()
         from obsdiff.evaluation.sampling import image_files, sample, save_images
+        from obsdiff.export.summary import images_summary, seeds_text
         from obsdiff.pruning.folder import load_pipeline
 
         prompts = [options.prompt] if isinstance(options.prompt, str) else options.prompt
@@ -21,4 +24,4 @@ def main(args: Sequence[str] | None = None) -> None:
         seeds = list(range(options.seed, options.seed + len(files)))
         call = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
         save_images(sample(pipe, prompts, seeds, call=call), files)
-        print("\n".join(str(file) for file in files))
+        print(images_summary(f"{seeds_text(seeds)} by {options.pipeline}", files, time.perf_counter() - started))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -12,36 +11,21 @@ from obsdiff.cli.parse import clear_errors
 def main(args: list[str] | None = None) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``; see ``train.py fit --help``."""
     with clear_errors("obsdiff train"):
-        started = time.perf_counter()
-        from obsdiff.cli.train_session import Finished, Session
-
-        session, defaults = Session(started), {"num_sanity_val_steps": 0}
-        try:
-            command_line(session)(save_config_kwargs={"overwrite": True}, trainer_defaults=defaults, args=args)
-        except Finished as finished:
-            if text := str(finished):  # empty on all processes but the first
-                print(text)
-        except SystemExit:
-            if (left := session.interrupted()) is None:
-                raise
-            print(f"obsdiff train: {left}", file=sys.stderr)
-            sys.exit(130)
+        command_line()(save_config_kwargs={"overwrite": True}, trainer_defaults={"num_sanity_val_steps": 0}, args=args)
 
 
-def command_line(session: Any = None) -> Any:
-    """Lightning's command line; a recovery gets what it needs (masks, budget, checkpoints, export) added.
+def command_line() -> Any:
+    """Lightning's command line; a recovery gets what it needs (masks, budget, checkpoints, export) added."""
+    started = time.perf_counter()
 
-    Args:
-        session: The :class:`obsdiff.cli.train_session.Session` that is told what happens.
-    """
     from lightning.pytorch.cli import LightningCLI
 
     from obsdiff.callbacks.budget import Budget
     from obsdiff.callbacks.ema import EMA
-    from obsdiff.cli.train_session import Session, own_looks
+    from obsdiff.cli.train_session import Run, own_looks
     from obsdiff.training.recovery import Recovery
 
-    session = session or Session(time.perf_counter())
+    run = Run(started)
 
     class CommandLine(LightningCLI):
         def add_arguments_to_parser(self, parser: Any) -> None:
@@ -51,10 +35,12 @@ def command_line(session: Any = None) -> Any:
         def parse_arguments(self, parser: Any, args: Any) -> None:
             super().parse_arguments(parser, args)
             if subcommand := self.config.get("subcommand"):
-                session.check(self.config[subcommand], subcommand)
+                run.check(self.config[subcommand], subcommand)
 
-        def before_fit(self) -> None:
-            session.before_fit(self.trainer, self.model)
+        def fit(self, **kwargs: Any) -> None:
+            self.finished = run.says_finished(self.trainer, self.model)
+            if not self.finished:
+                self.trainer.fit(**kwargs)
 
         def before_validate(self) -> None:
             self._say_it_ourselves()
@@ -67,16 +53,17 @@ def command_line(session: Any = None) -> Any:
                 self.config_init[self.subcommand]["verbose"] = False  # in place of Lightning's table of metrics
 
         def after_fit(self) -> None:
-            session.end(self.trainer, self.model, "fit")
+            if not self.finished:
+                run.end(self.trainer, self.model, "fit")
 
         def after_validate(self) -> None:
-            session.end(self.trainer, self.model, "validate")
+            run.end(self.trainer, self.model, "validate")
 
         def after_test(self) -> None:
-            session.end(self.trainer, self.model, "test")
+            run.end(self.trainer, self.model, "test")
 
         def after_predict(self) -> None:
-            session.end(self.trainer, self.model, "predict")
+            run.end(self.trainer, self.model, "predict")
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             given = list(self._get(self.config_init, "trainer.callbacks") or [])

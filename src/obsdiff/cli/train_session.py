@@ -33,11 +33,7 @@ from obsdiff.training.stage import PRUNED
 CHECKPOINTS = "checkpoints"
 
 
-class Finished(Exception):
-    """The run that was to go on has nothing left to do; holds the summary."""
-
-
-class Session:
+class Run:
     """One call of the command line.
 
     Args:
@@ -50,8 +46,6 @@ class Session:
     def __init__(self, started: float) -> None:
         self.started = started
         self.checkpoint: Path | None = None
-        self._trainer: Any = None
-        self._module: Any = None
 
     def check(self, config: Any, subcommand: str) -> None:
         """Refuse a checkpoint that cannot be resumed from, before anything is loaded.
@@ -70,36 +64,18 @@ class Session:
         root = Path(config.get("trainer.default_root_dir") or ".")
         self.checkpoint = check_resume(str(asked), folders, output, root, subcommand == "fit")
 
-    def before_fit(self, trainer: Any, module: Any) -> None:
-        """Say what is about to happen.
-
-        Raises:
-            Finished: Nothing is left to do.
-        """
-        self._trainer, self._module = trainer, module
+    def says_finished(self, trainer: Any, module: Any) -> bool:
+        """Say what a fit is about to do; or, if nothing is left to do, say that, and return True."""
         if not isinstance(module, Recovery):
-            return
+            return False
         module.resumed = self.checkpoint is not None
-        contents: Mapping[str, Any] = {}
-        if self.checkpoint is not None:
-            contents = read_checkpoint(self.checkpoint)
-            report = finished_report(trainer, module, contents)
-            if report is not None:
-                text = _finished(trainer, module, report, self.checkpoint)
-                raise Finished(text if trainer.is_global_zero else "")
-        if trainer.is_global_zero:
+        contents = {} if self.checkpoint is None else read_checkpoint(self.checkpoint)
+        report = finished_report(trainer, module, contents)
+        if trainer.is_global_zero and report is not None:
+            print(_finished(trainer, module, report, self.checkpoint))
+        elif trainer.is_global_zero:
             print("\n".join(_announcement(trainer, module, contents, self.checkpoint)), file=sys.stderr)
-
-    def interrupted(self) -> str | None:
-        """What an interrupted fit leaves to go on from; None if the user did not interrupt one."""
-        if self._trainer is None or not self._trainer.interrupted:
-            return None
-        output = getattr(self._module, "output", None)
-        if output is not None and (Path(output) / CHECKPOINTS / "last.ckpt").exists():
-            return f"interrupted at step {self._trainer.global_step:,}; --ckpt_path last goes on from there"
-        return "interrupted before the first checkpoint; the same command takes up what is kept" + (
-            "" if output is None else f" in {output}"
-        )
+        return report is not None
 
     def end(self, trainer: Any, module: Any, subcommand: str) -> None:
         """Say what was done and where it lies."""
@@ -177,7 +153,7 @@ def finished_report(trainer: Any, module: Recovery, contents: Mapping[str, Any])
     return report if same and (done or exhausted({} if budget is None else budget.limits, spent, step)) else None
 
 
-def _finished(trainer: Any, module: Recovery, report: Mapping[str, Any], checkpoint: Path) -> str:
+def _finished(trainer: Any, module: Recovery, report: Mapping[str, Any], checkpoint: Path | None) -> str:
     budget = find(trainer, Budget)
     raise_it = "" if budget is None or not budget.limits else f"; raise --budget.{next(iter(budget.limits))} to go on"
     head = f"finished: {checkpoint} is at step {report['recovery']['steps']:,}, the end of the budget{raise_it}"

@@ -68,8 +68,9 @@ def sample_shared(
 
 def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, alignment: str | None) -> Images:
     """The images of one pipeline, without guidance too where they can be measured."""
-    guided = sample_shared(pipe, prompts, seeds, batch_size)
-    unguided = sample_shared(pipe, prompts, seeds, batch_size, **UNGUIDED) if alignment else guided[:0]
+    quiet = rank() > 0
+    guided = sample_shared(pipe, prompts, seeds, batch_size, quiet)
+    unguided = sample_shared(pipe, prompts, seeds, batch_size, quiet, **UNGUIDED) if alignment else guided[:0]
     return Images(guided, unguided)
 
 

@@ -14,9 +14,9 @@ STAGES = {
     "solve": "solving",
     "calibration": "calibrating",
     "allocation": "allocating",
-    "solving": "solving",
     "recovery": "training",
-}
+}  # others are called as they are
+WHOLE = ("total", "forward_only")  # not stages of their own
 UNITS = {
     "steps": " steps",
     "images": " images",
@@ -138,6 +138,11 @@ def images_summary(what: str, files: Sequence[Path], total_s: float) -> str:
     return aligned([("drawn", f"{count}, {what}"), ("time", duration(total_s)), ("result", where)])
 
 
+def seeds_text(seeds: Sequence[int]) -> str:
+    """``seed 3``, or ``seeds 3 to 10``."""
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+
+
 def _done(report: Mapping[str, Any]) -> str:
     achieved = report["sparsity"]["achieved"]
     if report["pattern"] is None or achieved is None:
@@ -173,7 +178,7 @@ def _counted(figures: Sequence[str], sampled: Mapping[str, Any] | None) -> str:
 
 def _stages(times: Mapping[str, float]) -> str:
     """What the longer parts of the time went to, in brackets."""
-    parts = [f"{STAGES[key]} {duration(value)}" for key, value in times.items() if key in STAGES and value >= 0.05]
+    parts = [f"{STAGES.get(k, k)} {duration(v)}" for k, v in times.items() if k not in WHOLE and v >= 0.05]
     return f" ({', '.join(parts)})" if parts else ""
 
 
