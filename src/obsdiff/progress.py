@@ -112,7 +112,8 @@ class _Bar:
         self._progress = Progress(*columns, console=Console(stderr=True))
         known = total if math.isfinite(total) else None
         counted = counted or _fraction(done, total)
-        self._task = self._progress.add_task(what, total=known, completed=done, counted=counted, note="")
+        self._task = self._progress.add_task(what, total=known, counted=counted, note="")
+        self._progress.update(self._task, completed=done)
         self._progress.start()
 
     def update(self, done: float, counted: str | None = None, note: str | None = None) -> None:
