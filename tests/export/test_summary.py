@@ -29,7 +29,7 @@ def test_a_prune_in_six_lines():
     assert prune_summary(REPORT, "out").splitlines() == [
         "pruned      digits-sd3: structured:0.5 by obs, sparsity 40.12%",
         "parameters  2.08 G -> 1.25 G (60.0%), FLOPs per call 6.01 T -> 4.2 T",
-        "allocation  measured, budget flops:0.7, 69.87% met",
+        "allocation  measured, budget flops:0.7 (met: 69.87%)",
         "quality     MSE to dense 0.00036 (95% 0.00032 to 0.00042), alignment 100.0% -> 99.5%, Fréchet 4.95 -> 4.84; "
         "200 images",
         "time        1 min 15 s (calibrating 1 min 1 s, solving 7.2 s), peak memory 1.44 GB",

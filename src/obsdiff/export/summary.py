@@ -160,11 +160,15 @@ def _parameters(report: Mapping[str, Any]) -> str:
 
 
 def _allocation(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if report["rule"] in (None, "uniform") and report.get("budget") is None:
+    """By which rule the plan was made and what of its budget was met, unless it is plainly uniform."""
+    asked, met = report.get("budget"), (report.get("allocation") or {}).get("achieved")
+    if report["rule"] in (None, "uniform") and asked is None:
         return []
-    met = (report.get("allocation") or {}).get("achieved")
-    asked = f", budget {report['budget']}" if report.get("budget") else ""
-    return [("allocation", f"{report['rule']}{asked}" + ("" if met is None else f", {met:.2%} met"))]
+    kind, _, share = str(asked).partition(":")
+    text = (
+        "" if asked is None else f", budget {kind}:{float(share):.4g}" + ("" if met is None else f" (met: {met:.2%})")
+    )
+    return [("allocation", f"{report['rule']}{text}")]
 
 
 def _interval(fidelity: Mapping[str, Any]) -> str:
