@@ -12,7 +12,7 @@ REPORT = {
     "pattern": "structured:0.5",
     "method": "obs",
     "rule": "measured",
-    "budget": "flops:0.7",
+    "budget": "flops:0.7000300601",
     "allocation": {"achieved": 0.6987},
     "sparsity": {"achieved": 0.4012},
     "parameters": {"dense": 2_084_553_792, "pruned": 1_250_000_000, "nonzero": 1_250_000_000},

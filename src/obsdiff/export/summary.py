@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,10 +165,8 @@ def _allocation(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     asked, met = report.get("budget"), (report.get("allocation") or {}).get("achieved")
     if report["rule"] in (None, "uniform") and asked is None:
         return []
-    kind, _, share = str(asked).partition(":")
-    text = (
-        "" if asked is None else f", budget {kind}:{float(share):.4g}" + ("" if met is None else f" (met: {met:.2%})")
-    )
+    text = "" if asked is None else ", budget " + re.sub(r"\d+\.\d{5,}", lambda n: f"{float(n[0]):.4g}", str(asked))
+    text += "" if asked is None or met is None else f" (met: {met:.2%})"
     return [("allocation", f"{report['rule']}{text}")]
 
 
