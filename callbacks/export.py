@@ -22,8 +22,7 @@ class Export(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse an output that holds another result, before any work."""
         if stage == "fit" and not is_trial(trainer):
-            replace = pl_module.overwrite or bool(trainer.ckpt_path)
-            place = pl_module.output / RESULT
+            replace, place = pl_module.overwrite or pl_module.resumed, pl_module.output / RESULT
             check_folder(place, REPORT, "a recovered run", replace=replace, hint="--model.overwrite true")
             check_writable(place)
 

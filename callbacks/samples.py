@@ -60,5 +60,8 @@ class SampleWriter(lightning.pytorch.callbacks.BasePredictionWriter):
         self, trainer: lightning.Trainer, pl_module: Any, prediction: dict[int, Tensor], *_: object
     ) -> None:
         if prediction and not is_trial(trainer):
-            files = [self.folder / f"{number:05d}.png" for number in prediction]
-            save_images(torch.stack(list(prediction.values())), files)
+            save_images(torch.stack(list(prediction.values())), [self.file(number) for number in prediction])
+
+    def file(self, number: int) -> Path:
+        """Where an image lies."""
+        return self.folder / f"{number:05d}.png"

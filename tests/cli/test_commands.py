@@ -38,12 +38,16 @@ def test_prune_script_leaves_exactly_the_artifacts(pipe_folder, tmp_path):
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        env={key: value for key, value in os.environ.items() if key != "TQDM_DISABLE"},
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == ARTIFACTS | {"ratios.png"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert "sparsity 50.00%" in done.stdout and "calibrating" in done.stderr
+    assert "sparsity 50.00%" in done.stdout and len(done.stdout.splitlines()) == 6
+    starts = (f"{pipe_folder}: measured", "calibration: 4 prompts", "sensitivity scan: ", "calibrating ", "scanning ")
+    starts += ("solving ", "sampling ", "evaluation: 4 images", f"the result will lie in {tmp_path / 'out'}")
+    assert all(line.startswith(starts) for line in done.stderr.splitlines())
+    assert "calibration: 4 prompts" in done.stderr and "the result will lie in" in done.stderr
 
 
 def test_report_has_the_schema(pipe_folder, tmp_path):

@@ -16,7 +16,20 @@ SOURCES = {
     "obsdiff.data": ROOT / "data",
 }
 RANKS = [
-    {"errors", "files", "versions", "progress", "memory", "ranks", "costs", "yamlfiles", "names", "paths", "devices"},
+    {
+        "errors",
+        "files",
+        "versions",
+        "progress",
+        "memory",
+        "ranks",
+        "costs",
+        "yamlfiles",
+        "names",
+        "paths",
+        "devices",
+        "quiet",
+    },
     {"obs", "criteria", "diffusion"},
     {"models"},
     {"pruning", "evaluation"},

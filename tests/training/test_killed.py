@@ -1,4 +1,4 @@
-"""kill -9 at any moment, then --ckpt_path last: the same final weights as without."""
+"""kill -9 at any moment, then the same command (with --ckpt_path last once there is a checkpoint): the same weights."""
 
 import signal
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from tests.training.common import arguments, assert_same, fit_elsewhere, result
 from tests.training.killed import MOMENTS
 
+LATE = ("later step", "checkpoint half written", "checkpoint written", "export half written")
 USUAL = ("solving", "later step", "export half written")
 
 
@@ -38,5 +39,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(pipe_folder, tmp_path, uninter
     killed = fit_elsewhere(moment, "fit", *args, script=Path(__file__).with_name("killed.py"), check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (tmp_path / "run" / "recovered").exists()
-    fit_elsewhere("fit", *args, "--ckpt_path=last")  # on as many threads as the uninterrupted run
+    resume = ["--ckpt_path=last"] if (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() else []
+    assert bool(resume) == (moment in LATE)  # before the first checkpoint, the same command goes on by itself
+    fit_elsewhere("fit", *args, *resume)  # on as many threads as the uninterrupted run
     assert_same(result(tmp_path / "run"), uninterrupted(pattern))

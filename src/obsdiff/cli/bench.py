@@ -52,14 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def _train(args: Sequence[str]) -> None:
     with clear_errors("obsdiff bench train"):
         options = parse_options(BenchTrainOptions, "obsdiff bench train", args)
-        import logging
-        import warnings
-
         from obsdiff.data.trajectories import TrajectoryDataModule
         from obsdiff.training.bench import bench_train
-
-        warnings.filterwarnings("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
         def data(pipeline: str, folder: Any, batch_size: int) -> TrajectoryDataModule:
             return TrajectoryDataModule(

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from obsdiff.cli.explain import explain, squeezed
 from obsdiff.errors import UserError
 from obsdiff.paths import user_path
+from obsdiff.quiet import quiet_libraries
 from obsdiff.yamlfiles import read_yaml, use_core_schema
 
 T = TypeVar("T")
@@ -122,13 +123,11 @@ def clear_errors(program: str) -> Iterator[Session]:
 
     A :class:`UserError` counts wherever it was raised: in a constructor that a parser called, in a worker process.
     """
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     session = Session()
     with _raised_on_sigterm():
         try:
-            yield session
+            with quiet_libraries():
+                yield session
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)

@@ -27,8 +27,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
         from obsdiff.allocation.planning import check_options
         from obsdiff.export.places import check_places
-        from obsdiff.export.report import summary
         from obsdiff.export.run import prune_run
+        from obsdiff.export.summary import prune_summary
         from obsdiff.pruning.folder import load_pipeline
         from obsdiff.ranks import joined_processes, rank
 
@@ -42,4 +42,4 @@ def main(args: Sequence[str] | None = None) -> None:
             pipe = load_pipeline(options.pipeline, dtype=options.dtype, device=device)
             report = prune_run(pipe, options)
             if rank() == 0:
-                print(summary(report, options.output))
+                print(prune_summary(report, options.output))

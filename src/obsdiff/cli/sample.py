@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from obsdiff.cli.early import checked_sample
@@ -17,6 +18,7 @@ required: the pipeline (a name, folder or hub id) and --prompt"""
 def main(args: Sequence[str] | None = None) -> None:
     """Parse, draw, print the files."""
     with clear_errors(PROGRAM):
+        started = time.perf_counter()
         options = checked_sample(parse_options(SampleOptions, PROGRAM, args, positional=True, example=EXAMPLE))
 
         from obsdiff.devices import choose_device
@@ -24,6 +26,7 @@ def main(args: Sequence[str] | None = None) -> None:
         device = choose_device(options.device, float64=False)
 
         from obsdiff.evaluation.sampling import check_request, image_files, sample, save_images
+        from obsdiff.export.summary import images_summary, seeds_text
         from obsdiff.pruning.folder import load_pipeline
 
         prompts = list(options.prompt)
@@ -35,4 +38,4 @@ def main(args: Sequence[str] | None = None) -> None:
         check_request(prompts, seeds, call=call)
         pipe = load_pipeline(options.pipeline, dtype=options.dtype, device=device)
         save_images(sample(pipe, prompts, seeds, call=call), files)
-        print("\n".join(str(file) for file in files))
+        print(images_summary(f"{seeds_text(seeds)} by {options.pipeline}", files, time.perf_counter() - started))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,13 +30,17 @@ def command_line(session: Session | None = None) -> Any:
     Args:
         session: Is told what an interrupted run keeps.
     """
+    started = time.perf_counter()
+
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from obsdiff.callbacks.budget import Budget
     from obsdiff.callbacks.ema import EMA
+    from obsdiff.cli.train_session import Run, own_looks
     from obsdiff.training.recovery import Recovery
 
     use_core_schema()
+    run = Run(started)
 
     class Parser(OneLine, LightningArgumentParser):
         program = PROGRAM
@@ -63,9 +68,43 @@ def command_line(session: Session | None = None) -> Any:
             parser.add_class_arguments(Budget, "budget")
             parser.add_subclass_arguments(EMA, "ema", required=False)
 
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            super().parse_arguments(parser, args)
+            if subcommand := self.config.get("subcommand"):
+                run.check(self.config[subcommand], subcommand)
+
+        def fit(self, **kwargs: Any) -> None:
+            self.finished = run.says_finished(self.trainer, self.model)
+            if not self.finished:
+                self.trainer.fit(**kwargs)
+
+        def before_validate(self) -> None:
+            self._say_it_ourselves()
+
+        def before_test(self) -> None:
+            self._say_it_ourselves()
+
+        def _say_it_ourselves(self) -> None:
+            if isinstance(self.model, Recovery):
+                self.config_init[self.subcommand]["verbose"] = False  # in place of Lightning's table of metrics
+
+        def after_fit(self) -> None:
+            if not self.finished:
+                run.end(self.trainer, self.model, "fit")
+
+        def after_validate(self) -> None:
+            run.end(self.trainer, self.model, "validate")
+
+        def after_test(self) -> None:
+            run.end(self.trainer, self.model, "test")
+
+        def after_predict(self) -> None:
+            run.end(self.trainer, self.model, "predict")
+
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             given = Given.of(self._get(self.config_init, "trainer", default={}))
             trainer = super().instantiate_trainer(**kwargs)
+            own_looks(trainer, given.callbacks)
             if isinstance(self.model, Recovery):
                 if session is not None:
                     session.kept = partial(last_checkpoint, self.model.output)

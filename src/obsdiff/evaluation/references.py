@@ -87,10 +87,11 @@ def draw(
     allow_nonfinite: bool = False,
 ) -> Images:
     """The images of one pipeline, without guidance too where they can be measured."""
-    guided = sample_shared(pipe, prompts, seeds, batch_size, allow_nonfinite=allow_nonfinite)
+    quiet = rank() > 0
+    guided = sample_shared(pipe, prompts, seeds, batch_size, quiet, allow_nonfinite)
     if not alignment:
         return Images(guided, guided[:0])
-    return Images(guided, sample_shared(pipe, prompts, seeds, batch_size, allow_nonfinite=allow_nonfinite, **UNGUIDED))
+    return Images(guided, sample_shared(pipe, prompts, seeds, batch_size, quiet, allow_nonfinite, **UNGUIDED))
 
 
 def references(

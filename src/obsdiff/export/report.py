@@ -141,21 +141,3 @@ def _wrapped(text: str) -> str:
     import textwrap
 
     return "\n".join(textwrap.wrap(text, 22)[:4])
-
-
-def summary(report: Mapping[str, Any], output: str) -> str:
-    """A few lines for the terminal."""
-    parameters = report["parameters"]
-    lines = [
-        f"{report['pipeline']}: {report['pattern']} by {report['method']}, "
-        f"sparsity {report['sparsity']['achieved']:.2%}, "
-        f"parameters {parameters['dense']:,} -> {parameters['pruned']:,} ({parameters['nonzero']:,} not zero)"
-    ]
-    if report["fidelity"] is not None:
-        fidelity = report["fidelity"]
-        mse = mse_with_interval(fidelity) if fidelity["mse"] is None else f"MSE {fidelity['mse']:.5f}"
-        lines.append(f"fidelity to dense: {mse} over {fidelity['n']} images")
-    if report["alignment"] is not None:
-        lines.append(f"alignment: {report['alignment']['dense']:.1%} -> {report['alignment']['pruned']:.1%}")
-    lines.append(f"{output}: {' '.join(sorted(path.name for path in Path(output).iterdir()))}")
-    return "\n".join(lines)

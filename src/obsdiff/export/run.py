@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,9 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     reused = statistics is not None and (statistics / INDEX).exists()
     if not quiet:
         announce(pipe, wiring, plan, options, len(prompts), statistics)
+        if evaluated:
+            print(f"evaluation: {len(evaluated)} images each by the dense and the pruned pipeline", file=sys.stderr)
+        print(f"the result will lie in {options.output}", file=sys.stderr)
     flops_dense = denoiser_flops(pipe, call_arguments(pipe))
 
     def draw() -> Tensor | None:

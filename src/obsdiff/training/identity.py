@@ -32,13 +32,22 @@ def settings_of(module: Any) -> dict[str, Any]:
         module: The :class:`obsdiff.training.recovery.Recovery`, in its trainer.
     """
     trainer, average = module.trainer, find(module.trainer, EMA)
+    found = {f"data.{key}": value for key, value in data_settings(trainer.datamodule).items()}
+    found |= {f"ema.{key}": None if average is None else getattr(average, key) for key in EMA_SETTINGS}
+    found |= {f"trainer.{key}": getattr(trainer, key) for key in TRAINER_SETTINGS}
+    return {**module_settings(module), **_plain(found)}
+
+
+def module_settings(module: Any) -> dict[str, Any]:
+    """Those of them that the module knows by itself."""
     found = {"objective": dict(module.weights), "prompt_dropout": module.prompt_dropout, "seed": module.seed}
     found |= {f"optimization.{key}": value for key, value in vars(module.optimization).items()}
     found |= {f"trained.{key}": value for key, value in vars(module.trained).items() if key != "gradient_checkpointing"}
-    found |= {f"data.{key}": value for key, value in data_settings(trainer.datamodule).items()}
-    found |= {f"ema.{key}": None if average is None else getattr(average, key) for key in EMA_SETTINGS}
-    found |= {f"trainer.{key}": getattr(trainer, key) for key in TRAINER_SETTINGS}
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return _plain(found)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
 
 
@@ -65,11 +74,11 @@ def data_settings(data: Any) -> dict[str, Any]:
     return found
 
 
-def differences(found: Mapping[str, Any], now: Mapping[str, Any], verb: str = "here") -> list[str]:
-    """What differs, in words; what only one of them knows differs too."""
+def differences(found: Mapping[str, Any], now: Mapping[str, Any], both: bool = False) -> list[str]:
+    """What differs, in words; what only one of them knows differs too, unless ``both`` must know it."""
     return [
-        f"{key} ({found.get(key)} there, {now.get(key)} {verb})"
-        for key in {**found, **now}
+        f"{key} ({found.get(key)} there, {now.get(key)} here)"
+        for key in ({**found, **now} if not both else found.keys() & now.keys())
         if found.get(key) != now.get(key)
     ]
 

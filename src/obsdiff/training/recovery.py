@@ -106,6 +106,7 @@ class Recovery(lightning.LightningModule):
         check_seed(seed, "model.seed")
         check(0 <= prompt_dropout <= 1, "model.prompt_dropout", prompt_dropout, "in [0, 1]")
         self.resume_changed = resume_changed
+        self.resumed = False  # set before a fit from a checkpoint: the result of the part before is replaced then
         self.batch_flops = 0.0  # in the denoisers, of this process's last batch, forward and backward
         self.budget_fraction = 0.0  # kept up to date by the Budget callback
         self.last_measured: dict[str, Any] = {}

@@ -1,0 +1,221 @@
+"""What ``obsdiff train`` looks at and says before a run starts, and what it says when it is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
+
+from obsdiff.callbacks.budget import Budget
+from obsdiff.callbacks.export import Export
+from obsdiff.callbacks.find import find
+from obsdiff.callbacks.progress import BudgetProgress, RateAndBudget, ShortSummary
+from obsdiff.callbacks.samples import SampleWriter
+from obsdiff.costs import Cost, exhausted
+from obsdiff.errors import UserError
+from obsdiff.evaluation.references import measure
+from obsdiff.export.recovered import RESULT
+from obsdiff.export.summary import aligned, evaluation_summary, images_summary, limits_text, recovery_summary
+from obsdiff.files import read_json
+from obsdiff.progress import duration
+from obsdiff.pruning.folder import run_folder
+from obsdiff.pruning.manifest import FILE, read_manifest
+from obsdiff.training.identity import differences, module_settings
+from obsdiff.training.recovery import Recovery
+from obsdiff.training.resume import check_resume, read_checkpoint
+from obsdiff.training.stage import PRUNED
+
+CHECKPOINTS = "checkpoints"
+
+
+class Run:
+    """One call of the command line.
+
+    Args:
+        started: When it began, by ``time.perf_counter``.
+
+    Attributes:
+        checkpoint: The file that the run goes on from, or None.
+    """
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.checkpoint: Path | None = None
+
+    def check(self, config: Any, subcommand: str) -> None:
+        """Refuse a checkpoint that cannot be resumed from, before anything is loaded.
+
+        Args:
+            config: The parsed options of the subcommand.
+            subcommand: fit, validate, test or predict.
+        """
+        asked = config.get("ckpt_path")
+        if not asked:
+            return
+        output, given = _output(config.get("model")), config.get("trainer.callbacks") or []
+        folders = [folder for part in given if (folder := _folder_of(part)) is not None]
+        if output is not None and output / CHECKPOINTS not in folders:
+            folders.append(output / CHECKPOINTS)
+        root = Path(config.get("trainer.default_root_dir") or ".")
+        self.checkpoint = check_resume(str(asked), folders, output, root, subcommand == "fit")
+
+    def says_finished(self, trainer: Any, module: Any) -> bool:
+        """Say what a fit is about to do; or, if nothing is left to do, say that, and return True."""
+        if not isinstance(module, Recovery):
+            return False
+        module.resumed = self.checkpoint is not None
+        contents = {} if self.checkpoint is None else read_checkpoint(self.checkpoint)
+        report = finished_report(trainer, module, contents)
+        if trainer.is_global_zero and report is not None:
+            print(_finished(trainer, module, report, self.checkpoint))
+        elif trainer.is_global_zero:
+            print("\n".join(_announcement(trainer, module, contents, self.checkpoint)), file=sys.stderr)
+        return report is not None
+
+    def end(self, trainer: Any, module: Any, subcommand: str) -> None:
+        """Say what was done and where it lies."""
+        if trainer.is_global_zero and (text := self.summary(trainer, module, subcommand)):
+            print(text)
+
+    def summary(self, trainer: Any, module: Any, subcommand: str) -> str:
+        """The lines that :meth:`end` prints."""
+        took = time.perf_counter() - self.started
+        if subcommand == "fit":
+            return _fitted(trainer, module, took)
+        if not isinstance(module, Recovery):
+            return ""
+        name, refs = f"{self.checkpoint or module.start.folder or module.start.dense}", module.frozen.refs
+        if refs is None:
+            return ""
+        writer = find(trainer, SampleWriter)
+        if subcommand == "predict" and writer is not None:
+            return images_summary(f"by {name}", [writer.file(number) for number in range(len(refs.prompts))], took)
+        if subcommand == "predict" or not module.last_measured:
+            return ""
+        before = measure(refs, refs.pruned)
+        return evaluation_summary(name, before, module.last_measured, len(refs.prompts), took)
+
+
+def own_looks(trainer: Any, given: Sequence[Any]) -> None:
+    """Lightning's default bar and table become ours, and loggers get the learning rate and what is used of the budget.
+
+    What the user brought or turned off stays so.
+
+    Args:
+        trainer: With Lightning's defaults.
+        given: The callbacks that the user named.
+    """
+
+    def ours(part: Any) -> Any:
+        if any(part is own for own in given):
+            return part
+        if isinstance(part, ProgressBar):
+            return BudgetProgress()
+        return ShortSummary() if isinstance(part, ModelSummary) else part
+
+    trainer.callbacks = [ours(part) for part in trainer.callbacks]
+    if trainer.loggers and find(trainer, LearningRateMonitor) is None:
+        trainer.callbacks.insert(0, RateAndBudget())
+
+
+def finished_report(trainer: Any, module: Recovery, contents: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of the result in the module's output, if going on from this checkpoint would add nothing to it.
+
+    Whatever is in doubt (another request, a result that is not whole) counts as unfinished: the run itself finds out.
+    """
+    folder = module.output / RESULT
+    try:
+        report = read_json(folder / "report.json", "a report")
+        identity = contents["obsdiff"]
+        start = run_folder(module.pipeline) if module.pruning is None else module.output / PRUNED
+        manifest = {} if start is None else read_manifest(start)
+        wanted = {} if module.pruning is None else {"pipeline": module.pipeline, **asdict(module.pruning)}
+        request = manifest.get("request") or {}
+        same = (
+            (folder / "pipeline" / "model_index.json").is_file()
+            and report["objective"] == module.weights
+            and report["recovery"]["steps"] == contents["global_step"]
+            and identity["pattern"] == manifest.get("pattern")
+            and not differences(identity["settings"], module_settings(module), both=True)
+            and all(request.get(key) == value for key, value in wanted.items())
+        )
+        spent = sum((Cost(**cost) for cost in report["budget"]["used"].values()), Cost())
+        step = Cost(**contents["callbacks"]["Budget"]["step"])
+    except (UserError, KeyError, TypeError):
+        return None
+    budget = find(trainer, Budget)
+    done = 0 <= trainer.max_steps <= contents["global_step"]
+    return report if same and (done or exhausted({} if budget is None else budget.limits, spent, step)) else None
+
+
+def _finished(trainer: Any, module: Recovery, report: Mapping[str, Any], checkpoint: Path | None) -> str:
+    budget = find(trainer, Budget)
+    raise_it = "" if budget is None or not budget.limits else f"; raise --budget.{next(iter(budget.limits))} to go on"
+    head = f"finished: {checkpoint} is at step {report['recovery']['steps']:,}, the end of the budget{raise_it}"
+    return f"{head}\n{recovery_summary(report, module.output / RESULT)}"
+
+
+def _announcement(
+    trainer: Any, module: Recovery, contents: Mapping[str, Any], checkpoint: Path | None
+) -> Iterator[str]:
+    """What a recovery is about to do: from where, what, within which budget, and where the result will lie."""
+    terms = " + ".join(f"{weight:g} x {name}" for name, weight in module.weights.items())
+    budget = find(trainer, Budget)
+    limits = limits_text(budget.limits) if budget is not None and budget.limits else _trainer_limits(trainer)
+    pruned = module.output / PRUNED
+    if module.pruning is None:
+        start = f"take {module.pipeline} as it is"
+    elif (pruned / FILE).exists():
+        start = f"take {pruned} as pruned before"
+    else:
+        start = f"prune {module.pipeline} to {module.pruning.pattern} by {module.pruning.method}"
+    rate = f"{module.optimization.schedule} learning rate from {module.optimization.lr:g}"
+    yield f"recovery: {start}, then train on {terms} ({rate}); budget {limits}"
+    images = module.evaluation.num_images
+    if images:
+        yield f"evaluation: {images} images each by the dense, the pruned and the recovered pipeline"
+    last = module.output / CHECKPOINTS / "last.ckpt"
+    if checkpoint is not None:
+        yield f"going on from step {contents['global_step']:,}: {checkpoint}"
+    elif last.exists():
+        yield f"starting anew: {last} of an earlier run will be replaced (--ckpt_path last would go on from it)"
+    if find(trainer, Export) is not None:
+        yield f"the result will lie in {module.output / RESULT}"
+
+
+def _trainer_limits(trainer: Any) -> str:
+    if trainer.max_steps >= 0:
+        return f"{trainer.max_steps:,} steps"
+    return f"{trainer.max_epochs} epochs" if (trainer.max_epochs or -1) >= 0 else "none, until it is stopped"
+
+
+def _fitted(trainer: Any, module: Any, took: float) -> str:
+    """The figures of a finished fit; of a run that wrote no result, what there is to say."""
+    steps = f"{trainer.global_step:,} steps of {type(module).__name__}"
+    rows = [("trained", steps), ("time", duration(took))]
+    if not isinstance(module, Recovery):
+        output = getattr(module, "output", None)
+        return aligned([*rows, ("result", str(output))] if output is not None and Path(output).exists() else rows)
+    folder = module.output / RESULT
+    if find(trainer, Export) is None or not (folder / "report.json").is_file():
+        return aligned([*rows, ("result", "none was written")])
+    return recovery_summary(read_json(folder / "report.json", "a report"), folder, took)
+
+
+def _output(model: Any) -> Path | None:
+    """The folder of a recovery, from its options; None for other modules."""
+    name, _, kind = str(model.get("class_path")).rpartition(".")
+    found = getattr(import_module(name), kind, None) if name else None
+    return Path(model.init_args.output) if isinstance(found, type) and issubclass(found, Recovery) else None
+
+
+def _folder_of(part: Any) -> Path | None:
+    """Where a callback keeps checkpoints, from its options."""
+    folder = (part.get("init_args") or {}).get("dirpath")
+    return None if folder is None else Path(folder)
