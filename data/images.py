@@ -16,12 +16,12 @@ from obsdiff.data.loader import (
     RecoveryData,
     ResumableLoader,
     batches_done,
-    check_count,
     check_enough,
     check_loading,
 )
 from obsdiff.data.pixels import Undecodable, decode
 from obsdiff.errors import UserError
+from obsdiff.numbers import check_whole
 from obsdiff.ranks import keyed_generator
 
 CORRUPT_SAMPLE = 20  # images seen before their unusable share says anything
@@ -166,7 +166,7 @@ class ImageCaptionDataModule(RecoveryData):
     ) -> None:
         super().__init__()
         check_loading(batch_size, num_workers, seed)
-        check_count("data.size", size)
+        check_whole("data.size", size)
         if channels not in (1, 3):
             raise UserError(f"data.channels is {channels}; it must be 1 (grey) or 3 (RGB)")
         if not (math.isfinite(max_corrupt) and 0 <= max_corrupt <= 1):

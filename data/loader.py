@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from obsdiff.errors import UserError
-from obsdiff.ranks import check_seed, keyed_generator, rank, world_size
+from obsdiff.numbers import check_seed, check_whole
+from obsdiff.ranks import keyed_generator, rank, world_size
 
 
 def check_loading(batch_size: int, num_workers: int, seed: int) -> None:
@@ -20,18 +21,8 @@ def check_loading(batch_size: int, num_workers: int, seed: int) -> None:
         UserError: One is out of range.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        check_count(f"data.{name}", value, least)
-    check_seed(seed, "data.seed")
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Refuse a number of things that is no whole number, or below ``least``.
-
-    Raises:
-        UserError: It is.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} is {value}; it must be a whole number, at least {least}")
+        check_whole(f"data.{name}", value, least)
+    check_seed("data.seed", seed)
 
 
 def check_enough(count: int, batch_size: int, what: str) -> None:

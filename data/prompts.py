@@ -14,7 +14,7 @@ from obsdiff.data.captions import MAX_LENGTH, captions_in, check_text, choose_co
 from obsdiff.errors import UserError
 from obsdiff.evaluation.digits import HELD_OUT_WORDINGS, TRAIN_WORDINGS, digit_prompts
 from obsdiff.models.info import EMBEDDED_PROMPTS
-from obsdiff.ranks import check_seed
+from obsdiff.numbers import check_seed, check_whole
 
 EMBEDDED = dict(zip(EMBEDDED_PROMPTS, (TRAIN_WORDINGS, HELD_OUT_WORDINGS), strict=True))
 
@@ -35,9 +35,9 @@ def load_prompts(source: str, column: str | None = None, num: int | None = None,
         UserError: Nothing is called so, the column is missing or holds no text, more than 5 % of the lines do not
             parse, or there are no prompts.
     """
-    if num is not None and (not isinstance(num, int) or isinstance(num, bool) or num < 1):
-        raise UserError(f"asked for {num} prompts; it must be a whole number, at least 1")
-    check_seed(seed, "the seed of the prompts")
+    if num is not None:
+        check_whole("the number of prompts", num)
+    check_seed("the seed of the prompts", seed)
     cells, is_table = _read(source, column)
     prompts = [text.strip() for cell in cells for text in captions_in(cell)]
     if not prompts:

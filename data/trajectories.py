@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_count, check_enough, check_loading
+from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
 from obsdiff.data.prompts import load_prompts
+from obsdiff.numbers import check_whole
 from obsdiff.pruning.folder import load_pipeline
 from obsdiff.pruning.record import (
     INDEX,
@@ -71,7 +72,7 @@ class TrajectoryDataModule(RecoveryData):
     ) -> None:
         super().__init__()
         check_loading(batch_size, num_workers, seed)
-        check_count("data.record_batch_size", record_batch_size)
+        check_whole("data.record_batch_size", record_batch_size)
         self.pipeline, self.folder = pipeline, Path(folder)
         self.prompts = load_prompts(prompts, column, num_prompts, seed)
         self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed

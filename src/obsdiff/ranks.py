@@ -149,20 +149,6 @@ def seed_for(*parts: int) -> int:
     return mixed
 
 
-def check_seed(seed: int, name: str) -> None:
-    """Refuse what cannot seed a generator.
-
-    Args:
-        seed: The seed.
-        name: What the option is called.
-
-    Raises:
-        UserError: It is no whole number, or outside [0, 2**63).
-    """
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise UserError(f"{name} is {seed}; it must be a whole number from 0 to 2**63 - 1")
-
-
 def keyed_generator(*parts: int) -> torch.Generator:
     """A CPU generator that depends on these numbers alone: on no state, so that a resumed run draws the same."""
     return torch.Generator().manual_seed(seed_for(*parts))

@@ -86,7 +86,7 @@ def test_models_in_train_mode_draw_as_in_eval_mode(pipe):
         ({"call": {"num_inference_steps": 10**9}}, "num_inference_steps is 1000000000"),
         ({"call": {"guidance_scale": float("nan")}}, "guidance_scale is nan"),
         ({"call": {"guidance_scale": float("inf")}}, "guidance_scale is inf"),
-        ({"call": {"guidance_scale": "2"}}, "guidance_scale is 2"),
+        ({"call": {"guidance_scale": "2"}}, "guidance_scale is '2'"),
     ],
 )
 def test_requests_are_checked_before_anything_is_drawn(changes, message):

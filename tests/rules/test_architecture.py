@@ -29,6 +29,7 @@ RANKS = [
         "paths",
         "devices",
         "quiet",
+        "numbers",
     },
     {"obs", "criteria", "diffusion"},
     {"models"},

@@ -28,9 +28,9 @@ from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prom
 from obsdiff.models.content import denoiser_hash
 from obsdiff.models.wiring import Wiring, denoiser_of, wire
 from obsdiff.names import ALLOCATIONS
+from obsdiff.numbers import check_whole
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
-from obsdiff.pruning.numbers import check_whole
 from obsdiff.pruning.oneshot import check_solving
 from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import Plan, kept_groups, make_plan

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
 from obsdiff.errors import UserError
 from obsdiff.names import ALLOCATIONS, FUSIONS, METHODS, STRUCTURED_METHODS
+from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import Structured, parse_pattern
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Limits, PruningOptions, ScanOptions
 from obsdiff.yamlfiles import read_yaml
 
 KINDS = ("sparsity", "parameters", "flops", "latency")
-LARGEST_SEED = 2**40  # times a million, of each prompt's own, it still is a seed of torch's
 _SYNTAX = "use sparsity:0.5 (share removed), parameters:0.7, flops:0.7 or latency:0.7 (share that stays)"
 
 
@@ -82,24 +81,14 @@ def check_values(options: PruningOptions) -> None:
     _check_limits(options.limits)
 
 
-def check_seed(name: str, seed: int) -> None:
-    """Refuse what no generator takes.
-
-    Raises:
-        UserError: The seed is negative or too large.
-    """
-    if not 0 <= seed < LARGEST_SEED:
-        raise UserError(f"{name} is {_brief(seed)}; it must be from 0 to {LARGEST_SEED - 1}")
-
-
 def check_scan(scan: ScanOptions) -> None:
     """Refuse impossible scan options.
 
     Raises:
         UserError: Naming the first one.
     """
-    if scan.triples is not None and scan.triples < 1:
-        raise UserError(f"scan.triples is {scan.triples}; it must be at least 1")
+    if scan.triples is not None:
+        check_whole("scan.triples", scan.triples)
     for level in scan.levels or ():
         if not 0 < level < 1:
             raise UserError(f"scan.levels holds {level:g}; levels are shares removed, above 0 and below 1")
@@ -113,21 +102,21 @@ def check_evaluation(evaluation: EvaluationOptions) -> None:
     Raises:
         UserError: Naming the first one.
     """
-    if evaluation.num_images < 0:
-        raise UserError(f"evaluation.num_images is {evaluation.num_images}; it must be at least 0")
-    _at_least_1("evaluation.batch_size", evaluation.batch_size)
+    check_whole("evaluation.num_images", evaluation.num_images, 0)
+    check_whole("evaluation.batch_size", evaluation.batch_size)
     check_seed("evaluation.seed", evaluation.seed)
+    check_seed("evaluation.seed + num_images", evaluation.seed + evaluation.num_images)
 
 
 def _check_calibration(calibration: CalibrationOptions) -> None:
     for name in ("num_prompts", "steps", "batch_size", "packages", "tokens"):
-        _at_least_1(f"calibration.{name}", getattr(calibration, name))
-    if calibration.guidance_scale is not None and not math.isfinite(calibration.guidance_scale):
-        raise UserError(f"calibration.guidance_scale is {calibration.guidance_scale:g}; it must be a finite number")
+        if (value := getattr(calibration, name)) is not None:
+            check_whole(f"calibration.{name}", value)
+    if calibration.guidance_scale is not None:
+        check_number("calibration.guidance_scale", calibration.guidance_scale, 0.0)
     if calibration.weighting is not None:
         timestep_weights(calibration.weighting, 1)
-    if not 0 <= calibration.damping < math.inf:
-        raise UserError(f"calibration.damping is {calibration.damping:g}; it must be a finite number, at least 0")
+    check_number("calibration.damping", calibration.damping, 0.0)
 
 
 def _check_limits(limits: Limits) -> None:
@@ -135,13 +124,3 @@ def _check_limits(limits: Limits) -> None:
         for pattern, share in shares.items():
             if not 0 <= share <= 1:
                 raise UserError(f"limits.{name} holds {share:g} for {pattern!r}; it must be a share from 0 to 1")
-
-
-def _at_least_1(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UserError(f"{name} is {_brief(value)}; it must be at least 1")
-
-
-def _brief(value: int) -> str:
-    text = str(value) if abs(value) < 10**30 else f"{'-' if value < 0 else ''}more than 10^30"
-    return text

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
-from obsdiff.allocation.request import check_evaluation, check_seed, check_values
+from obsdiff.allocation.request import check_evaluation, check_values
 from obsdiff.cli.options import BenchOptions, BenchScanOptions, InspectOptions, SampleOptions
 from obsdiff.errors import UserError
 from obsdiff.models.loading import check_loading, check_source
 from obsdiff.names import METHODS, PRESETS
+from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.paths import new_folder, user_path
 from obsdiff.pruning.options import PruneOptions
@@ -53,10 +53,10 @@ def checked_sample(options: SampleOptions) -> SampleOptions:
         raise UserError(f"--prompt {options.prompt[:60]} is no list of texts; quote what could be a number or a word of "
                         "YAML: ['7', 'null']")  # fmt: skip
     check_seed("seed", options.seed)
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"steps is {options.steps}; it must be at least 1")
-    if options.guidance_scale is not None and not math.isfinite(options.guidance_scale):
-        raise UserError(f"guidance_scale is {options.guidance_scale:g}; it must be a finite number")
+    if options.steps is not None:
+        check_whole("steps", options.steps)
+    if options.guidance_scale is not None:
+        check_number("guidance_scale", options.guidance_scale, 0.0)
     check_loading(options.dtype, options.device)
     output = user_path(options.output, "output")
     return replace(options, pipeline=check_source(options.pipeline), prompt=prompts, output=str(output))
@@ -87,9 +87,8 @@ def check_bench(options: BenchOptions | BenchScanOptions) -> None:
     parse_pattern(options.pattern)
     check_loading(options.dtype, options.device)
     for name in ("num_prompts", "steps", "batch_size", "threads", "packages"):
-        value = getattr(options, name, None)
-        if value is not None and not 1 <= value < 10**9:
-            raise UserError(f"{name} is {str(value)[:20]}; it must be at least 1")
+        if (value := getattr(options, name, None)) is not None:
+            check_whole(name, value, 1, 10**9)
     if isinstance(options, BenchOptions):
         _optional(options.statistics, "statistics", whole=True)
     elif options.pipeline is not None:

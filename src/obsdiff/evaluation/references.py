@@ -16,6 +16,7 @@ from torch import Tensor
 
 from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
 from obsdiff.evaluation.sampling import check_finite, sample
+from obsdiff.files import whole_file
 from obsdiff.ranks import from_all, rank, wait_for_all, world_size
 
 UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0}
@@ -122,10 +123,8 @@ def references(
         images["pruned"] = draw(pruned, prompts, seeds, batch_size, alignment, allow_nonfinite=True)
         found = {f"{name}.{kind}": t for name, pair in images.items() for kind, t in vars(pair).items()}
         if rank() == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.tmp")
-            save_file({name: t.contiguous() for name, t in found.items()}, temporary, {"key": digest})
-            temporary.replace(file)
+            with whole_file(file) as temporary:
+                save_file({name: t.contiguous() for name, t in found.items()}, temporary, {"key": digest})
         wait_for_all()
     dense_images, pruned_images = (Images(found[f"{n}.guided"], found[f"{n}.unguided"]) for n in ("dense", "pruned"))
     return References(prompts, seeds, dense_images, pruned_images, alignment)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,12 @@ from torch import Tensor
 
 from obsdiff.errors import UserError
 from obsdiff.evaluation.measures import finite_images
+from obsdiff.files import check_writable, whole_file
 from obsdiff.models.info import CALL_ARGUMENTS, MOST, call_arguments, info_of
 from obsdiff.models.modes import eval_mode
+from obsdiff.numbers import check_number, check_seed, check_whole
+from obsdiff.paths import user_path
 from obsdiff.progress import track
-from obsdiff.ranks import check_seed
 
 
 @torch.no_grad()
@@ -89,14 +89,12 @@ def check_request(
     if len(seeds) != len(prompts):
         raise UserError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; give one seed per prompt")
     for seed in seeds:
-        check_seed(seed, "a noise seed")
+        check_seed("a noise seed", seed)
     for name, value in {"batch_size": batch_size, **(call or {})}.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if name == "guidance_scale":
-            if value is not None and not (isinstance(value, int | float) and -MOST <= value <= MOST):
-                raise UserError(f"{name} is {value}; it must be a number from {-MOST} to {MOST}")
-        elif name in ("batch_size", *CALL_ARGUMENTS) and value is not None and not (whole and 1 <= value <= MOST):
-            raise UserError(f"{name} is {value}; it must be a whole number from 1 to {MOST}")
+        if value is not None and name == "guidance_scale":
+            check_number(name, value, 0.0)
+        elif value is not None and name in ("batch_size", *CALL_ARGUMENTS):
+            check_whole(name, value, 1, MOST)
 
 
 def check_finite(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> None:
@@ -127,55 +125,21 @@ def image_files(output: str | Path, count: int, overwrite: bool) -> list[Path]:
     """
     if count == 0:
         raise UserError("no prompt given; pass --prompt TEXT")
-    output = Path(output)
+    output = user_path(output, "output")
     files = [output] if count == 1 else [output / f"{i:05d}.png" for i in range(count)]
     if count == 1 and output.suffix.lower() != ".png":
         raise UserError(f"{output} must end in .png")
-    for file in files:
-        _check_name(file)
-    _check_folder(files[0].absolute().parent)
+    if folders := [file for file in files if file.is_dir()]:
+        raise UserError(f"{folders[0]} is a folder; choose another output")
+    check_writable(files[0].parent)
     existing = [file for file in files if file.exists()]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} exists; choose another output or pass --overwrite true")
     return files
 
 
-def _check_name(file: Path) -> None:
-    """Refuse a name that no file can have."""
-    try:
-        if file.is_dir():
-            raise UserError(f"{file} is a folder; choose another output")
-        with suppress(FileNotFoundError, NotADirectoryError):
-            file.lstat()
-    except (OSError, ValueError) as error:  # an overlong name, a NUL in it
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot write {str(file)[:80]!r}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be written, by writing there; what that took is removed again."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        raise UserError(f"cannot write into {folder}: {there} is a file; choose another output")
-    missing = [parent for parent in (folder, *folder.parents) if parent.is_relative_to(there) and parent != there]
-    probe, made = folder / f".{os.getpid()}.tmp", list[Path]()
-    try:
-        for parent in reversed(missing):
-            parent.mkdir()
-            made.append(parent)
-        probe.touch()
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror or error}; choose another output") from error
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
-        for parent in reversed(made):
-            parent.rmdir()
-
-
 def save_images(images: Tensor, files: Sequence[Path]) -> None:
-    """Write images (n, c, h, w) in [0, 1] as PNG files, each under a temporary name first.
+    """Write images (n, c, h, w) in [0, 1] as PNG files, each whole or not at all.
 
     Raises:
         UserError: The place cannot be written; nothing but whole files is left then.
@@ -183,13 +147,5 @@ def save_images(images: Tensor, files: Sequence[Path]) -> None:
     from torchvision.transforms.functional import to_pil_image
 
     for image, file in zip(images, files, strict=True):
-        temporary = file.with_name(f".{file.name[:200]}.{os.getpid()}.tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as temporary:
             to_pil_image(image).save(temporary, format="PNG")
-            temporary.replace(file)
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror or error}") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)

@@ -17,12 +17,12 @@ from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prom
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.wiring import WiredSite, Wiring, denoiser_of, wire
+from obsdiff.numbers import check_seed, check_whole
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.progress import track
 from obsdiff.pruning.collect import collecting
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
-from obsdiff.pruning.numbers import check_seed, check_whole
 from obsdiff.pruning.statistics import (
     INDEX,
     UNFINISHED,
@@ -116,7 +116,7 @@ def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
         check_whole("calibration.tokens", settings.tokens, 1)
     check_whole("calibration.batch_size", settings.batch_size, 1)
     check_call(settings.call)
-    check_seed(settings.seed)
+    check_seed("seed", settings.seed)
 
 
 def _continue_partial(folder: Path, fingerprint: Mapping[str, Any], sites: Sequence[WiredSite]) -> Statistics | None:

@@ -15,12 +15,12 @@ from obsdiff.errors import UserError
 from obsdiff.models.checks import check_layers
 from obsdiff.models.content import model_hash
 from obsdiff.models.wiring import WiredGroups, WiredSite, Wiring, denoiser_of, shrunk_of, wire
+from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
-from obsdiff.pruning.numbers import check_number, check_seed, check_whole
 from obsdiff.pruning.plan import Plan, make_plan, packages_of
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.solve import LayerResult, SolveOptions, portable, solve_groups, solve_site
@@ -200,7 +200,7 @@ def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) ->
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     check_number("calibration.damping", options.damping, 0.0)
     check_whole("calibration.packages", packages, 1)
-    check_seed(options.seed)
+    check_seed("seed", options.seed)
 
 
 def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int) -> None:

@@ -24,8 +24,8 @@ from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.rows import CallRows
 from obsdiff.models.wiring import denoiser_of
+from obsdiff.numbers import check_seed, check_whole
 from obsdiff.progress import track
-from obsdiff.pruning.numbers import check_seed, check_whole
 from obsdiff.pruning.statistics import check_fingerprint
 from obsdiff.pruning.trajectories import check_call, noise_seeds, run_trajectories
 from obsdiff.ranks import world_size
@@ -106,7 +106,7 @@ def record_trajectories(
     call = call_arguments(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     check_prompts(prompts)
     check_call(call)
-    check_seed(seed)
+    check_seed("seed", seed)
     check_whole("batch_size", batch_size, 1)
     check_folder(folder, INDEX, "a recording of trajectories", replace=True)
     check_writable(folder)

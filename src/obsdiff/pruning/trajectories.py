@@ -11,7 +11,7 @@ from torch import Tensor
 
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.wiring import denoiser_of
-from obsdiff.pruning.numbers import check_number, check_whole
+from obsdiff.numbers import check_number, check_whole
 
 
 class CallCounter:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from obsdiff.errors import UserError
+from obsdiff.numbers import check_seed, check_whole
 from obsdiff.pruning.options import EvaluationOptions
-from obsdiff.ranks import check_seed
 from obsdiff.training.options import Objective, Optimization, Trained
 
 SCHEDULES = ("cosine", "constant")
@@ -74,10 +74,10 @@ def check_evaluation(options: EvaluationOptions) -> None:
         UserError: Naming the option.
     """
     where = "model.evaluation"
-    check(options.num_images >= 0, f"{where}.num_images", options.num_images, "at least 0 (0: no evaluation)")
-    check(options.batch_size >= 1, f"{where}.batch_size", options.batch_size, "at least 1")
-    check_seed(options.seed, f"{where}.seed")
-    check_seed(options.seed + options.num_images, f"{where}.seed + num_images")
+    check_whole(f"{where}.num_images", options.num_images, 0)
+    check_whole(f"{where}.batch_size", options.batch_size)
+    check_seed(f"{where}.seed", options.seed)
+    check_seed(f"{where}.seed + num_images", options.seed + options.num_images)
 
 
 def check_trainer(trainer: Any, weights: Mapping[str, float]) -> None:

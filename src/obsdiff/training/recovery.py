@@ -26,9 +26,10 @@ from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.loading import check_source
 from obsdiff.models.wiring import denoiser_of
+from obsdiff.numbers import check_seed
 from obsdiff.paths import user_path
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
-from obsdiff.ranks import check_seed, from_all, full_tensor, keyed_generator, rank
+from obsdiff.ranks import from_all, full_tensor, keyed_generator, rank
 from obsdiff.training.checks import (
     check,
     check_evaluation,
@@ -103,7 +104,7 @@ class Recovery(lightning.LightningModule):
         check_trained(self.trained)
         check_optimization(self.optimization)
         check_evaluation(self.evaluation)
-        check_seed(seed, "model.seed")
+        check_seed("model.seed", seed)
         check(0 <= prompt_dropout <= 1, "model.prompt_dropout", prompt_dropout, "in [0, 1]")
         self.resume_changed = resume_changed
         self.resumed = False  # set before a fit from a checkpoint: the result of the part before is replaced then
