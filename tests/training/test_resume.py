@@ -112,6 +112,15 @@ def test_what_lightning_resolves_is_left_to_it(run, tmp_path):
         assert check_resume(asked, [], run, tmp_path, True) is None
 
 
+def test_what_the_user_trusts_is_checked_for_damage_only(run):
+    last = run / "checkpoints" / "last.ckpt"
+    torch.save(Code(), last)
+    assert check_resume("last", [last.parent], run, run, True, trusted=True) == last
+    truncated(last)
+    with pytest.raises(UserError, match="damaged"):
+        check_resume("last", [last.parent], run, run, True, trusted=True)
+
+
 def test_last_without_a_checkpoint_stops_the_command(pipe_folder, tmp_path, capsys, nothing_loaded):
     line = refused(capsys, pipe_folder, tmp_path / "run", "--ckpt_path=last")
     assert "no checkpoint in" in line and str(tmp_path / "run" / "checkpoints") in line

@@ -42,11 +42,13 @@ class Run:
 
     Attributes:
         checkpoint: The file that the run goes on from, or None.
+        trusted: It may hold anything (``--weights_only false``); it is not read here then.
     """
 
     def __init__(self, started: float) -> None:
         self.started = started
         self.checkpoint: Path | None = None
+        self.trusted = False
 
     def check(self, config: Any, subcommand: str) -> None:
         """Refuse a checkpoint that cannot be resumed from, before anything is loaded.
@@ -63,14 +65,15 @@ class Run:
         if output is not None and output / CHECKPOINTS not in folders:
             folders.append(output / CHECKPOINTS)
         root = Path(config.get("trainer.default_root_dir") or ".")
-        self.checkpoint = check_resume(str(asked), folders, output, root, subcommand == "fit")
+        self.trusted = config.get("weights_only") is False
+        self.checkpoint = check_resume(str(asked), folders, output, root, subcommand == "fit", self.trusted)
 
     def says_finished(self, trainer: Any, module: Any) -> bool:
         """Say what a fit is about to do; or, if nothing is left to do, say that, and return True."""
         if not isinstance(module, Recovery):
             return False
         module.resumed = self.checkpoint is not None
-        contents = {} if self.checkpoint is None else read_checkpoint(self.checkpoint)
+        contents = {} if self.checkpoint is None or self.trusted else read_checkpoint(self.checkpoint)
         report = finished_report(trainer, module, contents)
         if trainer.is_global_zero and report is not None:
             print(_finished(trainer, module, report, self.checkpoint))
@@ -182,7 +185,8 @@ def _announcement(
         yield f"evaluation: {images} images each by the dense, the pruned and the recovered pipeline"
     last = module.output / CHECKPOINTS / "last.ckpt"
     if checkpoint is not None:
-        yield f"going on from step {contents['global_step']:,}: {checkpoint}"
+        step = f"step {contents['global_step']:,}: " if contents else ""
+        yield f"going on from {step}{checkpoint}"
     elif last.exists():
         yield f"starting anew: {last} of an earlier run will be replaced (--ckpt_path last would go on from it)"
     if find(trainer, Export) is not None:

@@ -18,7 +18,9 @@ LAST = "last*.ckpt"  # Lightning numbers further ones
 KEYS = {"state_dict", "global_step", "loops", "callbacks"}
 
 
-def check_resume(asked: str, folders: Sequence[Path], output: Path | None, root: Path, fitting: bool) -> Path | None:
+def check_resume(
+    asked: str, folders: Sequence[Path], output: Path | None, root: Path, fitting: bool, trusted: bool = False
+) -> Path | None:
     """See whether ``--ckpt_path`` names something to go on from.
 
     Args:
@@ -27,6 +29,7 @@ def check_resume(asked: str, folders: Sequence[Path], output: Path | None, root:
         output: The folder of a recovery; None for other modules.
         root: Where Lightning looks for the checkpoints of a cluster that was about to end a job.
         fitting: Whether training goes on from it.
+        trusted: The file may hold anything (``--weights_only false``), so only its checksums are looked at.
 
     Returns:
         The file, or None if Lightning resolves the name.
@@ -61,15 +64,20 @@ def check_resume(asked: str, folders: Sequence[Path], output: Path | None, root:
         if (path / ".metadata").exists():  # a sharded checkpoint, as strategies of several processes write them
             return None
         raise UserError(f"--ckpt_path {path} is a folder; name a file in it; {other(path)}")
-    if wrong := damage(path):
+    if wrong := damage(path, trusted):
         raise UserError(f"checkpoint {path} is {wrong}; {other(path)}")
-    if output is not None and "obsdiff" not in read_checkpoint(path):
+    if output is not None and not trusted and "obsdiff" not in read_checkpoint(path):
         raise UserError(f"checkpoint {path} is not of a recovery; {other(path)}")
     return path
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None; reads it once, and runs no code that is in it."""
+def damage(path: Path, trusted: bool = False) -> str | None:
+    """What is wrong with a checkpoint file, or None; reads it once, and runs no code that is in it.
+
+    Args:
+        path: The file.
+        trusted: Its content may be anything.
+    """
     if not zipfile.is_zipfile(path):
         return "damaged: truncated, or no checkpoint at all"
     try:
@@ -80,6 +88,8 @@ def damage(path: Path) -> str | None:
                 return "no checkpoint but another kind of file"
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError) as error:
         return f"damaged: {error}"
+    if trusted:
+        return None
     try:
         found = read_checkpoint(path)
     except UserError as error:
