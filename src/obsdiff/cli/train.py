@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from obsdiff.cli.parse import OneLine, Session, clear_errors, instantiating
-from obsdiff.cli.train_arguments import check_arguments, last_checkpoint, usage
+from obsdiff.cli.train_arguments import check_arguments, check_trainer, last_checkpoint, reading_checkpoint, usage
 from obsdiff.yamlfiles import use_core_schema
 
 PROGRAM = "obsdiff train"
@@ -50,6 +50,11 @@ def command_line(session: Session | None = None) -> Any:
             for name, parser in getattr(self, "_subcommand_parsers", {}).items():
                 parser.usage = usage(name)
 
+        def _parse_ckpt_path(self) -> None:
+            path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+            with reading_checkpoint(path):
+                super()._parse_ckpt_path()
+
         def _set_seed(self) -> None:
             with instantiating():
                 super()._set_seed()
@@ -64,6 +69,8 @@ def command_line(session: Session | None = None) -> Any:
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             trainer = super().instantiate_trainer(**kwargs)
+            if self.subcommand == "fit":
+                check_trainer(trainer)
             if isinstance(self.model, Recovery):
                 if session is not None:
                     session.kept = partial(last_checkpoint, self.model.output)

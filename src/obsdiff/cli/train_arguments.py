@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from obsdiff.cli.explain import nearest
+from obsdiff.cli.explain import nearest, squeezed
 from obsdiff.cli.parse import check_config_files
 from obsdiff.errors import UserError
+from obsdiff.paths import user_path
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 ROOTS = (
@@ -48,6 +51,35 @@ def check_arguments(args: Sequence[str]) -> None:
             hint = nearest(root, ROOTS).replace("mean ", "mean --")
             raise UserError(f"unknown option --{name[:80]}{hint}")
     check_config_files(args)
+
+
+@contextmanager
+def reading_checkpoint(path: str | None) -> Iterator[None]:
+    """While a checkpoint that the user named is read for the first time.
+
+    Raises:
+        UserError: It is not there, or damaged.
+    """
+    if path is not None and path not in ("last", "best", "hpc") and "://" not in path:
+        if not user_path(path, "ckpt_path").exists():
+            raise UserError(f"checkpoint {path} not found; give a file of a run's checkpoints folder, or last")
+    try:
+        yield
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+        raise UserError(
+            f"checkpoint {path} is damaged or none ({squeezed(error)[:80]}); give another one of its folder"
+        ) from error
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse a training that cannot begin or never ends an epoch.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    for name in ("max_steps", "max_epochs", "val_check_interval"):
+        if getattr(trainer, name) == 0:
+            raise UserError(f"trainer.{name} is 0; it must be more than that, or left out")
 
 
 def last_checkpoint(output: Path) -> str:

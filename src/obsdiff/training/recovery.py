@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from obsdiff.allocation.request import check_evaluation, check_seed, check_values
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
@@ -87,6 +88,10 @@ class Recovery(lightning.LightningModule):
         self._frozen: list[_Frozen] = []  # in a list, so that nn.Module does not register what is inside
         self._drawn: dict[int, Tensor] = {}
         self._sharded = False
+        if pruning is not None:
+            check_values(pruning)
+        check_seed("model.seed", seed)
+        check_evaluation(self.evaluation)
         if self.optimization.schedule not in ("cosine", "constant"):
             raise UserError(f"unknown schedule {self.optimization.schedule!r}; choose cosine or constant")
         if not 0 <= prompt_dropout <= 1:
