@@ -37,6 +37,7 @@ def command_line(session: Session | None = None) -> Any:
     from obsdiff.callbacks.budget import Budget
     from obsdiff.callbacks.ema import EMA
     from obsdiff.cli.train_session import Run, own_looks
+    from obsdiff.training.checks import check_limits
     from obsdiff.training.recovery import Recovery
 
     use_core_schema()
@@ -105,6 +106,8 @@ def command_line(session: Session | None = None) -> Any:
             given = Given.of(self._get(self.config_init, "trainer", default={}))
             trainer = super().instantiate_trainer(**kwargs)
             own_looks(trainer, given.callbacks)
+            if self.subcommand == "fit":
+                check_limits(trainer)
             if isinstance(self.model, Recovery):
                 if session is not None:
                     session.kept = partial(last_checkpoint, self.model.output)

@@ -80,6 +80,17 @@ def check_evaluation(options: EvaluationOptions) -> None:
     check_seed(f"{where}.seed + num_images", options.seed + options.num_images)
 
 
+def check_limits(trainer: Any) -> None:
+    """Refuse a trainer that would train nothing, or never come to the end of an epoch.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    for name in ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval"):
+        if getattr(trainer, name) == 0:
+            raise UserError(f"trainer.{name} is 0, so nothing would be trained; it must be positive, or left out")
+
+
 def check_trainer(trainer: Any, weights: Mapping[str, float]) -> None:
     """Refuse a trainer that would prune and then train nothing.
 
@@ -92,10 +103,7 @@ def check_trainer(trainer: Any, weights: Mapping[str, float]) -> None:
     """
     if trainer.state.fn != "fit":
         return
-    found = {name: getattr(trainer, name) for name in ("max_steps", "max_epochs", "limit_train_batches")}
-    for name, limit in found.items():
-        if limit == 0:
-            raise UserError(f"trainer.{name} is {limit}, so nothing would be trained; it must be positive")
+    check_limits(trainer)
     if "denoise" in weights and hasattr(trainer.datamodule, "trajectories"):
         raise UserError(
             "objective denoise needs images, and "

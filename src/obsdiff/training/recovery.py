@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from obsdiff.allocation.request import check_values
 from obsdiff.callbacks.budget import Budget
 from obsdiff.callbacks.ema import refuse_averaging
 from obsdiff.callbacks.find import find
@@ -101,6 +102,8 @@ class Recovery(lightning.LightningModule):
         self.trained, self.optimization = trained or Trained(), optimization or Optimization()
         self.evaluation = evaluation or EvaluationOptions()
         self.prompt_dropout, self.seed, self.overwrite = prompt_dropout, seed, overwrite
+        if pruning is not None:
+            check_values(pruning)
         check_trained(self.trained)
         check_optimization(self.optimization)
         check_evaluation(self.evaluation)
