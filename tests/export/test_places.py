@@ -3,13 +3,16 @@
 import errno
 import json
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
 import obsdiff
+from obsdiff import files
 from obsdiff.export import places, run
 from obsdiff.export.places import check_places, finite
 from obsdiff.export.run import prune_run
+from obsdiff.export.summary import prune_summary
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
 
 
@@ -99,3 +102,37 @@ def test_without_any_room_the_line_says_what_is_kept(pipe, tmp_path, monkeypatch
 def test_figures_that_are_not_finite_become_null():
     found = finite({"a": [1.5, float("nan")], "b": {"c": float("-inf"), "d": 3, "e": "inf"}, "f": (float("inf"),)})
     assert json.dumps(found, allow_nan=False) == '{"a": [1.5, null], "b": {"c": null, "d": 3, "e": "inf"}, "f": [null]}'
+
+
+def test_a_disk_without_room_for_the_pipeline_is_refused_before_any_work(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(run, "prune_stage", lambda *_, **__: pytest.fail("pruned"))
+    with pytest.raises(obsdiff.UserError, match=r"its disk has 0 MiB left"):
+        prune_run(pipe, options(tmp_path), quiet=True)
+
+
+def test_prompts_that_cannot_be_measured_are_refused_before_any_work(pipe, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    monkeypatch.setattr(run, "sample_shared", lambda *_, **__: pytest.fail("drew"))
+    evaluation = EvaluationOptions(num_images=2, prompts=str(tmp_path / "prompts.txt"))
+    with pytest.raises(obsdiff.UserError, match="'a cat' names no digit"):
+        prune_run(pipe, options(tmp_path, evaluation=evaluation), quiet=True)
+
+
+def test_a_prune_whose_images_are_not_finite_is_kept_all_the_same(pipe, tmp_path, monkeypatch):
+    real, calls = run.sample_shared, []
+
+    def sample_shared(*args):
+        calls.append(1)
+        images = real(*args)
+        return images if len(calls) == 1 else images / 0
+
+    monkeypatch.setattr(run, "sample_shared", sample_shared)
+    with pytest.warns(UserWarning, match="not finite"):
+        report = prune_run(pipe, options(tmp_path, evaluation=EvaluationOptions(num_images=2)), quiet=True)
+    assert report["fidelity"]["mse"] is None
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["fidelity"]["mse"] is None and written["alignment"]["pruned"] == 0
+    assert "not finite" in (tmp_path / "out" / "report.md").read_text()
+    obsdiff.load_pipeline(tmp_path / "out")
+    prune_summary(written, tmp_path / "out")

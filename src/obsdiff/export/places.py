@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from obsdiff.errors import UserError
 from obsdiff.files import check_apart, check_writable, whole_folder
 from obsdiff.pruning.folder import check_output
@@ -30,6 +32,12 @@ def check_places(options: PruneOptions) -> None:
         check_store(statistics)
     if sensitivity is not None:
         check_writable(sensitivity / "sensitivity.json")
+
+
+def pipeline_bytes(pipe: Any) -> int:
+    """What the weights of a pipeline take on disk."""
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return sum(t.numel() * t.element_size() for model in models for t in model.state_dict().values())
 
 
 def write_or_rescue(target: Path, index: str, replace: bool, write: Callable[[Path], None], kept: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from obsdiff.allocation.stage import announce, calibration_prompts, prepare, pru
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
-from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
+from obsdiff.evaluation.measures import check_measurable, digit_frechet, digit_hits, fidelity, finite_images
 from obsdiff.evaluation.references import sample_shared
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.export.heatmap import draw_ratios
-from obsdiff.export.places import check_places, finite, write_or_rescue
+from obsdiff.export.places import check_places, finite, pipeline_bytes, write_or_rescue
 from obsdiff.export.report import draw_samples, render_markdown
-from obsdiff.files import write_json, write_text
+from obsdiff.files import check_space, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.wiring import Wiring
@@ -66,8 +67,10 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     statistics, sensitivity = (None if p is None else Path(p) for p in (options.statistics, options.sensitivity))
     check_places(options)
     check_options(options, statistics, sensitivity)
+    check_space(Path(options.output), pipeline_bytes(pipe))
     wiring, plan = prepare(pipe, options, options.prune_again)
     prompts, evaluated = calibration_prompts(pipe, options), evaluation_prompts(pipe, options)
+    check_measurable(evaluated, info_of(pipe).alignment)
     seeds = list(range(options.evaluation.seed, options.evaluation.seed + len(evaluated)))
     reused = statistics is not None and (statistics / INDEX).exists()
     if not quiet:
@@ -77,10 +80,11 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         print(f"the result will lie in {options.output}", file=sys.stderr)
     flops_dense = denoiser_flops(pipe, call_arguments(pipe))
 
-    def draw() -> Tensor | None:
-        return sample_shared(pipe, evaluated, seeds, options.evaluation.batch_size, quiet=quiet) if evaluated else None
+    def draw(allow_nonfinite: bool) -> Tensor | None:
+        batch_size = options.evaluation.batch_size
+        return sample_shared(pipe, evaluated, seeds, batch_size, quiet, allow_nonfinite) if evaluated else None
 
-    dense = draw()
+    dense = draw(allow_nonfinite=False)
     done = prune_stage(
         pipe,
         options,
@@ -90,7 +94,9 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         prune_again=options.prune_again,
         quiet=quiet,
     )
-    pruned = draw()
+    pruned = draw(allow_nonfinite=True)  # what was pruned is not lost because it cannot be measured
+    if pruned is not None and not bool(finite_images(pruned).all()) and rank() == 0:
+        warnings.warn("images of the pruned pipeline are not finite; the report has no figures of them", stacklevel=2)
     images = None if dense is None or pruned is None else Images(dense, pruned, evaluated, seeds)
     report = _report(pipe, done, options, len(prompts), reused, flops_dense, images)
     report["time_s"]["total"] = time.perf_counter() - started

@@ -65,9 +65,9 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
     if (fidelity := report["fidelity"]) is not None:
         figures.append(f"MSE to dense {_interval(fidelity)}")
     if (alignment := report["alignment"]) is not None:
-        figures.append(f"alignment {alignment['dense']:.1%} -> {alignment['pruned']:.1%}")
+        figures.append(f"alignment {_shown('{:.1%}', alignment['dense'])} -> {_shown('{:.1%}', alignment['pruned'])}")
     if (frechet := report["frechet"]) is not None:
-        figures.append(f"Fréchet {frechet['dense']:.2f} -> {frechet['pruned']:.2f}")
+        figures.append(f"Fréchet {_shown('{:.2f}', frechet['dense'])} -> {_shown('{:.2f}', frechet['pruned'])}")
     rows.append(("quality", _counted(figures, fidelity)))
     rows.append(
         ("time", f"{duration(times['total'])}{_stages(times)}, peak memory {memory(report['peak_memory_bytes'])}")
@@ -89,14 +89,14 @@ def recovery_summary(report: Mapping[str, Any], output: str | Path, total_s: flo
     rows = [("recovered", f"{report['pipeline']}: {_done(report)}, {steps}"), ("parameters", _parameters(report))]
     if "fidelity_after" in recovery:
         before, after = recovery["fidelity_before"], recovery["fidelity_after"]
-        figures = f"{before['mse']:.3g} -> {_interval(after)}"
+        figures = f"{_shown('{:.3g}', before['mse'])} -> {_interval(after)}"
         rows.append(("MSE to dense", _counted([figures], report["evaluation"])))
     for key, name, form in FIGURES:
         parts = []
         for suffix, where in (("", ""), ("_unguided", "without guidance ")):
             if (after := recovery.get(f"{key}{suffix}_after")) is not None:
-                change = f"{form.format(recovery[f'{key}{suffix}_before'])} -> {form.format(after)}"
-                parts.append(f"{where}{change} (dense {form.format(dense[key + suffix])})")
+                change = f"{_shown(form, recovery.get(f'{key}{suffix}_before'))} -> {form.format(after)}"
+                parts.append(f"{where}{change} (dense {_shown(form, dense.get(key + suffix))})")
         if parts:
             rows.append((name, ", ".join(parts)))
     if report["budget"] is not None:
@@ -118,11 +118,11 @@ def evaluation_summary(
         num_images: Images that were drawn.
         total_s: How long the command took.
     """
-    mse = f"{before['fidelity']['mse']:.3g} -> {_interval(after['fidelity'])}"
+    mse = f"{_shown('{:.3g}', before['fidelity']['mse'])} -> {_interval(after['fidelity'])}"
     rows = [("evaluated", what), ("MSE to dense", _counted([mse], {"n": num_images}))]
     for key, name, form in FIGURES:
         if key in after:
-            rows.append((name, f"{form.format(before[key])} -> {form.format(after[key])}"))
+            rows.append((name, f"{_shown(form, before.get(key))} -> {_shown(form, after[key])}"))
     return aligned([*rows, ("time", duration(total_s))])
 
 
@@ -170,7 +170,14 @@ def _allocation(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("allocation", f"{report['rule']}{text}")]
 
 
+def _shown(form: str, value: float | None) -> str:
+    """A figure; images that are not finite have none."""
+    return "not finite" if value is None else form.format(value)
+
+
 def _interval(fidelity: Mapping[str, Any]) -> str:
+    if fidelity["mse"] is None:
+        return "not finite"
     low, high = fidelity["mse_interval"]
     return f"{fidelity['mse']:.3g} (95% {low:.3g} to {high:.3g})"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
-from obsdiff.evaluation.digits import digit_of_prompt
 from obsdiff.evaluation.flops import latent_size
+from obsdiff.evaluation.measures import check_measurable
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.models.content import component_hashes
 from obsdiff.models.info import call_arguments, info_of
@@ -146,20 +146,6 @@ def check_trajectories(pipe: Any, found: Trajectories, what: str) -> None:
             f"{what} was recorded from {found.request.get('pipeline')}, whose {', '.join(different)} is not what "
             f"{info_of(pipe).source} has now; delete it or name another folder"
         )
-
-
-def check_measurable(prompts: Iterable[str], alignment: str | None) -> None:
-    """Refuse evaluation prompts that cannot be measured.
-
-    Raises:
-        UserError: Alignment is by digits, and one names none.
-    """
-    for prompt in prompts:
-        if alignment == "digits" and digit_of_prompt(prompt) is None:
-            raise UserError(
-                f"cannot measure alignment: evaluation prompt {prompt!r} names no digit (zero to nine); give other "
-                "--model.evaluation.prompts"
-            )
 
 
 def vae_factor(pipe: Any) -> int:
