@@ -3,3 +3,13 @@
 
 class UserError(ValueError):
     """A request that cannot be met: one line saying what, where and what to do (exit code 2 at the command line)."""
+
+
+MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+"""What reading a file raises whose values are of other kinds than they should be; a :class:`UserError` among them."""
+
+
+def brief(value: object, longest: int = 100) -> str:
+    """A value or an error as one line that is not too long, for messages."""
+    text = " ".join(repr(value).split()) if not isinstance(value, str) else " ".join(value.split())
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

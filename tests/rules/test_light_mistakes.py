@@ -66,11 +66,11 @@ def test_light_names_match_the_tables():
     from obsdiff.evaluation.bench import PRESETS
     from obsdiff.obs.structured import FUSIONS
 
-    assert names.METHODS == tuple(METHODS)
-    assert names.STRUCTURED_METHODS == tuple(name for name, method in METHODS.items() if method.structured)
+    assert tuple(METHODS) == names.METHODS
+    assert tuple(name for name, method in METHODS.items() if method.structured) == names.STRUCTURED_METHODS
     assert {method.allocation for method in METHODS.values()} <= set(names.ALLOCATIONS)
     assert names.FUSIONS == FUSIONS
-    assert names.PRESETS == tuple(PRESETS)
+    assert tuple(PRESETS) == names.PRESETS
     assert {preset.dtype for preset in PRESETS.values()} <= set(names.DTYPES)
     assert set(request.KINDS) == {"sparsity", "parameters", "flops", "latency"}
 

@@ -33,7 +33,6 @@ from obsdiff.pruning.plan import Plan, kept_groups, make_plan
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics
 
-
 TRIPLES = 160
 CHECKS = 3  # passes of the probe that compare the plan and the uniform one with the dense outputs
 MOST_PASSES = 12.0  # cost of a scan that chooses its own number of triples, in bare passes over the calibration set

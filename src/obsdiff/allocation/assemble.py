@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from obsdiff.allocation.budget import Budget, Costs
+from obsdiff.allocation.budget import Costs
+from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.models.wiring import Wiring
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured

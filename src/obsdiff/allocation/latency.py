@@ -19,9 +19,10 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from obsdiff.allocation.budget import Budget, Costs, _costs, shapes_with
+from obsdiff.allocation.budget import Costs, _costs, shapes_with
 from obsdiff.allocation.clock import Calls, Clock, Trial, new_process, time_calls, write_trial
 from obsdiff.allocation.curves import interpolate
+from obsdiff.allocation.request import Budget
 from obsdiff.allocation.times import Times
 from obsdiff.allocation.units import Unit
 from obsdiff.errors import UserError

@@ -60,9 +60,9 @@ def reading_checkpoint(path: str | None) -> Iterator[None]:
     Raises:
         UserError: It is not there, or damaged.
     """
-    if path is not None and path not in ("last", "best", "hpc") and "://" not in path:
-        if not user_path(path, "ckpt_path").exists():
-            raise UserError(f"checkpoint {path} not found; give a file of a run's checkpoints folder, or last")
+    named = path is not None and path not in ("last", "best", "hpc") and "://" not in path
+    if named and not user_path(str(path), "ckpt_path").exists():
+        raise UserError(f"checkpoint {path} not found; give a file of a run's checkpoints folder, or last")
     try:
         yield
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell

@@ -113,13 +113,11 @@ def _read_info(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     content = read_json(path, "obsdiff's pipeline information")
-    call, alignment, prompts = (
-        (content.get(key) or empty for key, empty in (("call", {}), ("alignment", None), ("prompts", {})))
-        if isinstance(content, dict)
-        else (None, None, None)
-    )
+    found: dict[str, Any] = content if isinstance(content, dict) else {}
+    call, alignment, prompts = found.get("call") or {}, found.get("alignment"), found.get("prompts") or {}
     fits = (
-        isinstance(call, dict)
+        isinstance(content, dict)
+        and isinstance(call, dict)
         and isinstance(prompts, dict)
         and isinstance(alignment, str | None)
         and set(call) <= set(CALL_ARGUMENTS)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from obsdiff.errors import UserError
+from obsdiff.errors import MALFORMED, UserError
 from obsdiff.files import read_json, whole_folder, write_json
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.families import find_family
@@ -136,5 +136,5 @@ def open_trajectories(folder: Path) -> Trajectories:
             str(index["model"]),
             float(index["time_s"]),
         )
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         raise UserError(f"{folder} is damaged; delete it and record again") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from obsdiff.errors import UserError
+from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.files import read_json, whole_folder, write_json
 from obsdiff.obs.hessian import SiteStatistics
 
@@ -137,7 +138,7 @@ def open_statistics(folder: Path) -> Statistics:
     content = read_json(folder / INDEX, what)
     try:
         if content["format"] != FORMAT:
-            raise UserError(f"{folder} was written in format {content['format']}; this version reads {FORMAT}")
+            raise UserError(f"{folder} was written in format {brief(content['format'])}; this version reads {FORMAT}")
         statistics = Statistics(
             dict(content["fingerprint"]),
             folder=folder,
@@ -145,29 +146,35 @@ def open_statistics(folder: Path) -> Statistics:
             time_s=dict(content["time_s"]),
             index=dict(content["sites"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder / INDEX} is not {what}: {error!r}; delete the folder and calibrate again") from None
+        raise UserError(
+            f"{folder / INDEX} is not {what}: {brief(error)}; delete the folder and calibrate again"
+        ) from None
     return statistics
 
 
 def _read_site(folder: Path, name: str, entry: Mapping[str, Any], device: torch.device | str) -> SiteStatistics:
-    path = folder / str(entry["file"])
-    damaged = f"{path} (site {name}) is missing or damaged; delete {folder} and calibrate again"
+    damaged = f"the statistics of site {brief(name)} are missing or damaged; delete {folder} and calibrate again"
     try:
+        if not re.fullmatch(r"sites/[0-9]+\.safetensors", entry["file"]):
+            raise UserError(damaged)
+        path = folder / entry["file"]
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != entry["sha256"]:
             raise UserError(damaged)
         tensors = load_file(path)
+        if tensors["hessian_sum"].shape != (*tensors["input_sum"].shape, tensors["input_sum"].shape[-1]):
+            raise UserError(damaged)
         return SiteStatistics(
             tensors["hessian_sum"].to(device),
             tensors["input_sum"].to(device),
             float(entry["weight_sum"]),
             int(entry["num_tokens"]),
         )
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         raise UserError(damaged) from error
 
 
