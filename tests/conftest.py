@@ -70,3 +70,21 @@ def images():
         return obsdiff.sample(pipe, ["the digit two", "a seven"], [5, 6])
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """Folders of a prune run ("run"), a structured one ("shrunk"), "statistics" and "trajectories"."""
+    import obsdiff
+    from obsdiff.pruning.record import record_trajectories
+    from obsdiff.pruning.statistics import save_statistics
+
+    folder = tmp_path_factory.mktemp("whole")
+    prompts = ["a seven", "a two"]
+    for name, pattern in (("run", "unstructured:0.5"), ("shrunk", "structured:0.5")):
+        made = make_pipe()
+        report = obsdiff.prune(made, pattern, statistics=obsdiff.calibrate(made, prompts), spare_blocks=[])
+        obsdiff.save_pipeline(made, folder / name, report)
+    save_statistics(obsdiff.calibrate(make_pipe(), prompts), folder / "statistics")
+    record_trajectories(make_pipe(), prompts, folder / "trajectories")
+    return folder

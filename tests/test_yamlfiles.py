@@ -29,9 +29,20 @@ def test_scalars_mean_what_they_say(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: 1\na: 2", "{x: {b: 1, b: 1}}", "[1, 2", "[" * 100_000, "9" * 10_000, "? [a]\n: 1", "!!python/name:os.system x",
-             "\x00", "a: b: c"]
-)  # fmt: skip
+    "text",
+    [
+        "a: 1\na: 2",
+        "{x: {b: 1, b: 1}}",
+        "[1, 2",
+        "[" * 100_000,
+        "9" * 10_000,
+        "? [a]\n: 1",
+        "!!python/name:os.system x",
+        "\x00",
+        "a: b: c",
+        '"\\uD800"',
+    ],
+)
 def test_what_is_no_plain_yaml_is_one_kind_of_error(text):
     with pytest.raises(yaml.YAMLError):
         load_yaml(text)
@@ -90,9 +101,17 @@ def test_base_60_is_no_number_either(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(b"", "is empty"), (b"- a", "is a list"), (b"words", "just 'words'"), (b"a:\n  - [", "line 2"), (b"\xff\xfe", "no UTF-8"),
-     (b"a: 1\na: 2", "'a' stands there twice"), (b"1: 2", "its key 1"), (b"[" * 9999, "nested too deeply")],
-)  # fmt: skip
+    [
+        (b"", "is empty"),
+        (b"- a", "is a list"),
+        (b"words", "just 'words'"),
+        (b"a:\n  - [", "line 2"),
+        (b"\xff\xfe", "no UTF-8"),
+        (b"a: 1\na: 2", "'a' stands there twice"),
+        (b"1: 2", "its key 1"),
+        (b"[" * 9999, "nested too deeply"),
+    ],
+)
 def test_files_that_hold_something_else(tmp_path, content, word):
     path = tmp_path / "x.yaml"
     path.write_bytes(content)
@@ -103,5 +122,5 @@ def test_files_that_hold_something_else(tmp_path, content, word):
 
 @pytest.mark.parametrize("name", ["none.yaml", ".", "x" * 300])
 def test_files_that_cannot_be_read(tmp_path, name):
-    with pytest.raises(UserError, match="cannot read config|too long a name"):
+    with pytest.raises(UserError, match=r"cannot read config|too long a name"):
         read_yaml(tmp_path / name, "config")

@@ -22,7 +22,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obsdiff.errors import UserError
+from obsdiff.errors import UserError, brief
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -325,9 +325,9 @@ def read_json(path: Path, what: str, schema: type[BaseModel] | None = None) -> A
     except FileNotFoundError:
         raise UserError(f"{path} not found; expected {what}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not {what}: {error}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}; expected {what}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise UserError(f"{path} is not {what}: {brief(str(error))}") from None
     if schema is not None:
         from pydantic import ValidationError
 
@@ -336,7 +336,7 @@ def read_json(path: Path, what: str, schema: type[BaseModel] | None = None) -> A
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "its content"
-            raise UserError(f"{path} is not {what}: {where}: {first['msg']}") from None
+            raise UserError(f"{path} is not {what}: {brief(where)}: {first['msg']}") from None
     return content
 
 

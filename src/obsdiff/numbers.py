@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Integral, Real
 
-from obsdiff.errors import UserError
+from obsdiff.errors import UserError, brief
 
 SEEDS = 2**63  # torch's generators take what is below
 
@@ -17,11 +17,11 @@ def check_whole(name: str, value: object, least: int = 1, below: int | None = No
         UserError: Naming the option.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise UserError(f"{name} is {_brief(value)}; it must be a whole number")
+        raise UserError(f"{name} is {brief(value)}; it must be a whole number")
     if int(value) < least:
-        raise UserError(f"{name} is {_brief(value)}; it must be at least {least}")
+        raise UserError(f"{name} is {brief(value)}; it must be at least {least}")
     if below is not None and int(value) >= below:
-        raise UserError(f"{name} is {_brief(value)}; it must be below {below}")
+        raise UserError(f"{name} is {brief(value)}; it must be below {below}")
 
 
 def check_number(name: str, value: object, least: float) -> None:
@@ -32,7 +32,7 @@ def check_number(name: str, value: object, least: float) -> None:
     """
     number = _number(value)
     if not math.isfinite(number) or number < least:
-        raise UserError(f"{name} is {_brief(value)}; it must be a finite number, at least {least:g}")
+        raise UserError(f"{name} is {brief(value)}; it must be a finite number, at least {least:g}")
 
 
 def check_seed(name: str, seed: object) -> None:
@@ -49,11 +49,3 @@ def _number(value: object) -> float:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:  # a whole number of hundreds of digits
         return math.inf
-
-
-def _brief(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not write out whole numbers of thousands of digits
-        return "a very long number"
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -20,7 +20,7 @@ from obsdiff.paths import user_path
 _NULL, _BOOL, _INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "merge"))
 
 
-class CoreLoader(yaml.SafeLoader):  # type: ignore[misc]  # untyped
+class CoreLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the plain scalars of YAML 1.2's core schema, and no key twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -33,6 +33,13 @@ class CoreLoader(yaml.SafeLoader):  # type: ignore[misc]  # untyped
                     raise yaml.MarkedYAMLError(problem=twice, problem_mark=key_node.start_mark)
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+def _text(loader: CoreLoader, node: yaml.ScalarNode) -> str:
+    text = str(loader.construct_scalar(node))
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise yaml.MarkedYAMLError(problem="half a character", problem_mark=node.start_mark)
+    return text
 
 
 def _integer(loader: CoreLoader, node: yaml.ScalarNode) -> int:
@@ -54,6 +61,7 @@ for _tag, _pattern, _first in (
 ):
     CoreLoader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
 CoreLoader.add_constructor(_INT, _integer)
+CoreLoader.add_constructor("tag:yaml.org,2002:str", _text)
 
 
 def load_yaml(text: str) -> Any:

@@ -117,7 +117,10 @@ TRAIN = ["train", "fit", "--config", str(ROOT / "configs/recover/finetune.yaml")
     [
         (["--model.optimization.schedule", "foo"], "unknown schedule 'foo'; choose cosine or constant"),
         (["--model.optimization.lr", "abc"], "--model.optimization.lr is 'abc'; give a number"),
-        (["--model.optimisation.lr", "1"], "unknown option --model.optimisation.lr; did you mean --model.optimization?"),
+        (
+            ["--model.optimisation.lr", "1"],
+            "unknown option --model.optimisation.lr; did you mean --model.optimization?",
+        ),
         (["--trainer.max_stps", "1"], "unknown option --trainer.max_stps; did you mean --trainer.max_steps?"),
         (["--model", "Foo"], "--model is 'Foo'; give the full path of a class that fits"),
         (["--trainer.accelerator", "foo"], "You selected an invalid accelerator name: `accelerator='foo'`."),
@@ -131,7 +134,7 @@ TRAIN = ["train", "fit", "--config", str(ROOT / "configs/recover/finetune.yaml")
         (["--ckpt_path", "none.ckpt"], "checkpoint none.ckpt not found"),
         (["--ckpt_path", ""], "ckpt_path is empty"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_training(capsys, tmp_path, monkeypatch, args, message):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert message in refused(capsys, *TRAIN, tmp_path / "out", *args)
@@ -193,8 +196,18 @@ def test_ctrl_c_in_training_names_the_checkpoint(capsys, tmp_path, monkeypatch):
 
 def test_ctrl_c_in_pruning(pipe_folder, tmp_path):
     """The real signal to a real process."""
-    command = [sys.executable, str(ROOT / "prune.py"), "--pipeline", str(pipe_folder), "--output", str(tmp_path / "out"),
-               "--calibration.num_prompts", "4000", "--evaluation.num_images", "0"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "prune.py"),
+        "--pipeline",
+        str(pipe_folder),
+        "--output",
+        str(tmp_path / "out"),
+        "--calibration.num_prompts",
+        "4000",
+        "--evaluation.num_images",
+        "0",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     said = ""
     while "calibration:" not in said:

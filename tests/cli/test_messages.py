@@ -36,7 +36,10 @@ def said(capsys, *args, kind=PruneOptions):
         (["--scan.levels", "[x]"], "--scan.levels holds ['x']; give a list of numbers, such as [0.5, 0.8]"),
         (["--limits.floors", "[1]"], "--limits.floors holds [1]; give keys with values, such as {name: 0.5}"),
         (["--limits.floors", "{a: x}"], "--limits.floors holds 'x'; give a number"),
-        (["--calibration", "5"], "--calibration is '5'; give keys with values, such as {a: 1}, or --calibration.KEY VALUE"),
+        (
+            ["--calibration", "5"],
+            "--calibration is '5'; give keys with values, such as {a: 1}, or --calibration.KEY VALUE",
+        ),
         (["--calibration", "{stepps: 5}"], "unknown option --calibration.stepps; did you mean --calibration.steps?"),
         (["--calibraton.steps", "5"], "unknown option --calibraton.steps; did you mean --calibration.steps?"),
         (["--num_prompts", "5"], "unknown option --num_prompts; did you mean --calibration.num_prompts?"),
@@ -46,7 +49,7 @@ def said(capsys, *args, kind=PruneOptions):
         (["--seed"], "--seed needs a value"),
         (["--seed", "x" * 500], f"--seed is '{'x' * 55}...'; give a whole number"),
     ],
-)  # fmt: skip
+)
 def test_wrong_options(capsys, args, message):
     assert said(capsys, *BASE, *args) == message
 
@@ -98,8 +101,10 @@ def test_what_goes_wrong_inside_a_class():
     )
     assert inside("unrecognized arguments: --sed=1") == "unknown option --model.sed; did you mean --model.seed?"
     assert inside("Option 'nonsense' is not accepted") == "unknown option --model.nonsense"
-    union = ("Parser key \"refit\":\n  Does not validate against any of the Union subtypes\n  Subtypes: [<class 'bool'>, "
-             "<class 'NoneType'>]\n  Errors:\n    - Expected a <class 'bool'>\n  Given value: maybe")  # fmt: skip
+    union = (
+        "Parser key \"refit\":\n  Does not validate against any of the Union subtypes\n  Subtypes: [<class 'bool'>, "
+        "<class 'NoneType'>]\n  Errors:\n    - Expected a <class 'bool'>\n  Given value: maybe"
+    )
     assert inside(union) == "--model.refit is 'maybe'; give true or false"
     assert explain("Something\n  else", []) == "Something else"
     assert len(explain("x" * 1000, [])) < 310

@@ -66,9 +66,8 @@ def check_values(options: PruningOptions) -> None:
         pattern = parse_pattern(options.pattern)
         if isinstance(pattern, Structured) and options.method not in STRUCTURED_METHODS:
             *some, last = STRUCTURED_METHODS
-            raise UserError(
-                f"method {options.method} cannot prune heads and neurons; use {', '.join(some)} or {last} with {pattern}"
-            )
+            other = f"{', '.join(some)} or {last}"
+            raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {pattern}")
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     if options.allocation is not None and options.allocation not in ALLOCATIONS:

@@ -12,7 +12,7 @@ from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.probe import Probe
 from obsdiff.allocation.restart import Restart
 from obsdiff.allocation.units import Unit, removed
-from obsdiff.errors import UserError
+from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.files import read_json, write_json
 from obsdiff.models.wiring import Wiring
 from obsdiff.obs.pattern import NM, Pattern, Structured
@@ -223,7 +223,7 @@ def _open(store: Path, fingerprint: Mapping[str, Any]) -> Sensitivity | None:
     try:
         if content["format"] != FORMAT:
             raise UserError(
-                f"{store} was written in format {content['format']}; this version reads {FORMAT}; delete it"
+                f"{store} was written in format {brief(content['format'])}; this version reads {FORMAT}; delete it"
             )
         check_fingerprint(content["fingerprint"], fingerprint, store, "the sensitivity scan")
         return Sensitivity(
@@ -233,7 +233,7 @@ def _open(store: Path, fingerprint: Mapping[str, Any]) -> Sensitivity | None:
             int(content["triples"]),
             {key: float(value) for key, value in content["cost"].items()},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{store / FILE} is damaged: {error!r}; delete it and scan again") from None
+        raise UserError(f"{store / FILE} is damaged: {brief(error)}; delete it and scan again") from None

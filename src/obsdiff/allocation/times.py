@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from obsdiff.errors import UserError
+from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.files import read_json, write_json
 from obsdiff.ranks import from_rank, rank
 from obsdiff.versions import versions
@@ -102,5 +102,5 @@ def _read(store: Path, fingerprint: Mapping[str, Any]) -> dict[str, list[tuple[l
             key: [([float(one) for one in seconds], float(took_s)) for seconds, took_s in measured]
             for key, measured in content["found"].items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{store / FILE} is damaged: {error!r}; delete it and measure again") from None
+    except MALFORMED as error:
+        raise UserError(f"{store / FILE} is damaged: {brief(error)}; delete it and measure again") from None

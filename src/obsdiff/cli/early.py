@@ -50,8 +50,10 @@ def checked_sample(options: SampleOptions) -> SampleOptions:
     if not prompts:
         raise UserError("no prompt given; pass --prompt TEXT")
     if isinstance(options.prompt, str) and options.prompt.startswith("[") and options.prompt.endswith("]"):
-        raise UserError(f"--prompt {options.prompt[:60]} is no list of texts; quote what could be a number or a word of "
-                        "YAML: ['7', 'null']")  # fmt: skip
+        raise UserError(
+            f"--prompt {options.prompt[:60]} is no list of texts; quote what could be a number or a word of "
+            "YAML: ['7', 'null']"
+        )
     check_seed("seed", options.seed)
     if options.steps is not None:
         check_whole("steps", options.steps)

@@ -56,9 +56,9 @@ def parse_options(
         positional: A first argument without a name is the dataclass's first field.
         example: Command lines that the help begins with.
     """
-    from dataclasses import fields
+    from dataclasses import fields, is_dataclass
 
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
     class Parser(OneLine, ArgumentParser):
         pass
@@ -77,7 +77,15 @@ def parse_options(
         check_config_files(given)
     except UserError as error:
         fail(program, one_line(error))
-    values: Any = parser.instantiate(parser.parse_args(given))
+    try:
+        parsed = parser.parse_args(given)
+    except (OverflowError, RecursionError) as error:
+        fail(program, f"a value is too large: {squeezed(error)}")
+    for field in fields(kind):  # type: ignore[arg-type]  # as above
+        if is_dataclass(field.default_factory) and not isinstance(parsed[field.name], Namespace):
+            shown = squeezed(parsed[field.name])[:60]
+            fail(program, f"--{field.name} is {shown!r}; give keys with values, such as {{a: 1}}, or leave it out")
+    values: Any = parser.instantiate(parsed)
     return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]  # as above
 
 
@@ -97,7 +105,8 @@ def check_config_files(args: Sequence[str]) -> None:
 
 def fail(program: str, message: str, code: int = 2) -> NoReturn:
     """Print one line and leave with an exit code."""
-    print(f"{program}: {message}", file=sys.stderr)
+    shown = message.encode("utf-8", "backslashreplace").decode()  # names of files may hold bytes that are no text
+    print(f"{program}: {shown}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -182,9 +191,8 @@ def user_error_in(error: BaseException) -> Exception | None:
         seen.add(id(at))
         if isinstance(at, UserError):
             return at
-        if type(at).__name__ in ("ProcessRaisedException", "RemoteError", "RemoteTraceback", "_RemoteTraceback"):
-            if found := _of_traceback(str(at)):
-                return UserError(found)
+        if type(at).__name__ in ("ProcessRaisedException", "_RemoteTraceback") and (found := _of_traceback(str(at))):
+            return UserError(found)
         at = at.__cause__
     return None
 

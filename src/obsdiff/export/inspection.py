@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from obsdiff.errors import UserError
+from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.pruning.folder import run_folder
-from obsdiff.pruning.manifest import read_manifest
+from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.pruning.planfile import kinds_of, parse_plan
 
 
@@ -26,6 +26,14 @@ def inspect_run(source: str | Path) -> str:
     if folder is None:
         raise UserError(f"{source} is not the folder of a prune run (no pruning.json beside a pipeline/)")
     manifest = read_manifest(folder)
+    try:
+        return _run(folder, manifest)
+    except MALFORMED as error:
+        raise UserError(f"{folder / FILE} is damaged: {brief(error)}") from error
+
+
+def _run(folder: Path, manifest: dict[str, Any]) -> str:
+    """A prune run as text."""
     parameters = manifest["parameters"]
     header = [
         f"{folder}: {manifest['pipeline']} ({manifest['denoiser']}), {manifest['pattern']} by {manifest['method']}"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from obsdiff.errors import UserError
+from obsdiff.errors import MALFORMED, UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.conditioning import check_prompts, encode_prompts
 from obsdiff.models.content import DECODING, component_hashes, model_hash
@@ -186,5 +186,5 @@ def open_trajectories(folder: Path) -> Trajectories:
             int(index["processes"]),
             float(index["time_s"]),
         )
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         raise UserError(f"{folder} is damaged; delete it and record again") from error

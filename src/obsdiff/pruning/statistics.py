@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from obsdiff.errors import UserError
+from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.files import check_folder, check_writable, read_json, remove_folder, whole_folder, write_json
 from obsdiff.models.content import model_hash as model_hash  # part of what this module offers
 from obsdiff.obs.hessian import SiteStatistics
@@ -174,7 +174,7 @@ def open_statistics(folder: Path) -> Statistics:
     try:
         if content["format"] != FORMAT:
             raise UserError(
-                f"{folder} was written in format {content['format']}, this version reads {FORMAT}; "
+                f"{folder} was written in format {brief(content['format'])}, this version reads {FORMAT}; "
                 "delete the folder and calibrate again"
             )
         statistics = Statistics(
@@ -184,17 +184,21 @@ def open_statistics(folder: Path) -> Statistics:
             time_s=dict(content["time_s"]),
             index=dict(content["sites"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder / INDEX} is not {what}: {error!r}; delete the folder and calibrate again") from None
+        raise UserError(
+            f"{folder / INDEX} is not {what}: {brief(error)}; delete the folder and calibrate again"
+        ) from None
     return statistics
 
 
 def _read_site(folder: Path, name: str, entry: Mapping[str, Any], device: torch.device | str) -> SiteStatistics:
-    path = folder / str(entry["file"])
-    damaged = f"{path} (site {name}) is missing or damaged; delete {folder} and calibrate again"
+    damaged = f"the statistics of site {brief(name)} are missing or damaged; delete {folder} and calibrate again"
     try:
+        if not re.fullmatch(r"sites/[0-9]+\.safetensors", entry["file"]):
+            raise UserError(damaged)
+        path = folder / entry["file"]
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != entry["sha256"]:
@@ -204,7 +208,7 @@ def _read_site(folder: Path, name: str, entry: Mapping[str, Any], device: torch.
         if comoment.dim() != 3 or comoment.shape[1:] != (*mean.shape[1:], *mean.shape[1:]):
             raise UserError(damaged)
         return SiteStatistics(comoment, mean, float(entry["weight_sum"]), int(entry["num_tokens"])).to(device)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(damaged) from error
