@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obsdiff.errors import UserError
+from obsdiff.errors import MALFORMED, UserError, brief
 
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)
 
@@ -48,13 +48,13 @@ def load_masks(path: Path) -> dict[str, Tensor]:
             if set(file.keys()) != shapes.keys():
                 raise ValueError("its shapes are not those of its tensors")
             return {name: _unpacked(file.get_tensor(name), shape) for name, shape in shapes.items()}
-    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot read masks from {path}: {' '.join(str(error).split())}; prune again") from None
+    except (OSError, SafetensorError, RuntimeError, *MALFORMED) as error:
+        raise UserError(f"cannot read masks from {path}: {brief(str(error))}; prune again") from None
 
 
 def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"{shape} is no shape")
+        raise ValueError(f"{brief(shape)} is no shape")
     if packed.dtype != torch.uint8 or packed.shape != (-(-math.prod(shape) // 8),):
         raise ValueError(f"a mask of shape {shape} does not have {tuple(packed.shape)} bytes of {packed.dtype}")
     return unpack(packed, shape)
