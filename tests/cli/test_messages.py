@@ -118,7 +118,7 @@ def test_nearest():
 @pytest.mark.parametrize(
     ("args", "word"),
     [
-        (["--seed", "1" + "0" * 30], "seed is more than 10^30"),
+        (["--seed", "1" + "0" * 30], "it must be a whole number from 0 to 2^63 - 1"),
         (["--seed", "-1"], "from 0 to"),
         (["--evaluation.seed", "-1"], "from 0 to"),
         (["--device", "meta"], "unknown device 'meta'"),

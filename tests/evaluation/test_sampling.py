@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from obsdiff import files
 from obsdiff.allocation import stage
 from obsdiff.cli.main import main
 from obsdiff.errors import UserError
@@ -112,17 +113,19 @@ def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path
     before = sorted(tmp_path.rglob("*"))
     for output, count, message in (
         (tmp_path / "folder.png", 1, "is a folder"),
-        (tmp_path / "file" / "a.png", 1, "is a file"),
-        (tmp_path / "file" / "deep" / "a.png", 1, "is a file"),
-        (tmp_path / "file", 2, "is a file"),
-        (tmp_path / ("x" * 300 + ".png"), 1, "File name too long"),
-        (tmp_path / "a\0b.png", 1, "null byte"),
-        ("/proc/nothing/a.png", 1, "cannot write into /proc/nothing"),
+        (tmp_path / "file" / "a.png", 1, "is not a folder"),
+        (tmp_path / "file" / "deep" / "a.png", 1, "is not a folder"),
+        (tmp_path / "file", 2, "is not a folder"),
+        (tmp_path / ("x" * 300 + ".png"), 1, "too long a name"),
+        (tmp_path / "a\0b.png", 1, "null character"),
+        ("/proc/nothing/a.png", 1, "cannot write /proc/nothing"),
     ):
         with pytest.raises(UserError, match=message):
             image_files(output, count, overwrite=True)
     with monkeypatch.context() as patch:  # the suite may run as root, who may write anywhere
-        patch.setattr(Path, "touch", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        patch.setattr(
+            files.tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+        )
         with pytest.raises(UserError, match="Permission denied"):
             image_files(tmp_path / "new" / "deep" / "a.png", 1, overwrite=False)
     assert image_files(tmp_path / "new" / "deep" / "a.png", 1, overwrite=False)
@@ -130,7 +133,7 @@ def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path
 
 
 def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, monkeypatch):
-    file = tmp_path / ("n" * 240 + ".png")
+    file = tmp_path / "n.png"
     save_images(torch.zeros(1, 1, 4, 4), [file])
     before = file.read_bytes()
 
@@ -143,7 +146,7 @@ def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, mon
         with pytest.raises(UserError, match="No space left"):
             save_images(torch.ones(1, 1, 4, 4), [file])
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             save_images(torch.ones(1, 1, 4, 4), [file])
     assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
@@ -157,15 +160,15 @@ def test_a_failed_write_leaves_the_file_before_it_and_nothing_else(tmp_path, mon
         (["--prompt", "[]"], "no prompt given"),
         (["--prompt", "a two", "--seed", "-1"], "seed is -1"),
         (["--prompt", "a two", "--seed", str(2**64)], "seed is "),
-        (["--prompt", "a two", "--steps", "0"], "num_inference_steps is 0"),
+        (["--prompt", "a two", "--steps", "0"], "steps is 0"),
         (["--prompt", "a two", "--guidance_scale", ".nan"], "guidance_scale is nan"),
-        (["--prompt", "a two", "--output", "/proc/nothing/a.png"], "cannot write into"),
+        (["--prompt", "a two", "--output", "/proc/nothing/a.png"], "cannot write /proc/nothing"),
     ],
 )
 def test_the_command_refuses_before_it_loads(options, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
-        main(["sample", "no such pipeline", *options])
+        main(["sample", "digits-sd3", *options])
     assert left.value.code == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and list(tmp_path.iterdir()) == []
@@ -176,6 +179,6 @@ def test_the_command_writes_no_black_picture(pipe, capsys, monkeypatch, tmp_path
 
     monkeypatch.setattr(obsdiff.pruning.folder, "load_pipeline", lambda *_, **__: spoil(pipe))
     with pytest.raises(SystemExit) as left:
-        main(["sample", "tiny", "--prompt", "a two", "--output", str(tmp_path / "a.png")])
+        main(["sample", "digits-sd3", "--prompt", "a two", "--output", str(tmp_path / "a.png")])
     assert left.value.code == 2 and "not finite" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     assert sampling.sample is sample

@@ -37,7 +37,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("options, word", WRONG, ids=[f"{next(iter(o.values()))}" for o, _ in WRONG])
 def test_options_that_no_training_can_meet(options, word, tmp_path):
     with pytest.raises(UserError) as found:
-        Recovery("nowhere", str(tmp_path / "run"), **options)
+        Recovery("digits-sd3", str(tmp_path / "run"), **options)
     assert word in str(found.value) and "\n" not in str(found.value)
     assert list(tmp_path.iterdir()) == []
 

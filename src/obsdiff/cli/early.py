@@ -54,6 +54,8 @@ def checked_sample(options: SampleOptions) -> SampleOptions:
             f"--prompt {options.prompt[:60]} is no list of texts; quote what could be a number or a word of "
             "YAML: ['7', 'null']"
         )
+    if blank := [prompt for prompt in prompts if not prompt.strip()]:
+        raise UserError(f"--prompt holds an empty prompt {blank[0]!r}; say what to draw")
     check_seed("seed", options.seed)
     if options.steps is not None:
         check_whole("steps", options.steps)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from obsdiff.cli.early import checked_sample
 from obsdiff.cli.options import SampleOptions
 from obsdiff.cli.parse import clear_errors, parse_options
-from obsdiff.errors import UserError
 
 PROGRAM = "obsdiff sample"
 EXAMPLE = """example: obsdiff sample outputs/digits --prompt "a digit seven" --output seven.png
@@ -31,8 +30,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
         prompts = list(options.prompt)
         files = image_files(options.output, len(prompts), options.overwrite)
-        if blank := [prompt for prompt in prompts if not prompt.strip()]:
-            raise UserError(f"--prompt holds an empty prompt {blank[0]!r}; say what to draw")
         seeds = list(range(options.seed, options.seed + len(files)))
         call = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
         check_request(prompts, seeds, call=call)

@@ -58,8 +58,10 @@ class Run:
             subcommand: fit, validate, test or predict.
         """
         asked = config.get("ckpt_path")
-        if not asked:
+        if asked is None:
             return
+        if not str(asked).strip():
+            raise UserError("--ckpt_path is empty; give a checkpoint's path, or last")
         output, given = _output(config.get("model")), config.get("trainer.callbacks") or []
         folders = [folder for part in given if (folder := _folder_of(part)) is not None]
         if output is not None and output / CHECKPOINTS not in folders:

@@ -31,7 +31,7 @@ def check_places(options: PruneOptions) -> None:
     if statistics is not None:
         check_store(statistics)
     if sensitivity is not None:
-        check_writable(sensitivity / "sensitivity.json")
+        check_writable(sensitivity)
 
 
 def pipeline_bytes(pipe: Any) -> int:
