@@ -6,7 +6,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from obsdiff.training import recovery
+from obsdiff.training import inputs
 from tests.training.common import assert_same, fit, result
 
 
@@ -29,16 +29,16 @@ def test_goes_on_with_the_same_images_and_captions(pipe_folder, tmp_path, monkey
     extra += ["--data.batch_size=4", "--model.objective.denoise=1", "--model.pruning.method=magnitude"]
 
     seen = {"whole": [], "parts": []}
-    run, real = "whole", recovery.Recovery._inputs
+    run, real = "whole", inputs.Inputs.__call__
 
-    def recorded(self, batch, generator):
+    def recorded(self, batch, *more):
         if run == "parts" and len(seen["parts"]) == 5:  # in the middle of the second epoch
             seen["parts"].append(None)
             raise RuntimeError("power cut")
         seen[run].append(batch["prompt"])
-        return real(self, batch, generator)
+        return real(self, batch, *more)
 
-    monkeypatch.setattr(recovery.Recovery, "_inputs", recorded)
+    monkeypatch.setattr(inputs.Inputs, "__call__", recorded)
     fit(pipe_folder, tmp_path / "whole", *extra)
     run = "parts"
     with pytest.raises(RuntimeError, match="power cut"):

@@ -47,8 +47,8 @@ def test_figures_that_are_not_finite_do_not_lose_the_recovery(pipe_folder, tmp_p
 
     real = module.draw
 
-    def spoilt(*args):
-        images = real(*args)
+    def spoilt(*args, **options):
+        images = real(*args, **options)
         images.guided[0, 0, 0, 0] = torch.nan
         return images
 

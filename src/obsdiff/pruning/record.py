@@ -43,7 +43,6 @@ class Trajectories:
         embeds: Embeds of every prompt by pipeline name, negative ones included, (prompts, ...).
         request: What they were recorded for.
         model: Hash of the denoiser.
-        content: Hashes of the components of the pipeline that drew them.
         rows: Rows per prompt in each of the denoiser's calls: 2 with guidance.
         processes: That waited for it.
         time_s: Seconds it took.
@@ -54,10 +53,14 @@ class Trajectories:
     embeds: dict[str, Tensor]
     request: dict[str, Any]
     model: str
-    content: dict[str, str]
     rows: int
     processes: int
     time_s: float
+
+    @property
+    def content(self) -> dict[str, str]:
+        """Hashes of the components of the pipeline that drew them."""
+        return dict(self.request.get("components", {}))
 
 
 def recording_request(
@@ -148,7 +151,7 @@ def record_trajectories(
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         request = recording_request(pipe, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started
-        index: dict[str, Any] = {"request": request, "model": model_hash(denoiser), "content": component_hashes(pipe)}
+        index: dict[str, Any] = {"request": request, "model": model_hash(denoiser)}
         index |= {"rows": rows_each, "processes": world_size(), "time_s": spent}
         write_json(temporary / INDEX, index)
 
@@ -181,7 +184,6 @@ def open_trajectories(folder: Path) -> Trajectories:
             embeds,
             dict(index["request"]),
             str(index["model"]),
-            dict(index["content"]),
             int(index["rows"]),
             int(index["processes"]),
             float(index["time_s"]),

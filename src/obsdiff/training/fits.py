@@ -10,14 +10,12 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import latent_size
 from obsdiff.evaluation.measures import check_measurable
 from obsdiff.evaluation.sampling import cycle_prompts
-from obsdiff.models.content import component_hashes
+from obsdiff.models.content import DECODING, component_hashes
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.schedules import noising_of_pipeline
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.pruning.record import Trajectories
-
-NOT_SEEN = ("vae", "feature_extractor", "image_encoder")  # by what records a denoiser's inputs
 
 
 def recording_of(trainer: Any) -> Trajectories | None:
@@ -139,12 +137,11 @@ def check_trajectories(pipe: Any, found: Trajectories, what: str) -> None:
     """
     check_latents(pipe, found.latents.shape[2:], what)
     check_embeds(pipe, found.embeds, what)
-    now = component_hashes(pipe)
-    names = {*now, *found.content} - {*NOT_SEEN}
-    if different := sorted(name for name in names if now.get(name) != found.content.get(name)):
+    then, now = found.content, component_hashes(pipe, DECODING)
+    if different := sorted(name for name in {*now, *then} if now.get(name) != then.get(name)):
         raise UserError(
-            f"{what} was recorded from {found.request.get('pipeline')}, whose {', '.join(different)} is not what "
-            f"{info_of(pipe).source} has now; delete it or name another folder"
+            f"{what} was recorded from another pipeline: its {', '.join(different)} is not what {info_of(pipe).source} "
+            "has now; delete it or name another folder"
         )
 
 

@@ -70,7 +70,7 @@ def data_settings(data: Any) -> dict[str, Any]:
     if (recording := getattr(data, "trajectories", None)) is not None:
         for place in ("folder", "pipeline"):
             found.pop(place, None)
-        found["recording"] = hashlib.sha256(json.dumps(recording.content or recording.model).encode()).hexdigest()[:12]
+        found["recording"] = hashlib.sha256(json.dumps(recording.request).encode()).hexdigest()[:12]
     return found
 
 
