@@ -213,11 +213,12 @@ def test_the_wheel_holds_every_module_and_asset(tmp_path):
                 assert name in held, f"{name} is missing from the wheel"
 
 
-def test_readme_commands_name_what_is_there():
-    """Every file, config, command and option of the README's shell blocks exists."""
+@pytest.mark.parametrize("document", ["README.md", "docs/usage.md"])
+def test_documented_commands_name_what_is_there(document):
+    """Every file, config and command of a document's shell blocks exists."""
     from obsdiff.cli.main import COMMANDS
 
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / document).read_text()
     blocks = text.split("```sh")[1:]
     assert blocks
     makefile = (ROOT / "Makefile").read_text()
