@@ -150,9 +150,7 @@ def test_trajectories_of_a_pipeline_that_changed_are_refused_before_pruning(pipe
     distil = {"objective": Objective(distill_output=1.0)}
     run(tmp_path / "dense", tmp_path, 1, data(), **distil)
     change(tmp_path / "dense", "text_encoder_2")
-    with pytest.raises(
-        UserError, match=r"trajectories in .* belong to another model .*: text_encoder_2"
-    ):
+    with pytest.raises(UserError, match=r"trajectories in .* belong to another model .*: text_encoder_2"):
         module = recovery(tmp_path / "dense", tmp_path / "other", **distil)
         trainer(tmp_path).fit(module, datamodule=data())
     assert not (tmp_path / "other").exists()

@@ -13,10 +13,11 @@ from torch import Tensor
 from obsdiff.diffusion import flow
 from obsdiff.evaluation.classifier import DigitClassifier
 from obsdiff.evaluation.digits import HELD_OUT_WORDINGS, TRAIN_WORDINGS, digit_prompts
-from obsdiff.files import whole_folder, write_json
+from obsdiff.files import check_folder, check_writable, whole_folder, write_json
 from obsdiff.models.info import INFO_FILE, PipelineInfo
 from obsdiff.models.tiny_sd3 import TinySD3, build_tiny_sd3
 
+CLASSIFIER = "config.json"
 EMBEDDED_PROMPTS = {"calibration": "digits-train", "evaluation": "digits-heldout"}
 
 
@@ -64,6 +65,11 @@ class DigitsSD3Pretraining(lightning.LightningModule):
         self.text_encoders = torch.nn.ModuleList(
             [self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3]
         )
+
+    def setup(self, stage: str) -> None:
+        """Refuse a place that holds anything else, before hours of training."""
+        check_folder(Path(self.output), INFO_FILE, "a pretrained pipeline", replace=True)
+        check_writable(Path(self.output))
 
     def configure_optimizers(self) -> Any:
         total = int(self.trainer.estimated_stepping_batches)
@@ -164,6 +170,11 @@ class DigitClassifierTraining(lightning.LightningModule):
         self.classifier = DigitClassifier()
         self.accuracy = 0.0
 
+    def setup(self, stage: str) -> None:
+        """Refuse a place that holds anything else, before training."""
+        check_folder(Path(self.output), CLASSIFIER, "a trained classifier", replace=True)
+        check_writable(Path(self.output))
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -192,9 +203,9 @@ class DigitClassifierTraining(lightning.LightningModule):
         from safetensors.torch import save_file
 
         if self.trainer.is_global_zero:
-            with whole_folder(Path(self.output), "config.json", replace=True) as folder:
+            with whole_folder(Path(self.output), CLASSIFIER, replace=True) as folder:
                 save_file(self.classifier.state_dict(), folder / "model.safetensors")
-                write_json(folder / "config.json", {"test_accuracy": self.accuracy, "num_test_images": self.seen})
+                write_json(folder / CLASSIFIER, {"test_accuracy": self.accuracy, "num_test_images": self.seen})
 
 
 def _jitter(images: Tensor) -> Tensor:
