@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from obsdiff.callbacks.find import is_trial
 from obsdiff.errors import UserError
-from obsdiff.files import whole_file
+from obsdiff.files import check_writable, whole_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -47,6 +47,10 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int = 100) -> None:
         super().__init__(dirpath=dirpath, save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps)
+
+    def check_place(self, pl_module: Any) -> None:
+        """Refuse a folder where nothing can be written, before any work."""
+        check_writable(Path(str(self.dirpath)))
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Have all checkpoints of this run written whole, those of other callbacks too."""

@@ -112,11 +112,14 @@ def _like(local: Tensor, parameter: Tensor) -> Tensor:
 
 
 def refuse_averaging(trainer: lightning.Trainer) -> None:
-    """Refuse Lightning's own averaging of weights: it copies the module in its setup, before there is a denoiser.
+    """Refuse Lightning's own averaging of weights: it copies the module in its setup, before there is a denoiser. And
+    two averages, which would swap each other's weights.
 
     Raises:
-        UserError: The trainer has such a callback.
+        UserError: The trainer has such callbacks.
     """
+    if sum(isinstance(callback, EMA) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]  # as below
+        raise UserError("the trainer has more than one EMA; give it one")
     kinds = (WeightAveraging, StochasticWeightAveraging)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if isinstance(callback, kinds):

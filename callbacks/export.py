@@ -19,12 +19,11 @@ from obsdiff.ranks import full_tensor, rank, wait_for_all
 class Export(lightning.Callback):
     """Evaluates the recovered pipeline and writes it, with manifest, masks, report and samples, whole or not at all."""
 
-    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+    def check_place(self, pl_module: Any) -> None:
         """Refuse an output that holds another result, before any work."""
-        if stage == "fit" and not is_trial(trainer):
-            replace, place = pl_module.overwrite or pl_module.resumed, pl_module.output / RESULT
-            check_folder(place, REPORT, "a recovered run", replace=replace, hint="--model.overwrite true")
-            check_writable(place)
+        replace, place = pl_module.overwrite or pl_module.resumed, pl_module.output / RESULT
+        check_folder(place, REPORT, "a recovered run", replace=replace, hint="--model.overwrite true")
+        check_writable(place)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Once the last checkpoint is written; also of a resumed run that had nothing left to train."""

@@ -12,6 +12,9 @@ from torch import Tensor
 from obsdiff.callbacks.find import is_trial
 from obsdiff.errors import UserError
 from obsdiff.evaluation.sampling import save_images
+from obsdiff.files import check_writable
+
+SAMPLES = "samples"
 
 
 class SampleGrid(lightning.Callback):
@@ -26,12 +29,16 @@ class SampleGrid(lightning.Callback):
             raise UserError(f"shown is {shown}; a grid of samples needs at least 1 image in a row")
         self.shown = shown
 
+    def check_place(self, pl_module: Any) -> None:
+        """Refuse a folder where nothing can be written, before any work."""
+        check_writable(Path(pl_module.output) / SAMPLES)
+
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         now, refs = pl_module.last_measured.get("images"), pl_module.frozen.refs
         if now is None or refs is None or trainer.sanity_checking or is_trial(trainer) or not trainer.is_global_zero:
             return
         grid = image_grid([refs.dense.guided, refs.pruned.guided, now], self.shown)
-        save_images(grid[None], [Path(pl_module.output) / "samples" / f"step-{trainer.global_step:07d}.png"])
+        save_images(grid[None], [Path(pl_module.output) / SAMPLES / f"step-{trainer.global_step:07d}.png"])
         for logger in trainer.loggers:
             if isinstance(logger, lightning.pytorch.loggers.TensorBoardLogger):
                 logger.experiment.add_image("dense, pruned, now", grid, trainer.global_step)
@@ -55,6 +62,10 @@ class SampleWriter(lightning.pytorch.callbacks.BasePredictionWriter):
     def __init__(self, folder: str | Path) -> None:
         super().__init__(write_interval="batch")
         self.folder = Path(folder)
+
+    def check_place(self, pl_module: Any) -> None:
+        """Refuse a folder where nothing can be written, before any work."""
+        check_writable(self.folder)
 
     def write_on_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, prediction: dict[int, Tensor], *_: object

@@ -22,8 +22,10 @@ from obsdiff.data.loader import (
 from obsdiff.data.pixels import Undecodable, decode
 from obsdiff.errors import UserError
 from obsdiff.numbers import check_whole
+from obsdiff.paths import user_path
 from obsdiff.ranks import keyed_generator
 
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CORRUPT_SAMPLE = 20  # images seen before their unusable share says anything
 UNSEEN, GOOD, NO_IMAGE, NO_CAPTION = range(4)
 
@@ -175,7 +177,8 @@ class ImageCaptionDataModule(RecoveryData):
             if not value:
                 raise UserError(f"data.{name} is empty; name one")
         self.image_shape = (channels, size, size)
-        self.source, self.split = source, split
+        self.source = str(user_path(source, "data.source")) if source.startswith("~") else source
+        self.split = split
         self.image_column, self.caption_column = image_column, caption_column
         self.size, self.batch_size, self.num_workers = size, batch_size, num_workers
         self.max_corrupt, self.seed = max_corrupt, seed
@@ -221,5 +224,11 @@ def _load(source: str, split: str) -> Any:
             return load_dataset("parquet", data_files=str(path), split=split)
         return load_dataset(source, split=split)
     except Exception as error:  # datasets and the hub client raise many kinds
-        reason = " ".join(str(error).split())[:200]
+        if path.is_dir() and (empty := [name for name in METADATA if _is_empty(path / name)]):
+            raise UserError(f"{path / empty[0]} is empty; give each image a file_name and a caption in it") from error
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"cannot load images from {source[:200]}, split {split}: {reason}") from error
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -10,6 +9,7 @@ from torch.utils.data import Dataset
 from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
 from obsdiff.data.prompts import load_prompts
 from obsdiff.numbers import check_whole
+from obsdiff.paths import user_path
 from obsdiff.pruning.folder import load_pipeline
 from obsdiff.pruning.record import (
     INDEX,
@@ -73,7 +73,7 @@ class TrajectoryDataModule(RecoveryData):
         super().__init__()
         check_loading(batch_size, num_workers, seed)
         check_whole("data.record_batch_size", record_batch_size)
-        self.pipeline, self.folder = pipeline, Path(folder)
+        self.pipeline, self.folder = pipeline, user_path(folder, "data.folder")
         self.prompts = load_prompts(prompts, column, num_prompts, seed)
         self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
         self.batch_size, self.record_batch_size, self.num_workers = batch_size, record_batch_size, num_workers

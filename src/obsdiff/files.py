@@ -91,7 +91,7 @@ def whole_folder(target: Path, index: str, *, replace: bool = False) -> Iterator
 
 
 def _swap_in(new: Path, target: Path, index: str, replace: bool) -> None:
-    check_folder(target, index, "something that can be replaced", replace=replace)
+    check_folder(target, index, "a finished run", replace=replace)
     if not _occupied(target):
         os.replace(new, target)
         return

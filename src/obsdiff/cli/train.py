@@ -10,6 +10,7 @@ from typing import Any
 
 from obsdiff.cli.parse import OneLine, Session, clear_errors, instantiating
 from obsdiff.cli.train_arguments import check_arguments, last_checkpoint, usage
+from obsdiff.errors import UserError
 from obsdiff.yamlfiles import use_core_schema
 
 PROGRAM = "obsdiff train"
@@ -88,6 +89,11 @@ def command_line(session: Session | None = None) -> Any:
         def _say_it_ourselves(self) -> None:
             if isinstance(self.model, Recovery):
                 self.config_init[self.subcommand]["verbose"] = False  # in place of Lightning's table of metrics
+                self.before_predict()
+
+        def before_predict(self) -> None:
+            if isinstance(self.model, Recovery) and not self.model.evaluation.num_images:
+                raise UserError("model.evaluation.num_images is 0, so there is nothing to draw; it must be positive")
 
         def after_fit(self) -> None:
             if not self.finished:

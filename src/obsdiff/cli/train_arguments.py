@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from obsdiff.cli.explain import nearest
 from obsdiff.cli.parse import check_config_files
@@ -52,7 +53,9 @@ def check_arguments(args: Sequence[str]) -> None:
 
 def last_checkpoint(output: Path) -> str:
     """What an interrupted run has kept, and how to go on."""
-    path = output / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        return f"no checkpoint was written to {path.parent} yet"
-    return f"the last checkpoint is {path}; go on with the same command and --ckpt_path {path}"
+    path, pruned = output / "checkpoints" / "last.ckpt", output / "pruned"
+    if path.is_file():
+        return f"the last checkpoint is {path}; go on with the same command and --ckpt_path {quote(str(path))}"
+    if (pruned / "pruning.json").is_file():
+        return f"no checkpoint was written yet; the pruned pipeline in {pruned} is kept, start the same command again"
+    return f"no checkpoint was written to {path.parent} yet"

@@ -23,6 +23,7 @@ from obsdiff.evaluation.references import measure
 from obsdiff.export.recovered import RESULT
 from obsdiff.export.summary import aligned, evaluation_summary, images_summary, limits_text, recovery_summary
 from obsdiff.files import read_json
+from obsdiff.paths import user_path
 from obsdiff.progress import duration
 from obsdiff.pruning.folder import run_folder
 from obsdiff.pruning.manifest import FILE, read_manifest
@@ -60,8 +61,8 @@ class Run:
         asked = config.get("ckpt_path")
         if asked is None:
             return
-        if not str(asked).strip():
-            raise UserError("--ckpt_path is empty; give a checkpoint's path, or last")
+        if "://" not in str(asked):
+            asked = config["ckpt_path"] = str(user_path(asked, "--ckpt_path"))
         output, given = _output(config.get("model")), config.get("trainer.callbacks") or []
         folders = [folder for part in given if (folder := _folder_of(part)) is not None]
         if output is not None and output / CHECKPOINTS not in folders:
@@ -218,7 +219,8 @@ def _output(model: Any) -> Path | None:
     """The folder of a recovery, from its options; None for other modules."""
     name, _, kind = str(model.get("class_path")).rpartition(".")
     found = getattr(import_module(name), kind, None) if name else None
-    return Path(model.init_args.output) if isinstance(found, type) and issubclass(found, Recovery) else None
+    ours = isinstance(found, type) and issubclass(found, Recovery)
+    return user_path(model.init_args.output, "model.output") if ours else None
 
 
 def _folder_of(part: Any) -> Path | None:

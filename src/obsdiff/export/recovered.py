@@ -79,7 +79,8 @@ def write_recovered(
             _draw(folder / "samples.png", module.frozen.refs, images, report)
 
     kept = f"the weights are in {module.output / 'checkpoints'}; fit --ckpt_path last writes the result again"
-    write_or_rescue(module.output / RESULT, REPORT, True, write, kept)
+    replace = module.overwrite or module.resumed  # otherwise another run of the same output was faster
+    write_or_rescue(module.output / RESULT, REPORT, replace, write, kept)
     return report
 
 

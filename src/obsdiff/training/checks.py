@@ -6,10 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from obsdiff.callbacks.find import is_trial
+from obsdiff.data.loader import RecoveryData
 from obsdiff.errors import UserError
+from obsdiff.export.recovered import RESULT
+from obsdiff.files import check_apart
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.training.options import Objective, Optimization, Trained
+from obsdiff.training.stage import PRUNED, REFERENCES, SENSITIVITY, STATISTICS
 
 SCHEDULES = ("cosine", "constant")
 
@@ -104,6 +111,8 @@ def check_trainer(trainer: Any, weights: Mapping[str, float]) -> None:
     if trainer.state.fn != "fit":
         return
     check_limits(trainer)
+    if trainer.overfit_batches and isinstance(trainer.datamodule, RecoveryData):
+        raise UserError("trainer.overfit_batches does not work with obsdiff's data; use trainer.limit_train_batches")
     if "denoise" in weights and hasattr(trainer.datamodule, "trajectories"):
         raise UserError(
             "objective denoise needs images, and "
@@ -111,3 +120,46 @@ def check_trainer(trainer: Any, weights: Mapping[str, float]) -> None:
         )
     batch_size = getattr(trainer.datamodule, "batch_size", 1)
     check(not isinstance(batch_size, int) or batch_size >= 1, "data.batch_size", batch_size, "at least 1")
+
+
+def check_interval(trainer: Any) -> None:
+    """Refuse a number of batches between two validations that no epoch has, once the data module is set up.
+
+    Raises:
+        UserError: Naming both numbers.
+    """
+    every = trainer.val_check_interval
+    if trainer.check_val_every_n_epoch is None or not isinstance(every, int) or isinstance(every, bool):
+        return
+    if not isinstance(trainer.datamodule, RecoveryData):
+        return
+    if every > (batches := len(trainer.datamodule.train_dataloader())):
+        raise UserError(
+            f"trainer.val_check_interval is {every}, and an epoch has {batches} batches; lower it, or count over all "
+            "epochs with --trainer.check_val_every_n_epoch null"
+        )
+
+
+def check_places(trainer: Any, module: Any) -> None:
+    """Refuse an output whose parts cannot be written, before anything is recorded, pruned or drawn.
+
+    Args:
+        trainer: Lightning's; its callbacks know where they write (``check_place``).
+        module: The :class:`obsdiff.training.recovery.Recovery`.
+
+    Raises:
+        UserError: Naming the place.
+    """
+    if is_trial(trainer) or trainer.state.fn not in ("fit", "predict"):
+        return
+    for callback in trainer.callbacks:
+        predicts = isinstance(callback, BasePredictionWriter)
+        if hasattr(callback, "check_place") and predicts == (trainer.state.fn == "predict"):
+            callback.check_place(module)
+    if trainer.state.fn != "fit":
+        return
+    if (module.output / REFERENCES).is_dir():
+        raise UserError(f"{module.output / REFERENCES} is a folder, and a file is written there; move it away")
+    if hasattr(trainer.datamodule, "trajectories"):
+        for part in (PRUNED, STATISTICS, SENSITIVITY, RESULT):
+            check_apart(**{"data.folder": trainer.datamodule.folder, "model.output": module.output / part})

@@ -51,6 +51,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+ADAPTER_SETTINGS = ("trained.lora_alpha", "trained.include")
 EMA_SETTINGS = ("decay", "update_every_n_steps")
 TRAINER_SETTINGS = ("accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
 
@@ -101,6 +102,23 @@ def check_settings(checkpoint: dict[str, Any], found: Mapping[str, Any], module:
         raise UserError(f"{said}; use the same, or pass --model.resume_changed true to go on with those of now")
     rank_zero_warn(f"{said}; going on with those of now")
     adopt(checkpoint, module.optimization)
+
+
+def check_adapters(found: Mapping[str, Any], module: Any) -> None:
+    """Refuse to evaluate a checkpoint's adapters on other layers, or with another weight.
+
+    Args:
+        found: The settings kept in it.
+        module: The :class:`obsdiff.training.recovery.Recovery`.
+
+    Raises:
+        UserError: Saying what differs.
+    """
+    if module.trained.lora_rank is None:
+        return
+    now = {key: value for key, value in module_settings(module).items() if key in ADAPTER_SETTINGS}
+    if changed := differences({key: found.get(key, value) for key, value in now.items()}, now):
+        raise UserError(f"this checkpoint's adapters were trained with other settings: {'; '.join(changed)}")
 
 
 def adopt(checkpoint: dict[str, Any], options: Optimization) -> None:

@@ -34,22 +34,22 @@ from obsdiff.ranks import from_all, full_tensor, keyed_generator, rank
 from obsdiff.training.checks import (
     check,
     check_evaluation,
+    check_interval,
     check_objective,
     check_optimization,
+    check_places,
     check_trained,
     check_trainer,
 )
 from obsdiff.training.fits import check_data, evaluation_prompts, recording_of
-from obsdiff.training.identity import check_settings, differences, settings_of
+from obsdiff.training.identity import check_adapters, check_settings, differences, settings_of
 from obsdiff.training.inputs import Inputs
 from obsdiff.training.objectives import TEACHER_TERMS, loss_terms
 from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.precision import adam_epsilon, keep_times
 from obsdiff.training.selection import check_selection, choose_trained
 from obsdiff.training.spending import costs_before, expected_costs
-from obsdiff.training.stage import Start, dense_key, load_dense, start_from
-
-REFERENCES = "references.safetensors"
+from obsdiff.training.stage import REFERENCES, Start, dense_key, load_dense, start_from
 
 
 @dataclass
@@ -122,6 +122,7 @@ class Recovery(lightning.LightningModule):
     def configure_callbacks(self) -> list[lightning.Callback]:
         """What no trainer may lack: the masks are held, unless it holds them already in a way of its own."""
         check_trainer(self.trainer, self.weights)
+        check_places(self.trainer, self)
         refuse_averaging(self.trainer)
         return [] if find(self.trainer, MaskEnforcement) else [MaskEnforcement()]
 
@@ -175,6 +176,7 @@ class Recovery(lightning.LightningModule):
         check_selection(denoiser_of(dense), self.trained)
         evaluation_prompts(dense, self.evaluation)
         check_data(dense, self.trainer.datamodule)  # type: ignore[attr-defined]  # of Lightning's data connector
+        check_interval(self.trainer)
         if (budget := find(self.trainer, Budget)) is not None:
             expected = expected_costs(dense, self.pruning, recording_of(self.trainer))
             budget.check(sum(expected.values(), Cost()), "will cost")
@@ -364,6 +366,8 @@ class Recovery(lightning.LightningModule):
         checkpoint["obsdiff"] = {**self._identity(), "settings": settings_of(self)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self._frozen:
+            raise UserError("a recovery is set up by its Trainer: give the checkpoint to fit or validate as ckpt_path")
         found = checkpoint.get("obsdiff")
         if found is None:
             raise UserError("this checkpoint is not of a recovery; give one from the checkpoints folder of such a run")
@@ -372,7 +376,9 @@ class Recovery(lightning.LightningModule):
             raise UserError(f"this checkpoint belongs to another run: {'; '.join(different)}")
         if self.trainer.state.fn == "fit":
             check_settings(checkpoint, found.get("settings", {}), self)
-        elif "ema" in checkpoint:  # evaluate what would be exported
+            return
+        check_adapters(found.get("settings", {}), self)
+        if "ema" in checkpoint:  # evaluate what would be exported
             checkpoint["state_dict"] |= checkpoint["ema"]
 
 

@@ -26,6 +26,7 @@ from obsdiff.pruning.statistics import model_hash
 from obsdiff.ranks import rank, wait_for_all
 
 PRUNED, STATISTICS, SENSITIVITY = "pruned", "statistics", "sensitivity"
+REFERENCES = "references.safetensors"
 
 
 @dataclass(frozen=True)
