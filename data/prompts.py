@@ -35,6 +35,8 @@ def load_prompts(source: str, column: str | None = None, num: int | None = None,
         UserError: Nothing is called so, the column is missing or holds no text, more than 5 % of the lines do not
             parse, or there are no prompts.
     """
+    if not isinstance(source, str):
+        raise UserError(f"a prompt set is named by a text, not by a {type(source).__name__}; give a file or a name")
     if num is not None:
         check_whole("the number of prompts", num)
     check_seed("the seed of the prompts", seed)

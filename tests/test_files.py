@@ -174,12 +174,20 @@ def test_removing_a_folder_never_reaches_outside_it(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "keep" and names(tmp_path / "out") == ["link"]
 
 
-def test_files_and_links_are_no_place_for_a_folder(tmp_path):
+def test_a_folder_behind_a_link_is_replaced_where_it_is(tmp_path):
+    """Outputs on a larger disk, say."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    make(tmp_path / "link", "one")
+    make(tmp_path / "link", "two", replace=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "inner" / "data.txt").read_text() == "two"
+    assert names(tmp_path) == ["disk", "link"]
+
+
+def test_a_file_is_no_place_for_a_folder(tmp_path):
     (tmp_path / "file").write_text("keep")
-    (tmp_path / "link").symlink_to(tmp_path)
-    for name in ("file", "link"):
-        with pytest.raises(UserError, match="is not a folder"):
-            check_folder(tmp_path / name, INDEX, "a run", replace=True)
+    with pytest.raises(UserError, match="is not a folder"):
+        check_folder(tmp_path / "file", INDEX, "a run", replace=True)
     (tmp_path / "empty").mkdir()
     make(tmp_path / "empty")
     assert (tmp_path / "empty" / INDEX).is_file()

@@ -73,7 +73,7 @@ def whole_folder(target: Path, index: str, *, replace: bool = False) -> Iterator
     Raises:
         UserError: The place cannot be written, the disk is full, or the target holds anything that is not ours.
     """
-    target = Path(target)
+    target = Path(os.path.realpath(target))
     with _clear_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target, index)
@@ -170,7 +170,7 @@ def check_folder(target: Path, index: str, what: str, *, replace: bool, hint: st
         UserError: It holds something; nothing was changed.
     """
     with _clear_errors(target):
-        if target.is_symlink() or (target.exists() and not target.is_dir()):
+        if target.exists() and not target.is_dir():
             raise UserError(f"{target} exists and is not a folder; choose another place")
         if not _occupied(target):
             return

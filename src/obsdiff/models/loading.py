@@ -112,7 +112,13 @@ def _missing_weights() -> Iterator[list[str]]:
 
 
 def to_device(pipe: Any, device: str) -> Any:
-    """Move a pipeline, with a clear error for devices that are not there."""
+    """Move a pipeline, with a clear error for devices that are not there.
+
+    Raises:
+        UserError: The device is not there, or ``pipe`` is no pipeline.
+    """
+    if not hasattr(pipe, "components") or not hasattr(pipe, "to"):
+        raise UserError(f"a {type(pipe).__name__} is no pipeline; give a name, a folder, a hub id or a pipeline object")
     choose_device(device)
     try:
         return pipe.to(device)

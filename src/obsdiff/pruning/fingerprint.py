@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.content import DECODING, TEXT, component_hashes, model_hash, tensor_bytes
 from obsdiff.models.wiring import denoiser_of
@@ -36,6 +37,8 @@ class Settings:
 
 def fingerprint_of(pipe: Any, prompts: Sequence[str] | Conditioning, settings: Settings) -> dict[str, Any]:
     """What the statistics depend on; equal fingerprints mean equal numbers up to rounding."""
+    if getattr(pipe, "scheduler", None) is None:
+        raise UserError(f"this {type(pipe).__name__} has no scheduler, so it cannot be run; give it one")
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     denoiser = denoiser_of(pipe)
     size = ("height", "width", "max_sequence_length")

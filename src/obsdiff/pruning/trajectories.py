@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.wiring import denoiser_of
 from obsdiff.numbers import check_number, check_whole
@@ -89,12 +90,17 @@ def run_trajectories(
         part = slice(start, min(start + batch_size, len(conditioning)))
         before_batch(part)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        latents = pipe(
-            **{name: tensor[part].to(device) for name, tensor in conditioning.embeds.items()},
-            **arguments,
-            generator=generators,
-            output_type="latent",
-        ).images
+        embeds = {name: tensor[part].to(device) for name, tensor in conditioning.embeds.items()}
+        try:
+            latents = pipe(**embeds, **arguments, generator=generators, output_type="latent").images
+        except RuntimeError as error:
+            own, given = denoiser_of(pipe).dtype, next(iter(embeds.values())).dtype
+            if own == given:
+                raise
+            raise UserError(
+                f"the denoiser is {own}, but the prompts' embeds are {given}; bring all parts of the pipeline to one "
+                "dtype, such as pipe.to(torch.bfloat16)"
+            ) from error
         yield part, latents
 
 
