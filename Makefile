@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# two files of tests at a time, each on one thread: threads of several processes would wait for each other
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test lint slow clean
 
@@ -9,10 +11,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python train.py fit --config configs/recover/distill.yaml --model.overwrite true
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(TESTS) -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
