@@ -36,7 +36,7 @@ def evaluated(capsys, subcommand, pipe_folder, output, *extra):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("part", ["checkpoints", "samples", "recovered"])
+@pytest.mark.parametrize("part", ["checkpoints", "samples", "recovered", "logs"])
 def test_a_file_where_a_folder_should_be(part, pipe_folder, tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
