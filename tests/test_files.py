@@ -217,16 +217,25 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     check_writable(tmp_path / "new" / "deep", tmp_path)
     with pytest.raises(UserError, match=r"cannot write .*out"):
         check_writable(tmp_path / "file" / "out")
-    with pytest.raises(UserError, match="File name too long"):
-        check_writable(tmp_path / ("x" * 300))
+    for length in (300, 250):  # the second alone could be written, its temporary name could not
+        with pytest.raises(UserError, match="File name too long"):
+            check_writable(tmp_path / ("x" * length))
 
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", read_only)
     with pytest.raises(UserError, match="Read-only file system"):
         check_writable(tmp_path / "out")
     assert names(tmp_path) == ["file"]
+
+
+def test_a_mounted_disk_is_no_folder_to_replace(tmp_path, monkeypatch):
+    """As a volume of a container: its root cannot be renamed, which would be found at the end of a run."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(UserError, match="choose a folder inside it"):
+        check_folder(tmp_path, INDEX, "a run", replace=True)
+    check_folder(tmp_path / "inside", INDEX, "a run", replace=True)
 
 
 def test_folders_in_one_another(tmp_path):

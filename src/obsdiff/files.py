@@ -172,6 +172,8 @@ def check_folder(target: Path, index: str, what: str, *, replace: bool, hint: st
     with _clear_errors(target):
         if target.exists() and not target.is_dir():
             raise UserError(f"{target} exists and is not a folder; choose another place")
+        if os.path.ismount(target):
+            raise UserError(f"{target} is where a disk is mounted, which cannot be replaced; choose a folder inside it")
         if not _occupied(target):
             return
         listed, there = _listed(target, index), _files_in(target)
@@ -197,8 +199,8 @@ def check_writable(*places: Path) -> None:
             folder = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
             if not folder.is_dir():
                 raise UserError(f"cannot write {place}: {folder} is not a folder; choose another place")
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            with tempfile.NamedTemporaryFile(prefix=_prefix(place), suffix=".part", dir=folder):
+                pass  # under the name that a write uses: some names leave no room for it
 
 
 def check_apart(**places: Path | None) -> None:

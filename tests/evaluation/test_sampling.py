@@ -124,7 +124,9 @@ def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path
             image_files(output, count, overwrite=True)
     with monkeypatch.context() as patch:  # the suite may run as root, who may write anywhere
         patch.setattr(
-            files.tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+            files.tempfile,
+            "NamedTemporaryFile",
+            lambda **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
         )
         with pytest.raises(UserError, match="Permission denied"):
             image_files(tmp_path / "new" / "deep" / "a.png", 1, overwrite=False)

@@ -27,3 +27,21 @@ def test_parts_in_different_dtypes(pipe):
 def test_a_list_is_no_prompt_set():
     with pytest.raises(obsdiff.UserError, match="named by a text, not by a list"):
         obsdiff.load_prompts(["a two"])
+
+
+def test_a_pipeline_without_its_tokenizers(pipe):
+    pipe.tokenizer = pipe.tokenizer_2 = pipe.tokenizer_3 = None
+    with pytest.raises(obsdiff.UserError, match=r"has none of its tokenizers .* give the embeds as a Conditioning"):
+        obsdiff.calibrate(pipe, ["a two"])
+
+
+def test_sites_in_any_collection_but_a_text(pipe):
+    name = "transformer_blocks.0.attn.to_q"
+    assert list(obsdiff.calibrate(pipe, ["a two"], sites=[name])) == [name]
+    with pytest.raises(obsdiff.UserError, match="sites is one text"):
+        obsdiff.calibrate(pipe, ["a two"], sites=name)
+
+
+def test_a_call_argument_that_the_pipeline_does_not_take(pipe):
+    with pytest.raises(obsdiff.UserError, match="takes no strength"):
+        obsdiff.sample(pipe, ["a two"], [0], call={"strength": 0.5})

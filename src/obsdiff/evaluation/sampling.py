@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def sample(
         UserError: An argument is out of range, the pipeline refuses it, or an image has pixels that are not finite.
     """
     check_request(prompts, seeds, batch_size, call)
+    if foreign := sorted((call or {}).keys() - inspect.signature(type(pipe).__call__).parameters.keys()):
+        raise UserError(f"a call of {type(pipe).__name__} takes no {foreign[0]}; leave it out")
     arguments = call_arguments(pipe, **(call or {}))
     starts = range(0, len(prompts), batch_size)
     images = []

@@ -88,6 +88,12 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -
     """
     check_prompts(prompts)
     family = find_family(denoiser_of(pipe))
+    tokenizers = [name for segment in family.text for name in segment.tokenizers]
+    if all(getattr(pipe, name, None) is None for name in tokenizers):
+        raise UserError(
+            f"this {type(pipe).__name__} has none of its tokenizers ({', '.join(tokenizers)}), so prompts cannot be "
+            "encoded; keep them, or give the embeds as a Conditioning"
+        )
     accepted = inspect.signature(pipe.encode_prompt).parameters
     extra = {key: value for key, value in call.items() if key in accepted}
     extra |= {key: None for key in ("prompt_2", "prompt_3") if key in accepted}

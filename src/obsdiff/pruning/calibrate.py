@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ def calibrate(
     batch_size: int = 4,
     seed: int = 0,
     store: str | Path | None = None,
-    sites: set[str] | None = None,
+    sites: Collection[str] | None = None,
     quiet: bool = True,
 ) -> Statistics:
     """Measure the inputs of every prunable layer over whole denoising trajectories (OBS-Diff 2510.06751 §4.1).
@@ -79,8 +79,10 @@ def calibrate(
     settings = Settings(call, seed, weighting, tokens, batch_size)
     _check(settings, prompts)
     wiring = wire(denoiser_of(pipe))
+    if isinstance(sites, str):
+        raise UserError(f"sites is one text, {sites!r}; give a set of names")
     chosen = [site for site in wiring.sites if sites is None or site.name in sites]
-    if unknown := sorted((sites or set()) - {site.name for site in chosen}):
+    if unknown := sorted(set(sites or ()) - {site.name for site in chosen}):
         raise UserError(f"there is no site {unknown[0]}; sites are named after the first layer that reads them")
     check_layers(wiring, [layer for site in chosen for layer in site.layers])
     fingerprint = fingerprint_of(pipe, prompts, settings)
