@@ -174,7 +174,6 @@ def complete(trainer: Any, module: Any, subcommand: str, asked: list[Any], given
     from obsdiff.callbacks.export import Export
     from obsdiff.callbacks.mask import MaskEnforcement
     from obsdiff.callbacks.samples import SampleGrid, SampleWriter
-    from obsdiff.files import check_writable
 
     # each with the kind that stands in its place
     standard: list[tuple[Any, type]] = [(MaskEnforcement(), MaskEnforcement), *((part, type(part)) for part in asked)]
@@ -198,7 +197,6 @@ def complete(trainer: Any, module: Any, subcommand: str, asked: list[Any], given
     if trainer.fast_dev_run:
         return
     if not given.logger:
-        check_writable(module.output / "logs")
         trainer.logger = TensorBoardLogger(str(module.output), name="logs", version="")
     if not given.folder:
         trainer._default_root_dir = str(module.output)  # where the configuration is kept if nothing is logged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -12,7 +13,7 @@ from obsdiff.callbacks.find import is_trial
 from obsdiff.data.loader import RecoveryData
 from obsdiff.errors import UserError
 from obsdiff.export.recovered import RESULT
-from obsdiff.files import check_apart
+from obsdiff.files import check_apart, check_writable
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.training.options import Objective, Optimization, Trained
@@ -158,6 +159,9 @@ def check_places(trainer: Any, module: Any) -> None:
             callback.check_place(module)
     if trainer.state.fn != "fit":
         return
+    for logger in trainer.loggers:
+        if folder := getattr(logger, "log_dir", None):
+            check_writable(Path(folder))
     if (module.output / REFERENCES).is_dir():
         raise UserError(f"{module.output / REFERENCES} is a folder, and a file is written there; move it away")
     if hasattr(trainer.datamodule, "trajectories"):
