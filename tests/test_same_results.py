@@ -1,0 +1,106 @@
+"""SD3 results stay what they were before every denoiser had its graph traced: masks everywhere, weights to the bit.
+
+``tests/recorded/sd3.json`` was written by the code before that (``python tests/test_same_results.py`` writes it anew).
+Bits depend on processor and torch as well; where those differ from the recording's, weights are compared by their sums.
+"""
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+import obsdiff
+import obsdiff.pruning.options
+from tests.conftest import make_pipe
+
+RECORDED = Path(__file__).parent / "recorded" / "sd3.json"
+PROMPTS = ["the digit two", "a seven", "a handwritten four", "a photo of the number nine"]
+CASES = {
+    "unstructured": {"pattern": "unstructured:0.5"},
+    "n-m": {"pattern": "2:4"},
+    "admm": {"pattern": "unstructured:0.7", "method": "admm"},
+    "structured": {"pattern": "structured:0.3"},
+    "structured, every block": {"pattern": "structured:heads=0.3,ffn=0.4,multiple_of=1", "spare_blocks": ()},
+    "structured by magnitude": {"pattern": "structured:0.4", "method": "magnitude"},
+    "packages": {"pattern": "structured:0.3", "packages": 3},
+    "measured": {"pattern": "unstructured:0.6", "allocation": True},
+    "structured, measured": {"pattern": "structured:0.3", "allocation": True},
+}
+PIPELINES = {
+    "digits-sd3": lambda: obsdiff.load_pipeline("digits-sd3"),
+    "dual": lambda: make_pipe(dual_attention_layers=(0, 1)),
+}
+
+
+def digest(tensors):
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return found.hexdigest()
+
+
+def calibrated(pipe, sites=None):
+    return obsdiff.calibrate(pipe, PROMPTS, steps=3, guidance_scale=2.0, sites=sites)
+
+
+def result(pipeline, pattern, allocation=False, packages=1, **options):
+    """What one prune gives, as hashes and sums."""
+    pipe = PIPELINES[pipeline]()
+    statistics = calibrated(pipe)
+    if allocation:
+        scanning = {"rule": "measured", "scanning": obsdiff.pruning.options.ScanOptions(triples=6)}
+        pattern = obsdiff.allocate(pipe, pattern, statistics, PROMPTS, **scanning).plan
+    if packages > 1:
+        report = obsdiff.prune(pipe, pattern, statistics=lambda sites: calibrated(pipe, sites), packages=packages)
+    else:
+        report = obsdiff.prune(pipe, pattern, statistics=statistics, **options)
+    weights = dict(pipe.transformer.state_dict())
+    return {
+        "plan": {name: str(entry) for name, entry in sorted(report.plan.entries.items())},
+        "masks": digest(report.masks),
+        "kept": sum(int(mask.sum()) for mask in report.masks.values()),
+        "weights": digest(weights),
+        "sum": sum(float(tensor.double().abs().sum()) for tensor in weights.values()),
+        "parameters": report.parameters,
+        "errors": {name: error for name, error in sorted(report.layer_error.items())},
+    }
+
+
+def machine():
+    flags = Path("/proc/cpuinfo")
+    names = [line for line in flags.read_text().splitlines() if line.startswith("model name")] if flags.exists() else []
+    return [torch.__version__, platform.machine(), *names[:1]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_those_of_before(pipeline, case):
+    recorded = json.loads(RECORDED.read_text())
+    wanted, found = recorded[pipeline][case], result(pipeline, **CASES[case])
+    if machine() == recorded["machine"]:
+        assert found == wanted
+        return
+    assert found["plan"].keys() == wanted["plan"].keys()
+    assert found["kept"] == pytest.approx(wanted["kept"], rel=1e-3)
+    assert found["sum"] == pytest.approx(wanted["sum"], rel=1e-3)
+    assert found["errors"] == pytest.approx(wanted["errors"], rel=0.05)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    content = {"machine": machine()}
+    content |= {name: {case: result(name, **CASES[case]) for case in CASES} for name in PIPELINES}
+    RECORDED.parent.mkdir(exist_ok=True)
+    RECORDED.write_text(json.dumps(content, indent=1) + "\n")
