@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
 from obsdiff.data.prompts import load_prompts
+from obsdiff.models.calling import WHICH
 from obsdiff.numbers import check_whole
 from obsdiff.paths import user_path
 from obsdiff.pruning.folder import load_pipeline
@@ -34,6 +35,8 @@ class TrajectoryDataset(Dataset[dict[str, Any]]):
         found = self.trajectories
         prompt, call = divmod(index, len(found.times))
         embeds = {name: tensor[prompt] for name, tensor in found.embeds.items()}
+        if found.denoisers is not None:
+            embeds[WHICH] = found.denoisers[call]
         return {"latents": found.latents[prompt, call], "time": found.times[call], "embeds": embeds}
 
 

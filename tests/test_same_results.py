@@ -66,7 +66,7 @@ def result(pipeline, pattern, allocation=False, packages=1, **options):
         "weights": digest(weights),
         "sum": sum(float(tensor.double().abs().sum()) for tensor in weights.values()),
         "parameters": report.parameters,
-        "errors": {name: error for name, error in sorted(report.layer_error.items())},
+        "errors": dict(sorted(report.layer_error.items())),
     }
 
 

@@ -11,7 +11,7 @@ from obsdiff.allocation.request import Budget, parse_budget
 from obsdiff.allocation.units import removed
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.info import call_arguments
-from obsdiff.models.wiring import wire
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import make_plan
 from tests.conftest import make_pipe
@@ -245,7 +245,7 @@ def test_a_new_process_loads_both_denoisers(tmp_path, monkeypatch):
     pipe = make_pipe()
     obsdiff.prune(pipe, "structured:0.3", statistics=obsdiff.calibrate(pipe, PROMPTS))
     dense = make_pipe()
-    inputs = inputs_of(dense, wire(dense.transformer), call_arguments(dense))
+    inputs = inputs_of(dense, subject_of(dense).graph, call_arguments(dense))
     clock.write_trial(tmp_path, dense.transformer, pipe.transformer, inputs)
     dense_s, smaller_s = clock.new_process(tmp_path)
     assert 0 < smaller_s < 2 * dense_s < 2
@@ -308,7 +308,7 @@ def test_the_default_budget_of_a_structured_pattern_is_the_uniform_plan(statisti
     found = made("structured:0.5", statistics, pipe=pipe, store=scanned["structured"])
     left = obsdiff.prune(pipe, found.plan, statistics=statistics).parameters["pruned"]
     assert 0.97 * wanted <= left <= wanted
-    assert len(found.plan.entries) == len(wire(uniform.transformer).groups)  # no block is spared in advance
+    assert len(found.plan.entries) == len(subject_of(uniform).graph.groups)  # no block is spared in advance
 
 
 def test_owl_follows_outliers_within_its_range(statistics):
@@ -319,9 +319,9 @@ def test_owl_follows_outliers_within_its_range(statistics):
     with torch.no_grad():
         weight = pipe.transformer.transformer_blocks[1].ff.net[0].proj.weight
         weight[:3] *= 30
-    wiring = wire(pipe.transformer)
-    units = make_units(wiring, make_plan(wiring, obsdiff.Unstructured(0.5)), Limits())
-    offsets = owl_offsets(wiring, units, statistics)
+    graph = subject_of(pipe).graph
+    units = make_units(graph, make_plan(graph, obsdiff.Unstructured(0.5)), Limits())
+    offsets = owl_offsets(graph, units, statistics)
     assert max(offsets) - min(offsets) == pytest.approx(0.16)
     assert {unit.block for unit, offset in zip(units, offsets, strict=True) if offset == min(offsets)} == {1}
 

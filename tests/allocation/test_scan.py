@@ -17,7 +17,7 @@ from obsdiff.allocation.scan import FILE, passes_needed, scan
 from obsdiff.allocation.units import Unit, make_units
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
-from obsdiff.models.wiring import wire
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.options import Limits
 from obsdiff.pruning.plan import Plan, make_plan
@@ -35,20 +35,20 @@ def setting():
     call = call_arguments(pipe)
     statistics = obsdiff.calibrate(pipe, PROMPTS)
     probe = record_probe(pipe, encode_prompts(pipe, PROMPTS, call), Settings(call), 6)
-    return pipe, wire(pipe.transformer), statistics, probe
+    return pipe, subject_of(pipe).graph, statistics, probe
 
 
-def units_of(wiring, pattern, **limits):
-    return make_units(wiring, make_plan(wiring, obsdiff.parse_pattern(pattern), spare_blocks=()), Limits(**limits))
+def units_of(graph, pattern, **limits):
+    return make_units(graph, make_plan(graph, obsdiff.parse_pattern(pattern), spare_blocks=()), Limits(**limits))
 
 
 def test_the_probe_is_what_the_sampler_asks(setting):
     """Its calls, run again on the dense model, give guided outputs that do not depend on the batch."""
-    pipe, wiring, _, probe = setting
+    pipe, graph, _, probe = setting
     assert len(probe) == 6 and all(len(row["hidden_states"]) == 2 for row in probe.rows)
     assert probe.guidance == 2.0 and all(0.8 <= weight <= 1.2 for weight in probe.weights)
     assert len({float(row["timestep"][0]) for row in probe.rows}) > 1
-    one, many = Restart(wiring, probe, rows=2), Restart(wiring, probe)
+    one, many = Restart(graph, probe, rows=2), Restart(graph, probe)
     torch.testing.assert_close(torch.cat(one.dense), torch.cat(many.dense), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         row = probe.rows[0]
@@ -69,13 +69,13 @@ def test_the_same_prompts_give_the_same_probe_whatever_the_batch():
 
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
 def test_restarting_from_a_block_changes_no_figure(setting, pattern):
-    _, wiring, statistics, probe = setting
-    unchained = replace(wiring, family=replace(wiring.family, chain=False))
-    units = units_of(wiring, pattern)[::3]
-    before = {name: tensor.clone() for name, tensor in wiring.denoiser.state_dict().items()}
+    _, graph, statistics, probe = setting
+    unchained = replace(graph, family=replace(graph.family, chain=False))
+    units = units_of(graph, pattern)[::3]
+    before = {name: tensor.clone() for name, tensor in graph.denoiser.state_dict().items()}
     chained, whole = (
         scan(found, units, statistics, SolveOptions("magnitude"), probe, "", levels=LEVELS)
-        for found in (wiring, unchained)
+        for found in (graph, unchained)
     )
     for unit in units:
         assert list(chained.measured[unit.name].values()) == pytest.approx(
@@ -83,32 +83,32 @@ def test_restarting_from_a_block_changes_no_figure(setting, pattern):
         )
     assert whole.cost["passes"] > chained.cost["passes"]
     assert passes_needed(unchained, units, LEVELS) == pytest.approx(whole.cost["passes"])
-    assert passes_needed(wiring, units, LEVELS) == pytest.approx(chained.cost["passes"])
-    now = wiring.denoiser.state_dict()
+    assert passes_needed(graph, units, LEVELS) == pytest.approx(chained.cost["passes"])
+    now = graph.denoiser.state_dict()
     assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
 
 
 def test_a_structured_candidate_is_the_shrunk_module(setting):
     """The masked weights that the scan measures and the tensors that a prune cuts out are one function."""
-    _, wiring, statistics, probe = setting
-    plan = make_plan(wiring, obsdiff.parse_pattern("structured:0.5"), spare_blocks=())
-    [error] = joint_errors(wiring, [plan], statistics, SolveOptions("obs"), probe)
+    _, graph, statistics, probe = setting
+    plan = make_plan(graph, obsdiff.parse_pattern("structured:0.5"), spare_blocks=())
+    [error] = joint_errors(graph, [plan], statistics, SolveOptions("obs"), probe)
     pipe = make_pipe()
-    restart = Restart(wire(pipe.transformer), probe)
+    restart = Restart(subject_of(pipe).graph, probe)
     obsdiff.prune(pipe, plan, statistics=statistics)
     assert restart.error() == pytest.approx(error, rel=1e-3)
 
 
 def test_a_single_candidate_is_what_pruning_it_alone_gives(setting):
-    _, wiring, statistics, probe = setting
+    _, graph, statistics, probe = setting
     name, pattern = "transformer_blocks.1.attn.to_k", obsdiff.Unstructured(0.7)
     pipe = make_pipe()
-    restart = Restart(wire(pipe.transformer), probe)
+    restart = Restart(subject_of(pipe).graph, probe)
     obsdiff.prune(pipe, Plan(pattern, {name: pattern}), statistics=statistics)
-    edits, here = Edits(), Restart(wiring, probe)
+    edits, here = Edits(), Restart(graph, probe)
     here.advance(1)
-    [candidate] = Solver(wiring, statistics, SolveOptions("obs")).candidates([name], [pattern])
-    candidate.apply(edits, wiring)
+    [candidate] = Solver(graph, statistics, SolveOptions("obs")).candidates([name], [pattern])
+    candidate.apply(edits, graph)
     try:
         assert here.error() == pytest.approx(restart.error(), rel=1e-3)
     finally:
@@ -116,15 +116,15 @@ def test_a_single_candidate_is_what_pruning_it_alone_gives(setting):
 
 
 def test_a_store_is_continued_and_refused_if_it_is_another(setting, tmp_path):
-    _, wiring, statistics, probe = setting
-    units = units_of(wiring, "unstructured:0.5")[:6]
+    _, graph, statistics, probe = setting
+    units = units_of(graph, "unstructured:0.5")[:6]
     options = SolveOptions("magnitude")
-    whole = scan(wiring, units, statistics, options, probe, "p", levels=LEVELS)
-    scan(wiring, units[:2], statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+    whole = scan(graph, units, statistics, options, probe, "p", levels=LEVELS)
+    scan(graph, units[:2], statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
     before = (tmp_path / FILE).read_text()
-    continued = scan(wiring, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+    continued = scan(graph, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
     assert continued.measured == whole.measured and continued.solved == whole.solved
-    opened = scan(wiring, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+    opened = scan(graph, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
     assert opened.measured == whole.measured and opened.cost == continued.cost
     assert (tmp_path / FILE).read_text() != before
     for other in (
@@ -135,23 +135,23 @@ def test_a_store_is_continued_and_refused_if_it_is_another(setting, tmp_path):
     ):
         given = {"statistics": statistics, "options": options, "prompts": "p", "levels": LEVELS, **other}
         with pytest.raises(obsdiff.UserError, match="belongs to another model or other settings"):
-            scan(wiring, units, probe=probe, store=tmp_path, **given)
+            scan(graph, units, probe=probe, store=tmp_path, **given)
     for pattern in ("2:4", "structured:0.5"):  # layers have the same names there, but other curves
         with pytest.raises(obsdiff.UserError, match="belongs to another model or other settings"):
-            scan(wiring, units_of(wiring, pattern), statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+            scan(graph, units_of(graph, pattern), statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
     content = json.loads((tmp_path / FILE).read_text())
     del content["units"][units[0].name]["solved"]
     (tmp_path / FILE).write_text(json.dumps(content))
     with pytest.raises(obsdiff.UserError, match="damaged"):
-        scan(wiring, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+        scan(graph, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
 
 
 def test_an_interrupted_scan_keeps_what_it_has(setting, tmp_path, monkeypatch):
     from obsdiff.allocation import scan as module
 
-    _, wiring, statistics, probe = setting
-    units = units_of(wiring, "unstructured:0.5")[:4]
-    before = {name: tensor.clone() for name, tensor in wiring.denoiser.state_dict().items()}
+    _, graph, statistics, probe = setting
+    units = units_of(graph, "unstructured:0.5")[:4]
+    before = {name: tensor.clone() for name, tensor in graph.denoiser.state_dict().items()}
     monkeypatch.setattr(module, "SAVE_EVERY_S", -1.0)
     real, calls = Restart.error, []
 
@@ -163,19 +163,19 @@ def test_an_interrupted_scan_keeps_what_it_has(setting, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Restart, "error", fail_late)
     with pytest.raises(KeyboardInterrupt):
-        scan(wiring, units, statistics, SolveOptions("magnitude"), probe, "", levels=LEVELS, store=tmp_path)
+        scan(graph, units, statistics, SolveOptions("magnitude"), probe, "", levels=LEVELS, store=tmp_path)
     assert len(json.loads((tmp_path / FILE).read_text())["units"]) == 2
-    assert all(torch.equal(before[name], tensor) for name, tensor in wiring.denoiser.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in graph.denoiser.state_dict().items())
 
 
 def test_members_of_a_unit_are_pruned_together(setting):
-    _, wiring, statistics, probe = setting
-    [unit] = [found for found in units_of(wiring, "unstructured:0.5", share=["*.to_k"]) if len(found.members) > 1]
+    _, graph, statistics, probe = setting
+    [unit] = [found for found in units_of(graph, "unstructured:0.5", share=["*.to_k"]) if len(found.members) > 1]
     assert isinstance(unit, Unit) and unit.block == 0 and len(unit.members) == 3
     options = SolveOptions("magnitude")
-    found = scan(wiring, [unit], statistics, options, probe, "", levels=[0.5])
+    found = scan(graph, [unit], statistics, options, probe, "", levels=[0.5])
     plan = Plan(obsdiff.Unstructured(0.5), dict.fromkeys(unit.members, obsdiff.Unstructured(0.5)))
-    [error] = joint_errors(wiring, [plan], statistics, options, probe)
+    [error] = joint_errors(graph, [plan], statistics, options, probe)
     assert found.measured[unit.name][0.5] == pytest.approx(error, rel=1e-4)
 
 
@@ -187,11 +187,11 @@ def test_two_processes_find_the_same(tmp_path):
         "from tests.allocation.test_scan import *\n"
         "rank = int(sys.argv[1])\n"
         f"torch.distributed.init_process_group('gloo', f'file://{tmp_path}/meet', rank=rank, world_size=2)\n"
-        "pipe = make_pipe(); call = call_arguments(pipe); wiring = wire(pipe.transformer)\n"
+        "pipe = make_pipe(); call = call_arguments(pipe); graph = subject_of(pipe).graph\n"
         "statistics = obsdiff.calibrate(pipe, PROMPTS)\n"
         "probe = record_probe(pipe, encode_prompts(pipe, PROMPTS, call), Settings(call), 6)\n"
-        "units = units_of(wiring, 'unstructured:0.5')[:7]\n"
-        "found = scan(wiring, units, statistics, SolveOptions('magnitude'), probe, '', levels=LEVELS,\n"
+        "units = units_of(graph, 'unstructured:0.5')[:7]\n"
+        "found = scan(graph, units, statistics, SolveOptions('magnitude'), probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
         "from obsdiff.allocation.allocate import allocate\n"
         "from tests.allocation.test_allocate import written_parameters\n"

@@ -2,18 +2,18 @@
 
 import obsdiff
 from obsdiff.export.heatmap import draw_ratios, ratio_table
-from obsdiff.models.wiring import wire
+from obsdiff.models.subject import subject_of
 from obsdiff.obs.pattern import Structured
 from obsdiff.pruning.plan import Plan
 
 
 def test_the_table_has_a_row_per_layer_and_a_column_per_block(pipe, tmp_path):
-    wiring = wire(pipe.transformer)
+    graph = subject_of(pipe).graph
     removed = {"transformer_blocks.1.attn.to_k": 0.25}
-    names, table = ratio_table(wiring, removed)
+    names, table = ratio_table(graph, removed)
     assert len(names) == 12 and all(len(row) == 3 for row in table)
     assert table[names.index("attn.to_k")] == [None, 0.25, None]
-    draw_ratios(tmp_path / "r.png", wiring, removed, "title")
+    draw_ratios(tmp_path / "r.png", graph, removed, "title")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -22,6 +22,6 @@ def test_structured_rows_are_modules_before_and_after_pruning(pipe):
     plan = Plan(Structured(0.5, 0.5), {"transformer_blocks.0.ff": Structured(0, 0.3), "transformer_blocks.2.attn":
                 Structured(0.5, 0)})  # fmt: skip
     removed = obsdiff.prune(pipe, plan, method="magnitude").sparsity_per_layer
-    names, table = ratio_table(wire(pipe.transformer), removed)
+    names, table = ratio_table(subject_of(pipe).graph, removed)
     assert names == ["attn", "ff", "ff_context"]
     assert table == [[None, None, 0.5], [0.25, None, None], [None, None, None]]

@@ -6,8 +6,6 @@ from torch import nn
 
 import obsdiff
 from obsdiff.allocation.stage import prepare
-from obsdiff.models.checks import check_layers
-from obsdiff.models.wiring import denoiser_of, wire
 from obsdiff.pruning.options import PruneOptions
 
 LAYER = "transformer_blocks.1.attn.to_q"
@@ -204,8 +202,8 @@ def test_plain_denoisers_pass_untouched(request, make):
     """Dual attention, a last block without text outputs (whose text queries run all the same), half precision."""
     pipe = request.getfixturevalue(make)
     for dtype in (torch.float32, torch.bfloat16):
-        wiring = wire(denoiser_of(pipe.to(dtype)))
+        subject = subject_of(pipe.to(dtype))
         before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
-        check_layers(wiring, list(wiring.site_of))
+        subject.check(list(subject.graph.site_of))
         assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
         assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())

@@ -9,7 +9,7 @@ import torch
 from obsdiff.evaluation.bench import PRESETS
 from obsdiff.evaluation.flops import example_inputs
 from obsdiff.models.families import FAMILIES, find_family
-from obsdiff.models.wiring import wire
+from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.pattern import Structured
 from obsdiff.pruning.plan import kept_groups, make_plan
 from tests.conftest import make_pipe
@@ -30,27 +30,27 @@ def test_row_names_what_diffusers_has(family):
 def test_sites_really_share_their_input():
     """Every layer of a site is called with the very tensor that its first layer reads."""
     pipe = make_pipe(dual_attention_layers=(0, 1))
-    wiring = wire(pipe.transformer)
+    graph = subject_of(pipe).graph
     seen = {}
-    for layer in wiring.site_of:
-        wiring.layer(layer).register_forward_pre_hook(lambda _, inputs, layer=layer: seen.__setitem__(layer, inputs[0]))
+    for layer in graph.site_of:
+        graph.layer(layer).register_forward_pre_hook(lambda _, inputs, layer=layer: seen.__setitem__(layer, inputs[0]))
     with torch.no_grad():
         pipe.transformer(**example_inputs(pipe.transformer, 20, device="cpu"))
-    assert seen.keys() == wiring.site_of.keys()
-    for site in wiring.sites:
+    assert seen.keys() == graph.site_of.keys()
+    for site in graph.sites:
         assert all(seen[layer] is seen[site.name] for layer in site.layers)
         assert seen[site.name].shape[1] == (20 if site.text else 16)
 
 
 def test_every_linear_layer_of_attention_and_ffn_is_covered():
-    wiring = wire(make_pipe(dual_attention_layers=(0, 1)).transformer)
+    graph = subject_of(make_pipe(dual_attention_layers=(0, 1))).graph
     found = {
         name
-        for name, module in wiring.denoiser.named_modules()
+        for name, module in graph.denoiser.named_modules()
         if isinstance(module, torch.nn.Linear)
         and any(part in name for part in (".attn.", ".attn2.", ".ff.", ".ff_context."))
     }
-    assert found == set(wiring.site_of)
+    assert found == set(graph.site_of)
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,17 @@ def test_structured_parameter_counts_are_the_papers(preset, ratio, billions):
     """OBS-Diff tables 9 and 4: heads and neurons of all blocks but the first and last, unaligned widths."""
     with torch.device("meta"):
         model = diffusers.SD3Transformer2DModel(**{**PRESETS[preset].transformer, "sample_size": 128})
-    wiring = wire(model)
+    graph = graph_of(model)
     pattern = Structured(ratio, ratio, multiple_of=1)
-    plan = make_plan(wiring, pattern)
+    plan = make_plan(graph, pattern)
     parameters = sum(p.numel() for p in model.parameters())
-    for groups in wiring.groups:
+    for groups in graph.groups:
         if groups.name in plan.entries:
             channels = (groups.count - kept_groups(groups, pattern)) * groups.size
             for name in groups.producers:
-                layer = wiring.layer(name)
+                layer = graph.layer(name)
                 parameters -= channels * (layer.in_features + 1)
-            parameters -= sum(channels * wiring.layer(name).out_features for name in groups.consumers)
+            parameters -= sum(channels * graph.layer(name).out_features for name in groups.consumers)
     assert parameters / 1e9 == pytest.approx(billions, abs=0.006)
 
 

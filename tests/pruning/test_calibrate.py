@@ -10,7 +10,7 @@ import obsdiff
 from obsdiff.models.conditioning import encode_prompts, token_mask
 from obsdiff.models.families import SD3
 from obsdiff.models.info import info_of
-from obsdiff.models.wiring import wire
+from obsdiff.models.subject import subject_of
 from obsdiff.obs.timesteps import timestep_weights
 
 
@@ -77,7 +77,7 @@ def test_halves_of_the_prompts_merge_to_the_whole(pipe, prompts):
 
     rest = module.Settings(module.call_arguments(pipe))
     store.prompts_done = 3
-    module._measure(pipe, wire(pipe.transformer), wire(pipe.transformer).sites, conditioning, rest, store, None, True)
+    module._measure(pipe, subject_of(pipe).graph, subject_of(pipe).graph.sites, conditioning, rest, store, None, True)
     for name in whole:
         torch.testing.assert_close(whole.sites[name].hessian(), store.sites[name].hessian(), rtol=1e-3, atol=1e-4)
 
@@ -94,7 +94,7 @@ def test_every_wired_site_is_measured_with_dual_attention(dual_pipe, prompts):
     assert "transformer_blocks.0.attn2.to_q" in statistics
     assert "transformer_blocks.2.attn2.to_q" not in statistics
     assert "transformer_blocks.2.ff_context.net.2" not in statistics  # context-free last block
-    assert set(statistics) == {site.name for site in wire(dual_pipe.transformer).sites}
+    assert set(statistics) == {site.name for site in subject_of(dual_pipe).graph.sites}
 
 
 def test_a_second_order_sampler_is_indexed_by_denoiser_call(pipe, prompts):

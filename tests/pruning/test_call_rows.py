@@ -11,7 +11,7 @@ from obsdiff.allocation.restart import Restart
 from obsdiff.models.conditioning import Conditioning, encode_prompts, token_mask
 from obsdiff.models.families import SD3
 from obsdiff.models.info import attach_info, call_arguments, info_of
-from obsdiff.models.wiring import wire
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.record import open_trajectories, record_trajectories
 
@@ -97,7 +97,7 @@ def test_skip_layer_guidance_works_everywhere(pipe, prompts, tmp_path):
     assert found.sites[IMAGE_SITE].num_tokens == 16 * 2 * (2 * 3 + extra)
     probe = probe_of(pipe, prompts[:2], 100)
     assert len(probe) == 2 * 3 and {len(row["hidden_states"]) for row in probe.rows} == {2}
-    restart = Restart(wire(pipe.transformer), probe)
+    restart = Restart(subject_of(pipe).graph, probe)
     restart.advance(2)
     assert restart.error() == pytest.approx(0.0, abs=1e-12)
     record_trajectories(pipe, prompts[:2], tmp_path / "kept")
@@ -122,7 +122,7 @@ def test_calls_of_different_kinds_are_not_joined(pipe, prompts):
     batches = list(mixed.batches())
     assert sorted(len(arguments["hidden_states"]) for arguments, _ in batches) == [3, 6]
     assert all(len(weights) == 3 for _, weights in batches)
-    single, double = Restart(wire(pipe.transformer), mixed).dense
+    single, double = Restart(subject_of(pipe).graph, mixed).dense
     with torch.no_grad():
         torch.testing.assert_close(single[0], pipe.transformer(**rows[0])[0][0].double(), rtol=1e-5, atol=1e-6)
         negative, positive = pipe.transformer(**rows[1])[0].double()

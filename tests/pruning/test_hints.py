@@ -7,7 +7,7 @@ from torch import nn
 import obsdiff
 from obsdiff.criteria import METHODS
 from obsdiff.models.families import SD3
-from obsdiff.models.wiring import WiredSite, Wiring
+from obsdiff.models.graph import Graph, Site
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.pattern import Unstructured
 from obsdiff.pruning.solve import SolveOptions, solve_site
@@ -52,10 +52,10 @@ def other_layer(found):
 )
 def test_the_cause_is_named(method, damage, cause):
     torch.manual_seed(0)
-    wiring = Wiring(nn.ModuleDict({"layer": nn.Linear(8, 4)}), SD3, (WiredSite(("layer",), False, 0),), (), 1)
+    graph = Graph(nn.ModuleDict({"layer": nn.Linear(8, 4)}), SD3, (Site(("layer",), False, 0),), (), 1)
     found = SiteStatistics.empty(8)
     found.add(torch.randn(1, 50, 8), 1.0)
     damage(found)
     with pytest.raises(obsdiff.UserError, match=cause) as refused:
-        solve_site(wiring, ["layer"], [Unstructured(0.5)], found, SolveOptions(method))
+        solve_site(graph, ["layer"], [Unstructured(0.5)], found, SolveOptions(method))
     assert "damping" not in str(refused.value) and "calibrate again" in str(refused.value)

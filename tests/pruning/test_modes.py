@@ -9,7 +9,7 @@ from obsdiff.allocation.probe import record_probe
 from obsdiff.allocation.restart import Restart
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
-from obsdiff.models.wiring import wire
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.record import open_trajectories, record_trajectories
 from tests.conftest import make_pipe
@@ -69,7 +69,7 @@ def test_probing(pair, prompts):
     for pipe in pair:
         call = call_arguments(pipe)
         probe = record_probe(pipe, encode_prompts(pipe, prompts[:2], call), Settings(call), 4)
-        restart = Restart(wire(pipe.transformer), probe)
+        restart = Restart(subject_of(pipe).graph, probe)
         restart.advance(1)
         assert restart.error() == pytest.approx(0.0, abs=1e-12)
         outputs.append(torch.cat(restart.dense))

@@ -6,7 +6,7 @@ from torch import nn
 
 from obsdiff.criteria import METHODS
 from obsdiff.models.families import SD3
-from obsdiff.models.wiring import WiredGroups, WiredSite, Wiring
+from obsdiff.models.graph import Graph, Group, Site
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.pattern import Structured, parse_pattern
 from obsdiff.pruning.solve import SolveOptions, solve_groups, solve_site
@@ -57,19 +57,19 @@ def true_error(layer, x, result, channels=slice(None)):
 
 
 def solved(layer, x, method, pattern, **options):
-    wiring = Wiring(nn.ModuleDict({"layer": layer}), SD3, (WiredSite(("layer",), False, 0),), (), 1)
+    graph = Graph(nn.ModuleDict({"layer": layer}), SD3, (Site(("layer",), False, 0),), (), 1)
     options = SolveOptions(method, **options)
-    return solve_site(wiring, ["layer"], [parse_pattern(pattern)], statistics_of(x), options)["layer"]
+    return solve_site(graph, ["layer"], [parse_pattern(pattern)], statistics_of(x), options)["layer"]
 
 
 def cut(layer, x, method, **options):
     """Half the neurons, or half the heads of 4 channels, of a module whose consumer is ``layer``."""
-    wiring = Wiring(nn.ModuleDict({"up": nn.Linear(6, COLUMNS), "layer": layer}), SD3, (), (), 1)
+    graph = Graph(nn.ModuleDict({"up": nn.Linear(6, COLUMNS), "layer": layer}), SD3, (), (), 1)
     size = options.pop("size")
     kind = "ffn" if size == 1 else "heads"
-    groups = WiredGroups("module", kind, ("up",), ("layer",), COLUMNS // size, size, 1, 0)
+    groups = Group("module", kind, ("up",), ("layer",), COLUMNS // size, size, 1, 0)
     pattern = Structured(0.5, 0.5)
-    kept, results = solve_groups(wiring, groups, pattern, {"layer": statistics_of(x)}, SolveOptions(method, **options))
+    kept, results = solve_groups(graph, groups, pattern, {"layer": statistics_of(x)}, SolveOptions(method, **options))
     return kept, results["layer"]
 
 

@@ -5,7 +5,7 @@ import torch
 
 import obsdiff
 from obsdiff.criteria import METHODS
-from obsdiff.models.wiring import wire
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.plan import make_plan, packages_of
 
 
@@ -24,7 +24,7 @@ def test_every_method_and_pattern(pipe, prompts, method, pattern):
     before = state(pipe)
     report = obsdiff.prune(pipe, pattern, method=method, statistics=obsdiff.calibrate(pipe, prompts))
     assert report.sparsity == pytest.approx(report.pattern.sparsity, abs=1e-3)
-    assert len(report.masks) == len(wire(pipe.transformer).site_of) == 3 * 12 - 3
+    assert len(report.masks) == len(subject_of(pipe).graph.site_of) == 3 * 12 - 3
     for name, mask in report.masks.items():
         weight = pipe.transformer.get_submodule(name).weight
         assert bool((weight[~mask] == 0).all())
@@ -59,9 +59,9 @@ def test_shrunk_model_equals_masked_model(prompts, images, method):
 
     shrunk, masked = make_pipe(), make_pipe()
     report = obsdiff.prune(shrunk, "structured:0.5", method=method, statistics=obsdiff.calibrate(shrunk, prompts))
-    wiring = wire(masked.transformer)
+    graph = subject_of(masked).graph
     with torch.no_grad():
-        for groups in wiring.groups:
+        for groups in graph.groups:
             if groups.name in report.masks:
                 channels = report.masks[groups.name].repeat_interleave(groups.size)
                 for name in groups.consumers:
@@ -114,18 +114,18 @@ def test_packages_recalibrate_with_earlier_layers_pruned(prompts):
 
     report = obsdiff.prune(pipe, "unstructured:0.5", statistics=calibrate, packages=3)
     assert len(passes) == 3 and passes[0][1] == 0 < passes[1][1] < passes[2][1]
-    sites = [site.name for site in wire(pipe.transformer).sites]
+    sites = [site.name for site in subject_of(pipe).graph.sites]
     assert set().union(*(found for found, _ in passes)) == set(sites)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_packages_are_contiguous_and_near_equal(pipe):
-    wiring = wire(pipe.transformer)
-    plan = make_plan(wiring, obsdiff.Unstructured(0.5))
-    cut = packages_of(wiring, plan, 4)
-    assert [name for package in cut for name in package] == [site.name for site in wiring.sites]
+    graph = subject_of(pipe).graph
+    plan = make_plan(graph, obsdiff.Unstructured(0.5))
+    cut = packages_of(graph, plan, 4)
+    assert [name for package in cut for name in package] == [site.name for site in graph.sites]
     assert [len(package) for package in cut] == [6, 6, 5, 4] or max(map(len, cut)) - min(map(len, cut)) <= 1
-    assert len(packages_of(wiring, plan, 1000)) == len(wiring.sites)
+    assert len(packages_of(graph, plan, 1000)) == len(graph.sites)
 
 
 def test_same_seed_same_masks_whatever_the_batch(prompts):

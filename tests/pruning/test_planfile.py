@@ -5,7 +5,7 @@ import torch
 import yaml
 
 import obsdiff
-from obsdiff.models.wiring import wire
+from obsdiff.models.subject import subject_of
 from obsdiff.obs.pattern import NM, Structured, Unstructured
 from obsdiff.pruning.plan import Plan, make_plan
 from obsdiff.pruning.planfile import fitted_plan, kinds_of, read_plan, write_plan
@@ -30,8 +30,8 @@ def written(tmp_path, plan, pipe, model=True):
     ],
 )  # fmt: skip
 def test_a_plan_comes_back(tmp_path, pipe, plan):
-    wiring = wire(pipe.transformer)
-    back = read_plan(written(tmp_path, plan, pipe), wiring)
+    graph = subject_of(pipe).graph
+    back = read_plan(written(tmp_path, plan, pipe), graph)
     assert (back.rule, back.budget, list(back.entries)) == (plan.rule, plan.budget, list(plan.entries))
     for name, pattern in plan.entries.items():
         assert back.entries[name].sparsity == pytest.approx(pattern.sparsity, abs=1e-9)
@@ -43,7 +43,7 @@ def test_a_plan_gives_each_layer_its_own(tmp_path, pipe, prompts):
     before = pipe.transformer.get_submodule(K).weight.clone()
     statistics = obsdiff.calibrate(pipe, prompts)
     report = obsdiff.prune(
-        pipe, read_plan(written(tmp_path, plan, pipe), wire(pipe.transformer)), statistics=statistics
+        pipe, read_plan(written(tmp_path, plan, pipe), subject_of(pipe).graph), statistics=statistics
     )
     assert list(report.masks) == [Q, K, UP]  # in the order of a forward pass
     assert report.sparsity_per_layer == pytest.approx({Q: 0.75, K: 0.0, UP: 0.75})
@@ -74,7 +74,7 @@ def test_a_structured_plan_gives_each_module_its_own(dual_pipe, prompts, tmp_pat
     obsdiff.save_pipeline(pipe, tmp_path / "out", report)
     again = obsdiff.load_pipeline(tmp_path / "out")
     assert torch.equal(images(again), images(pipe))
-    assert read_plan(tmp_path / "out" / "plan.yaml", wire(make(dual=True).transformer)).entries == report.plan.entries
+    assert read_plan(tmp_path / "out" / "plan.yaml", subject_of(make(dual=True)).graph).entries == report.plan.entries
 
 
 def make(dual=False):
@@ -109,20 +109,20 @@ def test_bad_plans_are_refused(tmp_path, pipe, change, word):
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump({**GOOD, **change}))
     with pytest.raises(obsdiff.UserError, match=word) as raised:
-        read_plan(path, wire(pipe.transformer))
+        read_plan(path, subject_of(pipe).graph)
     assert "\n" not in str(raised.value)
 
 
 def test_a_plan_by_hand_is_enough_and_files_that_are_none_are_refused(tmp_path, pipe):
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(GOOD))
-    assert read_plan(path, wire(pipe.transformer)).entries == {Q: Unstructured(0.4), K: Unstructured(0.0)}
+    assert read_plan(path, subject_of(pipe).graph).entries == {Q: Unstructured(0.4), K: Unstructured(0.0)}
     for text in ("[1, 2", "- a\n- b\n", "just words"):
         path.write_text(text)
         with pytest.raises(obsdiff.UserError, match="not a plan"):
-            read_plan(path, wire(pipe.transformer))
+            read_plan(path, subject_of(pipe).graph)
     with pytest.raises(obsdiff.UserError, match="cannot read"):
-        read_plan(tmp_path / "none.yaml", wire(pipe.transformer))
+        read_plan(tmp_path / "none.yaml", subject_of(pipe).graph)
 
 
 def test_a_plan_object_is_checked_too(pipe):
@@ -138,7 +138,7 @@ def test_a_plan_object_is_checked_too(pipe):
 
 
 def test_how_a_plan_spreads(pipe):
-    wiring = wire(pipe.transformer)
-    assert kinds_of(make_plan(wiring, Unstructured(0.5))) == "50.0% to 50.0%, median 50.0%"
+    graph = subject_of(pipe).graph
+    assert kinds_of(make_plan(graph, Unstructured(0.5))) == "50.0% to 50.0%, median 50.0%"
     nm = Plan(NM(2, 4), {Q: NM(1, 4), K: Unstructured(0.0), UP: NM(1, 4)})
-    assert kinds_of(fitted_plan(nm, wiring)) == "2 x 1:4, 1 x dense"
+    assert kinds_of(fitted_plan(nm, graph)) == "2 x 1:4, 1 x dense"

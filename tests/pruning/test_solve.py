@@ -6,7 +6,7 @@ from torch import nn
 
 from obsdiff.criteria import METHODS
 from obsdiff.models.families import SD3
-from obsdiff.models.wiring import WiredSite, Wiring
+from obsdiff.models.graph import Graph, Site
 from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
 from obsdiff.obs.pattern import Unstructured
 from obsdiff.pruning.solve import SolveOptions, solve_site
@@ -20,9 +20,9 @@ def measured(layer, x):
 
 
 def solved(layer, x, method, **options):
-    wiring = Wiring(nn.ModuleDict({"layer": layer}), SD3, (WiredSite(("layer",), False, 0),), (), 1)
+    graph = Graph(nn.ModuleDict({"layer": layer}), SD3, (Site(("layer",), False, 0),), (), 1)
     options = SolveOptions(method, **options)
-    return solve_site(wiring, ["layer"], [Unstructured(0.5)], measured(layer, x), options)["layer"]
+    return solve_site(graph, ["layer"], [Unstructured(0.5)], measured(layer, x), options)["layer"]
 
 
 def output_error(layer, x, result):

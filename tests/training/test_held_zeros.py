@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.denoisers import denoiser_of
 from obsdiff.training.stage import start_from
 from tests.conftest import make_pipe
 

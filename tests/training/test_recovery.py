@@ -97,7 +97,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pipe_folder, tmp_path, patter
 
 
 def test_lora_respects_the_mask_and_merging_changes_nothing(pipe_folder, tmp_path, images):
-    from obsdiff.models.wiring import denoiser_of
+    from obsdiff.models.denoisers import denoiser_of
     from obsdiff.pruning.masks import load_masks
     from obsdiff.training.adapters import add_adapters, merge_adapters
 

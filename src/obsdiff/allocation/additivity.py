@@ -15,7 +15,7 @@ from obsdiff.allocation.probe import Probe
 from obsdiff.allocation.scan import Sensitivity
 from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.units import Unit, removed
-from obsdiff.models.wiring import Wiring
+from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import Pattern
 from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.solve import SolveOptions
@@ -45,7 +45,7 @@ class Additivity:
 
 
 def check_additivity(
-    wiring: Wiring,
+    graph: Graph,
     base: Plan,
     units: Sequence[Unit],
     costs: Costs,
@@ -65,7 +65,7 @@ def check_additivity(
         predicted.append(sum(map(_predicted, units, patterns, [sensitivity] * len(units))))
         entries = {name: p for unit, p in zip(units, patterns, strict=True) for name in unit.members}
         drawn.append(Plan(base.pattern, {name: entries[name] for name in base.entries}))
-    return Additivity(predicted, joint_errors(wiring, drawn, statistics, options, probe))
+    return Additivity(predicted, joint_errors(graph, drawn, statistics, options, probe))
 
 
 def _predicted(unit: Unit, pattern: Pattern, sensitivity: Sensitivity) -> float:

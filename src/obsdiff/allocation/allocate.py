@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.allocation.assemble import achieved_share, plan_of, settle, table_cost
-from obsdiff.allocation.budget import Costs, costs_of, module_parameters
+from obsdiff.allocation.budget import Costs, costs_of, group_parameters
 from obsdiff.allocation.clock import Clock, Trial, new_process, time_calls
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
@@ -23,17 +23,17 @@ from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.times import Times, open_times
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
-from obsdiff.models.checks import check_layers
-from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts, segment_lengths
+from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.content import denoiser_hash
-from obsdiff.models.wiring import Wiring, denoiser_of, wire
+from obsdiff.models.graph import Graph
+from obsdiff.models.subject import Subject, subject_of
 from obsdiff.names import ALLOCATIONS
 from obsdiff.numbers import check_whole
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.oneshot import check_solving
 from obsdiff.pruning.options import Limits, ScanOptions
-from obsdiff.pruning.plan import Plan, kept_groups, make_plan
+from obsdiff.pruning.plan import Plan, kept_units, make_plan
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics, check_measured_on
 
@@ -112,36 +112,36 @@ def allocate(
     check_solving(pattern, options or SolveOptions(method))
     check_prompts(prompts)
     check_whole("batch_size", batch_size, 1)
-    wiring = wire(denoiser_of(pipe))
+    subject = subject_of(pipe, prompts if isinstance(prompts, Conditioning) else None)
+    graph = subject.graph
     if budget is None:
-        budget = default_budget(wiring, make_plan(wiring, pattern, include, exclude, spare_blocks))
+        budget = default_budget(graph, make_plan(graph, pattern, include, exclude, spare_blocks))
     elif isinstance(budget, str):
         budget = parse_budget(budget)
     if isinstance(pattern, Unstructured) and budget.kind == "sparsity":
         pattern = Unstructured(budget.share)
     spared = () if rule == "measured" and spare_blocks is None else spare_blocks
-    base = make_plan(wiring, pattern, include, exclude, spared)
-    check_layers(wiring, base.layers(wiring))
-    check_measured_on(statistics, wiring.denoiser)
+    base = make_plan(graph, pattern, include, exclude, spared)
+    subject.check(base.layers(graph))
+    check_measured_on(statistics, graph.denoiser)
     settings = settings_of(statistics, batch_size)
-    units = make_units(wiring, base, limits)
+    units = make_units(graph, base, limits)
     keep = None if store is None else Path(store)
     depends_on = {
         "denoiser": denoiser_hash(pipe),
         "call": settings.call,
-        "text_length": sum(segment_lengths(pipe, wiring.family, settings.call)),
     }
-    times = open_times(keep if budget.kind == "latency" else None, depends_on, wiring.denoiser)
+    times = open_times(keep if budget.kind == "latency" else None, depends_on, graph.denoiser)
     if budget.kind == "latency":
-        costs = latency_costs(pipe, wiring, units, budget, settings.call, times, shared_clock(clock))
+        costs = latency_costs(pipe, graph, units, budget, settings.call, times, shared_clock(clock))
     else:
-        costs = costs_of(pipe, wiring, units, budget, settings.call)
+        costs = costs_of(pipe, graph, units, budget, settings.call)
     _check_feasible(units, costs, budget)
-    job = _Job(pipe, wiring, base, rule, budget, units, costs, settings, times, trial, quiet)
+    job = _Job(subject, graph, base, rule, budget, units, costs, settings, times, trial, quiet)
     if rule == "measured":
-        free = make_units(wiring, base, Limits(share=limits.share))
+        free = make_units(graph, base, Limits(share=limits.share))
         return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, keep)
-    offsets = owl_offsets(wiring, units, statistics) if rule == "owl" else [0.0] * len(units)
+    offsets = owl_offsets(graph, units, statistics) if rule == "owl" else [0.0] * len(units)
     plan, achieved = _meet(job, lambda limit: meet_with_offsets(units, offsets, replace(costs, limit=limit)))
     return Allocation(plan, {"rule": rule, "budget": str(budget), **achieved}, earlier_s=times.earlier_s)
 
@@ -150,8 +150,8 @@ def allocate(
 class _Job:
     """What meeting a budget needs to know."""
 
-    pipe: Any
-    wiring: Wiring
+    subject: Subject
+    graph: Graph
     base: Plan
     rule: str
     budget: Budget
@@ -173,14 +173,14 @@ def _measured(
     store: Path | None,
 ) -> Allocation:
     """Scan the ``free`` units (without limits: a store serves all), minimise the summed error, check the sum."""
-    probe, bare = probe_for(job.pipe, job.wiring, free, prompts, job.settings, scanning)
+    probe, bare = probe_for(job.subject, free, prompts, job.settings, scanning)
     sensitivity = scan(
-        job.wiring,
+        job.graph,
         free,
         statistics,
         options,
         probe,
-        conditioning_hash(job.pipe, prompts),
+        conditioning_hash(job.subject.pipe, prompts),
         levels=scanning.levels,
         store=store,
         quiet=job.quiet,
@@ -200,8 +200,8 @@ def _measured(
     # settled ratios differ by a few weights from the chosen ones, whose errors these then are
     predicted, bound = bounds.get(chosen) or list(bounds.values())[-1]
     even = meet_with_offsets(job.units, [0.0] * len(job.units), replace(job.costs, limit=_used(job, chosen)))
-    reference = plan_of(job.wiring, job.base, job.units, even, "uniform", job.budget)
-    joint, uniform = joint_errors(job.wiring, [plan, reference], statistics, options, probe)
+    reference = plan_of(job.graph, job.base, job.units, even, "uniform", job.budget)
+    joint, uniform = joint_errors(job.graph, [plan, reference], statistics, options, probe)
     record = {
         "rule": job.rule,
         "budget": str(job.budget),
@@ -237,9 +237,9 @@ def _meet(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[Plan, dic
     else:
         patterns = solve(job.costs.limit)
         if isinstance(job.base.pattern, Unstructured):
-            patterns = settle(job.wiring, job.units, patterns, job.costs.limit)
-        achieved = {"achieved": achieved_share(job.wiring, job.units, patterns, job.costs, job.budget)}
-    return plan_of(job.wiring, job.base, job.units, patterns, job.rule, job.budget), achieved
+            patterns = settle(job.graph, job.units, patterns, job.costs.limit)
+        achieved = {"achieved": achieved_share(job.graph, job.units, patterns, job.costs, job.budget)}
+    return plan_of(job.graph, job.base, job.units, patterns, job.rule, job.budget), achieved
 
 
 def check_request(rule: str, scanning: ScanOptions) -> None:
@@ -262,17 +262,16 @@ def settings_of(statistics: Statistics, batch_size: int) -> Settings:
     return Settings(call, int(found["seed"]), str(found["weighting"]), batch_size=batch_size)
 
 
-def default_budget(wiring: Wiring, uniform: Plan) -> Budget:
+def default_budget(graph: Graph, uniform: Plan) -> Budget:
     """What a uniform plan comes to: total sparsity of its layers, or for structured plans parameters."""
     if not uniform.structured:
         return Budget("sparsity", uniform.pattern.sparsity)
-    total = sum(parameter.numel() for parameter in wiring.denoiser.parameters())
+    total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
     gone = 0
-    for groups in wiring.groups:
-        if groups.name in uniform.entries:
-            pattern = uniform.entries[groups.name]
-            assert isinstance(pattern, Structured)
-            gone += module_parameters(wiring, groups, Structured(0, 0)) - module_parameters(wiring, groups, pattern)
+    for group in uniform.groups(graph):
+        pattern = uniform.entries[group.name]
+        assert isinstance(pattern, Structured)
+        gone += group_parameters(graph, group, Structured(0, 0)) - group_parameters(graph, group, pattern)
     return Budget("parameters", (total - gone) / total)
 
 
@@ -289,8 +288,7 @@ def _check_feasible(units: Sequence[Unit], costs: Costs, budget: Budget) -> None
 
 
 def probe_for(
-    pipe: Any,
-    wiring: Wiring,
+    subject: Subject,
     units: Sequence[Unit],
     prompts: Sequence[str] | Conditioning,
     settings: Settings,
@@ -298,17 +296,17 @@ def probe_for(
 ) -> tuple[Probe, float]:
     """The probe, and how many bare passes over the calibration set a scan on it takes."""
     calls = len(prompts) * int(settings.call.get("num_inference_steps") or 1)
-    triples = triples_of(wiring, units, scanning, calls)
+    triples, pipe = triples_of(subject.graph, units, scanning, calls), subject.pipe
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, settings.call)
-    probe = record_probe(pipe, conditioning, settings, triples)
-    return probe, passes_needed(wiring, units, scanning.levels) * len(probe) / calls
+    probe = record_probe(subject, conditioning, settings, triples)
+    return probe, passes_needed(subject.graph, units, scanning.levels) * len(probe) / calls
 
 
-def triples_of(wiring: Wiring, units: Sequence[Unit], scanning: ScanOptions, calls: int) -> int:
+def triples_of(graph: Graph, units: Sequence[Unit], scanning: ScanOptions, calls: int) -> int:
     """Triples to record, where a calibration pass makes ``calls`` calls of the denoiser (prompts times steps)."""
     if scanning.triples is not None:
         return min(scanning.triples, calls)
-    return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes_needed(wiring, units, scanning.levels))))
+    return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes_needed(graph, units, scanning.levels))))
 
 
 def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
@@ -319,14 +317,13 @@ def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
 
 def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[list[Pattern], Share]:
     """Patterns that meet a latency budget on the clock."""
-    modules = {groups.name: groups for groups in job.wiring.groups}
     least = sum(min(of_unit) for of_unit in job.costs.options)
     tried: list[tuple[dict[str, int], list[Pattern]]] = []
 
     def kept(limit: float) -> tuple[dict[str, int], float]:
         patterns = solve(max(limit, least))
         widths = {
-            name: kept_groups(modules[name], pattern)
+            name: kept_units(job.graph.group_of[name], pattern)
             for unit, pattern in zip(job.units, patterns, strict=True)
             for name in unit.members
             if isinstance(pattern, Structured)
@@ -335,8 +332,8 @@ def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[l
         return widths, table_cost(job.units, patterns, job.costs)
 
     best, share = meet_on_the_clock(
-        job.pipe,
-        job.wiring,
+        job.subject.pipe,
+        job.graph,
         job.budget,
         job.settings.call,
         kept,

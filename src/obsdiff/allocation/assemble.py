@@ -8,25 +8,25 @@ from collections.abc import Sequence
 from obsdiff.allocation.budget import Costs
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
-from obsdiff.models.wiring import Wiring
+from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured
-from obsdiff.pruning.plan import Plan, kept_groups
+from obsdiff.pruning.plan import Plan, kept_units
 
 
-def unit_sizes(wiring: Wiring, units: Sequence[Unit]) -> list[int]:
+def unit_sizes(graph: Graph, units: Sequence[Unit]) -> list[int]:
     """Weights of each unit's layers."""
-    return [sum(wiring.weight(name).numel() for name in unit.members) for unit in units]
+    return [sum(graph.weight(name).numel() for name in unit.members) for unit in units]
 
 
-def settle(wiring: Wiring, units: Sequence[Unit], patterns: Sequence[Pattern], limit: float) -> list[Pattern]:
+def settle(graph: Graph, units: Sequence[Unit], patterns: Sequence[Pattern], limit: float) -> list[Pattern]:
     """Move a few weights so that what unstructured layers keep is the limit to the weight, within floors and ceilings.
 
     Only units of one member are moved, the largest first; the others keep their ratios.
     """
-    sizes = unit_sizes(wiring, units)
+    sizes = unit_sizes(graph, units)
     ratios = [removed(pattern) for pattern in patterns]
     gone = [
-        sum(round(ratio * wiring.weight(name).numel()) for name in unit.members)
+        sum(round(ratio * graph.weight(name).numel()) for name in unit.members)
         for unit, ratio in zip(units, ratios, strict=True)
     ]
     spare = math.floor(limit) - sum(size - count for size, count in zip(sizes, gone, strict=True))
@@ -50,13 +50,13 @@ def table_cost(units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs)
 
 
 def achieved_share(
-    wiring: Wiring, units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs, budget: Budget
+    graph: Graph, units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs, budget: Budget
 ) -> float:
     """The budget's figure that the patterns come to."""
     if all(isinstance(pattern, Unstructured) for pattern in patterns):  # settled ratios stand in no table
         kept = float(
             sum(
-                wiring.weight(name).numel() - round(removed(pattern) * wiring.weight(name).numel())
+                graph.weight(name).numel() - round(removed(pattern) * graph.weight(name).numel())
                 for unit, pattern in zip(units, patterns, strict=True)
                 for name in unit.members
             )
@@ -68,29 +68,28 @@ def achieved_share(
 
 
 def plan_of(
-    wiring: Wiring, base: Plan, units: Sequence[Unit], patterns: Sequence[Pattern], rule: str, budget: Budget
+    graph: Graph, base: Plan, units: Sequence[Unit], patterns: Sequence[Pattern], rule: str, budget: Budget
 ) -> Plan:
     """The plan, in the order of a forward pass, under the overall pattern that the patterns come to."""
     chosen = {name: pattern for unit, pattern in zip(units, patterns, strict=True) for name in unit.members}
     entries = {name: chosen[name] for name in base.entries}
     overall = base.pattern
     if isinstance(overall, Unstructured):
-        sizes = {name: wiring.weight(name).numel() for name in entries}
+        sizes = {name: graph.weight(name).numel() for name in entries}
         gone = sum(round(removed(pattern) * sizes[name]) for name, pattern in entries.items())
         overall = Unstructured(round(gone / sum(sizes.values()), 6))
     elif isinstance(overall, Structured):
-        overall = Structured(
-            _share_gone(wiring, entries, "heads"), _share_gone(wiring, entries, "ffn"), overall.multiple_of
-        )
+        shares = {kind: _share_gone(graph, entries, kind) for kind in ("heads", "ffn", "channels")}
+        overall = Structured(**shares, multiple_of=overall.multiple_of)
     return Plan(overall, entries, rule, str(budget))
 
 
-def _share_gone(wiring: Wiring, entries: dict[str, Pattern], kind: str) -> float:
-    """Share of all heads, or of all neurons, that structured entries remove."""
+def _share_gone(graph: Graph, entries: dict[str, Pattern], kind: str) -> float:
+    """Share of all units of a kind that structured entries remove."""
     kept = count = 0
-    for groups in wiring.groups:
+    for groups in graph.groups:
         pattern = entries.get(groups.name)
         if groups.kind == kind and isinstance(pattern, Structured):
-            kept += kept_groups(groups, pattern)
+            kept += kept_units(groups, pattern)
             count += groups.count
     return round(1 - kept / count, 4) if count else 0.0

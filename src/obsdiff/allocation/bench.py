@@ -15,8 +15,9 @@ from obsdiff.allocation.stage import calibration_prompts
 from obsdiff.allocation.units import make_units
 from obsdiff.evaluation.bench import Preset, forward_only
 from obsdiff.models.conditioning import Conditioning, encode_prompts
+from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import call_arguments
-from obsdiff.models.wiring import denoiser_of, wire
+from obsdiff.models.subject import subject_of
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.fingerprint import conditioning_hash
@@ -94,17 +95,17 @@ def bench_scan(
         batch_size=preset.batch_size,
     )
     calibrate_s = time.perf_counter() - started
-    wiring = wire(denoiser_of(pipe))
-    base = make_plan(wiring, parse_pattern(pattern), spare_blocks=())
-    units = make_units(wiring, base, Limits())
+    graph = subject_of(pipe).graph
+    base = make_plan(graph, parse_pattern(pattern), spare_blocks=())
+    units = make_units(graph, base, Limits())
     options = SolveOptions(method)
     settings = settings_of(statistics, preset.batch_size)
     started = time.perf_counter()
-    probe, bare = probe_for(pipe, wiring, units, conditioning, settings, ScanOptions(triples=triples))
-    found = scan(wiring, units, statistics, options, probe, conditioning_hash(pipe, conditioning))
+    probe, bare = probe_for(pipe, graph, units, conditioning, settings, ScanOptions(triples=triples))
+    found = scan(graph, units, statistics, options, probe, conditioning_hash(pipe, conditioning))
     scan_s = time.perf_counter() - started
-    costs = costs_of(pipe, wiring, units, default_budget(wiring, base), settings.call)
-    added = check_additivity(wiring, base, units, costs, found, statistics, options, probe, plans)
+    costs = costs_of(pipe, graph, units, default_budget(graph, base), settings.call)
+    added = check_additivity(graph, base, units, costs, found, statistics, options, probe, plans)
     correlation, interval = added.rank_correlation if plans > 1 else (None, None)
     return {
         "forward_only_s": round(forward_s, 3),

@@ -10,9 +10,9 @@ from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops, shrunk_flops
-from obsdiff.models.wiring import WiredGroups, Wiring
+from obsdiff.models.graph import Graph, Group, shapes_with, units_parameters
 from obsdiff.obs.pattern import Pattern, Structured
-from obsdiff.pruning.plan import kept_groups
+from obsdiff.pruning.plan import kept_units
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Costs:
     limit: float
 
 
-def costs_of(pipe: Any, wiring: Wiring, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
+def costs_of(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
     """Cost tables under a budget in sparsity, parameters or FLOPs.
 
     Raises:
@@ -40,21 +40,20 @@ def costs_of(pipe: Any, wiring: Wiring, units: Sequence[Unit], budget: Budget, c
     """
     structured = isinstance(units[0].options[0], Structured)
     if budget.kind == "flops":
-        return _flop_costs(pipe, wiring, units, budget, call)
+        return _flop_costs(pipe, graph, units, budget, call)
     members = [member for unit in units for member in unit.members]
     if structured:
-        total = sum(parameter.numel() for parameter in wiring.denoiser.parameters())
-        modules = {groups.name: groups for groups in wiring.groups}
-        cost = _per_member(lambda name, pattern: module_parameters(wiring, modules[name], pattern))
-        planned = sum(module_parameters(wiring, modules[name], Structured(0, 0)) for name in members)
+        total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
+        cost = _per_member(lambda name, pattern: group_parameters(graph, graph.group_of[name], pattern))
+        planned = sum(group_parameters(graph, graph.group_of[name], Structured(0, 0)) for name in members)
         stays = 1 - budget.share if budget.kind == "sparsity" else budget.share
         return _costs(units, cost, total - planned, total, stays)
-    sizes = {name: wiring.weight(name).numel() for name in members}
+    sizes = {name: graph.weight(name).numel() for name in members}
     planned = sum(sizes.values())
     cost = _per_member(lambda name, pattern: sizes[name] - round(removed(pattern) * sizes[name]))
     if budget.kind == "sparsity":
         return _costs(units, cost, 0, planned, 1 - budget.share)
-    total = sum(parameter.numel() for parameter in wiring.denoiser.parameters())
+    total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
     return _costs(units, cost, total - planned, total, budget.share)
 
 
@@ -70,49 +69,22 @@ def _per_member(cost: Callable[[str, Any], float]) -> Callable[[Unit, Pattern], 
     return lambda unit, pattern: float(sum(cost(name, pattern) for name in unit.members))
 
 
-def module_parameters(wiring: Wiring, groups: WiredGroups, pattern: Structured) -> int:
-    """Parameters of the layers that a module's heads or neurons run through, what they keep under ``pattern``."""
-    channels = kept_groups(groups, pattern) * groups.size
-    count = 0
-    for name in groups.producers:
-        layer = wiring.layer(name)
-        count += groups.slabs * channels * (wiring.weight(name).shape[1] + (layer.bias is not None))
-    for name in groups.consumers:
-        rows = wiring.weight(name).shape[0]
-        count += rows * channels + (rows if wiring.layer(name).bias is not None else 0)
-    return count
+def group_parameters(graph: Graph, group: Group, pattern: Structured) -> int:
+    """Parameters of the units of a group that stay under ``pattern``."""
+    return kept_units(group, pattern) * units_parameters(graph, group)
 
 
-def _flop_costs(pipe: Any, wiring: Wiring, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
+def _flop_costs(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
     """FLOPs are affine in each module's width: two counts per module give its slope."""
     if not isinstance(units[0].options[0], Structured):
         raise UserError("a budget in FLOPs needs a structured pattern: dense kernels do not skip zeros")
     dense = denoiser_flops(pipe, call)
-    modules = {groups.name: groups for groups in wiring.groups}
-    per_group = {}
+    groups, per_unit = graph.group_of, {}
     for unit in units:
         for name in unit.members:
-            groups = modules[name]
-            fewer = shrunk_flops(pipe, call, shapes_with(wiring, {name: groups.count // 2}))
-            per_group[name] = (dense - fewer) / (groups.count - groups.count // 2)
-    cost = _per_member(lambda name, pattern: per_group[name] * kept_groups(modules[name], pattern))
-    planned = sum(per_group[name] * modules[name].count for unit in units for name in unit.members)
+            count = groups[name].count
+            fewer = shrunk_flops(pipe, call, shapes_with(graph, {name: count // 2}))
+            per_unit[name] = (dense - fewer) / (count - count // 2)
+    cost = _per_member(lambda name, pattern: per_unit[name] * kept_units(groups[name], pattern))
+    planned = sum(per_unit[name] * groups[name].count for unit in units for name in unit.members)
     return _costs(units, cost, dense - planned, dense, budget.share)
-
-
-def shapes_with(wiring: Wiring, kept: Mapping[str, int]) -> dict[str, Any]:
-    """The ``shrunk`` config of a denoiser whose modules keep so many heads or neurons."""
-    from obsdiff.pruning.surgery import head_attributes
-
-    layers: dict[str, list[int]] = {}
-    attributes: dict[str, dict[str, int]] = {}
-    for groups in wiring.groups:
-        if groups.name in kept:
-            channels = kept[groups.name] * groups.size
-            for name in groups.producers:
-                layers[name] = [groups.slabs * channels, wiring.weight(name).shape[1]]
-            for name in groups.consumers:
-                layers[name] = [wiring.weight(name).shape[0], channels]
-            if groups.kind == "heads":
-                attributes[groups.name] = head_attributes(kept[groups.name], groups.size)
-    return {"layers": layers, "attributes": attributes}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from obsdiff.models.wiring import WiredSite, Wiring
+from obsdiff.models.graph import Graph, Site
 from obsdiff.obs.pattern import Pattern, Structured
-from obsdiff.pruning.solve import LayerResult, SolveOptions, solve_groups, solve_layers
+from obsdiff.pruning.solve import LayerResult, SolveOptions, kept_columns, solve_groups, solve_layers
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.surgery import Edits
 
@@ -27,28 +27,32 @@ class Candidate:
     layers: dict[str, tuple[Tensor, Tensor | None]]
     error: float
 
-    def apply(self, edits: Edits, wiring: Wiring) -> None:
+    def apply(self, edits: Edits, graph: Graph) -> None:
         """Write the weights into the denoiser; ``edits.undo()`` takes them back."""
         for name, (weight, bias_shift) in self.layers.items():
-            edits.set_weight(wiring.layer(name), weight)
-            edits.shift_bias(wiring.layer(name), bias_shift)
+            edits.set_weight(graph.layer(name), weight)
+            edits.shift_bias(graph.layer(name), bias_shift)
 
 
 class Solver:
     """Makes candidates; the solves of one site are done in one go and kept until :meth:`forget`."""
 
-    def __init__(self, wiring: Wiring, statistics: Statistics, options: SolveOptions) -> None:
-        self.wiring = wiring
+    def __init__(self, graph: Graph, statistics: Statistics, options: SolveOptions) -> None:
+        self.graph = graph
         self.statistics = statistics
         self.options = options
-        self.groups = {groups.name: groups for groups in wiring.groups}
-        self._sites: dict[tuple[str, tuple[Pattern, ...]], dict[tuple[str, Pattern], LayerResult]] = {}
+        self._sites: dict[tuple[str, int, tuple[Pattern, ...]], dict[tuple[str, Pattern], LayerResult]] = {}
 
     def candidates(self, members: Sequence[str], patterns: Sequence[Pattern]) -> list[Candidate]:
         """The unit of these members under each pattern."""
-        parts = [
-            self._module(name, patterns) if name in self.groups else self._layer(name, patterns) for name in members
-        ]
+        if members[0] in self.graph.group_of:
+            bundles = self.graph.bundles(members)
+            parts = [
+                [self.bundle({group.name: pattern for group in bundle}) for pattern in patterns]  # type: ignore[misc]
+                for bundle in bundles
+            ]
+        else:
+            parts = [self._layer(name, patterns) for name in members]
         return [
             Candidate(
                 {layer: change for part in same for layer, change in part.layers.items()},
@@ -62,18 +66,20 @@ class Solver:
         self._sites.clear()
 
     def _layer(self, name: str, patterns: Sequence[Pattern]) -> list[Candidate]:
-        solved = self._site(self.wiring.site_of[name], patterns)
+        solved = self._site(self.graph.site_of[name], self.graph.layers[name], patterns)
         found = [solved[name, pattern] for pattern in patterns]
         return [Candidate({name: (result.weight, result.bias_shift)}, _error(result)) for result in found]
 
-    def _site(self, site: WiredSite, patterns: Sequence[Pattern]) -> dict[tuple[str, Pattern], LayerResult]:
-        """All layers of a site under all patterns, on one factor."""
-        key = (site.name, tuple(patterns))
+    def _site(self, site: Site, stage: int, patterns: Sequence[Pattern]) -> dict[tuple[str, Pattern], LayerResult]:
+        """All layers of a stage that read a site, under all patterns, on one factor."""
+        key = (site.name, stage, tuple(patterns))
         if key not in self._sites:
-            pairs = [(layer, pattern) for layer in site.layers for pattern in patterns]
-            device = self.wiring.weight(site.name).device
+            # the stage's own layers: a site that is read in all stages is solved stage by stage
+            here = [layer for layer in site.layers if self.graph.layers[layer] == stage]
+            pairs = [(layer, pattern) for layer in here for pattern in patterns]
+            device = self.graph.weight(site.name).device
             results = solve_layers(
-                self.wiring,
+                self.graph,
                 [layer for layer, _ in pairs],
                 [pattern for _, pattern in pairs],
                 self.statistics.site(site.name, device),
@@ -82,26 +88,21 @@ class Solver:
             self._sites[key] = dict(zip(pairs, results, strict=True))
         return self._sites[key]
 
-    def _module(self, name: str, patterns: Sequence[Pattern]) -> list[Candidate]:
-        groups = self.groups[name]
-        device = self.wiring.weight(groups.consumers[0]).device
+    def bundle(self, patterns: Mapping[str, Structured]) -> Candidate:
+        """Groups that share layers, each under its pattern."""
+        layers = dict.fromkeys(s.layer for name in patterns for s in self.graph.group_of[name].consumers)
         statistics = {
-            layer: self.statistics.site(self.wiring.site_of[layer].name, device) for layer in groups.consumers
+            layer: self.statistics.site(self.graph.site_of[layer].name, self.graph.weight(layer).device)
+            for layer in layers
         }
-        found = []
-        for pattern in patterns:
-            assert isinstance(pattern, Structured)
-            kept, results = solve_groups(self.wiring, groups, pattern, statistics, self.options)
-            channels = kept.repeat_interleave(groups.size)
-            layers = {}
-            for layer, result in results.items():
-                # Without its columns in the consumers a head or neuron has no effect, whatever its producers give.
-                weight = torch.zeros_like(self.wiring.weight(layer), dtype=torch.float32)
-                weight[:, channels] = result.weight
-                layers[layer] = (weight, result.bias_shift)
-            errors = [_error(result) for result in results.values()]
-            found.append(Candidate(layers, sum(errors) / len(errors)))
-        return found
+        kept, results = solve_groups(self.graph, patterns, statistics, self.options)
+        changes = {}
+        for layer, result in results.items():
+            # Without its columns in the consumers a unit has no effect, whatever its producers give.
+            weight = torch.zeros_like(self.graph.weight(layer), dtype=torch.float32)
+            weight[:, kept_columns(self.graph, layer, kept)] = result.weight
+            changes[layer] = (weight, result.bias_shift)
+        return Candidate(changes, sum(map(_error, results.values())) / len(results))
 
 
 def _error(result: LayerResult) -> float:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from obsdiff.allocation.candidates import Candidate, Solver
 from obsdiff.allocation.probe import Probe
 from obsdiff.allocation.restart import Restart
-from obsdiff.models.wiring import Wiring
+from obsdiff.models.graph import Graph
+from obsdiff.obs.pattern import Structured
 from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.solve import SolveOptions, solve_site
 from obsdiff.pruning.statistics import Statistics
@@ -15,17 +16,17 @@ from obsdiff.pruning.surgery import Edits
 
 
 def joint_errors(
-    wiring: Wiring, plans: Sequence[Plan], statistics: Statistics, options: SolveOptions, probe: Probe
+    graph: Graph, plans: Sequence[Plan], statistics: Statistics, options: SolveOptions, probe: Probe
 ) -> list[float]:
     """Relative error of the denoiser's guided output on ``probe`` with each whole plan applied; undone afterwards."""
-    restart, solver = Restart(wiring, probe), Solver(wiring, statistics, options)
+    restart, solver = Restart(graph, probe), Solver(graph, statistics, options)
     errors = []
     for plan in plans:
-        changes = _changes(wiring, plan, statistics, options, solver)
+        changes = _changes(graph, plan, statistics, options, solver)
         edits = Edits()
         try:
             for change in changes:
-                change.apply(edits, wiring)
+                change.apply(edits, graph)
             errors.append(restart.error())
         finally:
             edits.undo()
@@ -33,18 +34,19 @@ def joint_errors(
 
 
 def _changes(
-    wiring: Wiring, plan: Plan, statistics: Statistics, options: SolveOptions, solver: Solver
+    graph: Graph, plan: Plan, statistics: Statistics, options: SolveOptions, solver: Solver
 ) -> list[Candidate]:
     """Every pruned layer, solved while all others are dense."""
     if plan.structured:
-        pruned = {name: pattern for name, pattern in plan.entries.items() if pattern.sparsity > 0}
-        return [found for name, pattern in pruned.items() for found in solver.candidates([name], [pattern])]
+        pruned = {n: p for n, p in plan.entries.items() if isinstance(p, Structured) and p.sparsity > 0}
+        bundles = graph.bundles(list(pruned))
+        return [solver.bundle({group.name: pruned[group.name] for group in bundle}) for bundle in bundles]
     changes = []
-    for site in wiring.sites:
+    for site in graph.sites:
         if layers := [layer for layer in site.layers if layer in plan.entries]:
-            device = wiring.weight(site.name).device
+            device = graph.weight(site.name).device
             patterns = [plan.entries[layer] for layer in layers]
-            solved = solve_site(wiring, layers, patterns, statistics.site(site.name, device), options)
+            solved = solve_site(graph, layers, patterns, statistics.site(site.name, device), options)
             layers_of = {name: (result.weight, result.bias_shift) for name, result in solved.items()}
             changes.append(Candidate(layers_of, sum(result.error or 0.0 for result in solved.values())))
     return changes

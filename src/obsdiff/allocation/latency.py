@@ -19,20 +19,19 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from obsdiff.allocation.budget import Costs, _costs, shapes_with
+from obsdiff.allocation.budget import Costs, _costs
 from obsdiff.allocation.clock import Calls, Clock, Trial, new_process, time_calls, write_trial
 from obsdiff.allocation.curves import interpolate
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.times import Times
 from obsdiff.allocation.units import Unit
 from obsdiff.errors import UserError
-from obsdiff.evaluation.flops import example_inputs
-from obsdiff.models.conditioning import segment_lengths
+from obsdiff.models.calls import remembered_call
+from obsdiff.models.graph import Graph, Group, shapes_with
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.obsdiff_shrunk import apply_shapes
-from obsdiff.models.wiring import WiredGroups, Wiring
 from obsdiff.obs.pattern import Structured
-from obsdiff.pruning.plan import kept_groups
+from obsdiff.pruning.plan import kept_units
 from obsdiff.pruning.surgery import Edits, become_shrunk
 from obsdiff.ranks import from_rank, rank, solved_in_turn
 
@@ -50,18 +49,15 @@ def shared_clock(clock: Clock) -> Clock:
     return lambda calls: from_rank(clock(calls) if rank() == 0 else [])
 
 
-def inputs_of(pipe: Any, wiring: Wiring, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Random arguments of one denoiser call as sampling one image makes it: two rows with guidance."""
-    length = sum(segment_lengths(pipe, wiring.family, call))
-    rows = 2 if float(call.get("guidance_scale") or 1.0) > 1 else 1
-    parameter = next(wiring.denoiser.parameters())
-    return dict(example_inputs(wiring.denoiser, length, rows, str(parameter.device), parameter.dtype))
+def inputs_of(pipe: Any, graph: Graph, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one denoiser call as sampling one image makes it: two rows with guidance."""
+    return next(iter(remembered_call(pipe, call).values()))
 
 
 @torch.no_grad()
 def latency_costs(
     pipe: Any,
-    wiring: Wiring,
+    graph: Graph,
     units: Sequence[Unit],
     budget: Budget,
     call: Mapping[str, Any],
@@ -77,68 +73,68 @@ def latency_costs(
     """
     if not isinstance(units[0].options[0], Structured):
         raise UserError("a budget in latency needs a structured pattern: dense kernels do not skip zeros")
-    with eval_mode(wiring.denoiser):
-        arguments = inputs_of(pipe, wiring, call)
-        modules = {groups.name: groups for groups in wiring.groups}
+    with eval_mode(graph.denoiser):
+        arguments = inputs_of(pipe, graph, call)
+        modules = {groups.name: groups for groups in graph.groups}
         planned = [name for unit in units for name in unit.members]
-        inputs = _module_inputs(wiring, planned, arguments)
+        inputs = _module_inputs(graph, planned, arguments)
         tables: dict[Any, list[tuple[float, float]]] = {}
         table_of = {}
         for name in planned:
-            key = _signature(wiring, modules[name], inputs[name])
+            key = _signature(graph, modules[name], inputs[name])
             if key not in tables:
-                timed = partial(_table, wiring, modules[name], inputs[name], clock)
+                timed = partial(_table, graph, modules[name], inputs[name], clock)
                 tables[key] = list(zip(_widths(modules[name]), times.measure(str(key), timed), strict=True))
             table_of[name] = tables[key]
-        [dense] = times.measure("dense", partial(_seconds, [partial(wiring.denoiser, **arguments)], clock))
+        [dense] = times.measure("dense", partial(_seconds, [partial(graph.denoiser, **arguments)], clock))
     whole = sum(interpolate(table_of[name], modules[name].count) for name in planned)
 
     def cost(unit: Unit, pattern: Any) -> float:
-        return sum(interpolate(table_of[n], kept_groups(modules[n], pattern)) for n in unit.members)
+        return sum(interpolate(table_of[n], kept_units(modules[n], pattern)) for n in unit.members)
 
     # modules timed alone may add up to more than the whole; what they save is what counts
     return _costs(units, cost, dense - whole, dense, budget.share)
 
 
-def _signature(wiring: Wiring, groups: WiredGroups, inputs: Any) -> Any:
+def _signature(graph: Graph, groups: Group, inputs: Any) -> Any:
     """What a module's time depends on."""
-    shapes = tuple(tuple(wiring.weight(name).shape) for name in (*groups.producers, *groups.consumers))
+    shapes = tuple(tuple(graph.weight(name).shape) for name in groups.layers)
     args, kwargs = inputs
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     return groups.kind, shapes, tuple(tuple(tensor.shape) for tensor in tensors)
 
 
-def _module_inputs(wiring: Wiring, names: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _module_inputs(graph: Graph, names: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What each module gets in one call of the denoiser."""
     seen: dict[str, Any] = {}
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen[name] = (args, kwargs)
 
-    handles = [wiring.layer(name).register_forward_pre_hook(partial(record, name), with_kwargs=True) for name in names]
+    handles = [graph.layer(name).register_forward_pre_hook(partial(record, name), with_kwargs=True) for name in names]
     try:
-        wiring.denoiser(**arguments)
+        graph.denoiser(**arguments)
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def _widths(groups: WiredGroups) -> list[int]:
+def _widths(groups: Group) -> list[int]:
     """Heads or neurons kept, for a table."""
     return sorted({max(1, round(groups.count * i / (POINTS - 1))) for i in range(POINTS)})
 
 
-def _table(wiring: Wiring, groups: WiredGroups, inputs: Any, clock: Clock) -> list[float]:
+def _table(graph: Graph, groups: Group, inputs: Any, clock: Clock) -> list[float]:
     """Seconds at each of the widths."""
     args, kwargs = inputs
     calls = []
     for kept in _widths(groups):
-        shapes = shapes_with(wiring, {groups.name: kept})
+        shapes = shapes_with(graph, {groups.name: kept})
         prefix = groups.name + "."
-        layers = {name.removeprefix(prefix): shape for name, shape in shapes["layers"].items()}
+        layers = {name.removeprefix(prefix): shape for name, shape in shapes["tensors"].items()}
         attributes = {"": shapes["attributes"].get(groups.name, {})}
-        module = _smaller(wiring.layer(groups.name), {"layers": layers, "attributes": attributes})
+        module = _smaller(graph.layer(groups.name), {"tensors": layers, "attributes": attributes})
         calls.append(partial(module, *args, **kwargs))
     # a noisy clock may call a wider module faster: what is kept never costs less
     return list(accumulate(_seconds(calls, clock), max))
@@ -204,7 +200,7 @@ def share_of(shares: Sequence[float]) -> Share:
 
 def meet_on_the_clock(
     pipe: Any,
-    wiring: Wiring,
+    graph: Graph,
     budget: Budget,
     call: Mapping[str, Any],
     solve: Callable[[float], tuple[dict[str, int], float]],
@@ -223,7 +219,7 @@ def meet_on_the_clock(
     processes differ too much for that, a choice is taken whose interval stays below the budget.
 
     Args:
-        pipe, wiring, budget, call: As for :func:`latency_costs`.
+        pipe, graph, budget, call: As for :func:`latency_costs`.
         solve: Heads and neurons kept by module for a limit of the table, and what they cost by the table in seconds.
         limit: The table's own.
         times: Of earlier trials, which are not made again; new ones are added and saved.
@@ -236,7 +232,7 @@ def meet_on_the_clock(
     Raises:
         UserError: No choice came out below the budget, or a trial failed.
     """
-    inputs = inputs_of(pipe, wiring, call)
+    inputs = inputs_of(pipe, graph, call)
     tried: list[_Tried] = []
     with tempfile.TemporaryDirectory(prefix="obsdiff-") as folder:
 
@@ -249,7 +245,7 @@ def meet_on_the_clock(
                 return dense_s, smaller_s
 
             def trials() -> list[tuple[float, float]]:
-                _write_choice(Path(folder), wiring, kept, inputs)
+                _write_choice(Path(folder), graph, kept, inputs)
                 found = [timed() for _ in range(LEAST_PROCESSES)]
                 while confirming and len(found) < MOST_PROCESSES and not _share(found).decides(budget.share):
                     found.append(timed())
@@ -332,13 +328,13 @@ def _estimate(tried: Sequence[_Tried], cost: float) -> tuple[Share, float]:
     return share_of(near), slope
 
 
-def _write_choice(folder: Path, wiring: Wiring, kept: Mapping[str, int], inputs: Mapping[str, Any]) -> None:
+def _write_choice(folder: Path, graph: Graph, kept: Mapping[str, int], inputs: Mapping[str, Any]) -> None:
     """Dense and shrunk denoiser and the arguments of a call, for a trial."""
-    shapes = shapes_with(wiring, kept)
-    smaller = _smaller(wiring.denoiser, shapes)
+    shapes = shapes_with(graph, kept)
+    smaller = _smaller(graph.denoiser, shapes)
     become_shrunk(Edits(), smaller, shapes)
     try:
-        write_trial(folder, wiring.denoiser, smaller, inputs)
+        write_trial(folder, graph.denoiser, smaller, inputs)
     except OSError as error:
         raise UserError(
             f"cannot write the denoisers to time to {folder.parent}: {error.strerror or error}; "

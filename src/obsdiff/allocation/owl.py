@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.allocation.units import Unit
-from obsdiff.models.wiring import Wiring
+from obsdiff.models.graph import Graph
 from obsdiff.obs.hessian import SiteStatistics, weight_matrices
 from obsdiff.pruning.statistics import Statistics
 
@@ -21,28 +21,28 @@ def outlier_ratio(scores: Tensor, outlier: float = OUTLIER) -> float:
     return float((scores > outlier * scores.mean()).double().mean())
 
 
-def owl_offsets(wiring: Wiring, units: Sequence[Unit], statistics: Statistics, spread: float = RANGE) -> list[float]:
+def owl_offsets(graph: Graph, units: Sequence[Unit], statistics: Statistics, spread: float = RANGE) -> list[float]:
     """How much more than the average each unit removes: in [-2 λ, 2 λ], the more outliers its block has the less.
 
     Scores are ``|W_ij| · ‖x_j‖``; as published the outliers are counted over a whole block, so its units share one
     value, scaled linearly so that the largest and the smallest are 2 λ apart.
     """
-    modules = {groups.name: groups for groups in wiring.groups}
     scores: dict[int, list[Tensor]] = {}
     for unit in units:
         for name in unit.members:
-            for layer in modules[name].consumers if name in modules else (name,):
-                scores.setdefault(unit.block, []).append(_scores(wiring, layer, statistics))
+            group = graph.group_of.get(name)
+            for layer in (name,) if group is None else [s.layer for s in group.consumers]:
+                scores.setdefault(unit.stage, []).append(_scores(graph, layer, statistics))
     ratios = {block: outlier_ratio(torch.cat(found)) for block, found in scores.items()}
     low, high = min(ratios.values()), max(ratios.values())
     scale = 2 * spread / (high - low) if high > low else 0.0
-    mean = sum(ratios[unit.block] for unit in units) / len(units)
-    return [-scale * (ratios[unit.block] - mean) for unit in units]
+    mean = sum(ratios[unit.stage] for unit in units) / len(units)
+    return [-scale * (ratios[unit.stage] - mean) for unit in units]
 
 
-def _scores(wiring: Wiring, layer: str, statistics: Statistics) -> Tensor:
+def _scores(graph: Graph, layer: str, statistics: Statistics) -> Tensor:
     """Wanda's scores of one layer, flat."""
-    site: SiteStatistics = statistics.site(wiring.site_of[layer].name, wiring.weight(layer).device)
-    weights = weight_matrices(wiring.layer(layer)).detach().float()
+    site: SiteStatistics = statistics.site(graph.site_of[layer].name, graph.weight(layer).device)
+    weights = weight_matrices(graph.layer(layer)).detach().float()
     norms = site.power().sqrt()
     return (weights.abs() * norms[:, None, :]).flatten()

@@ -11,7 +11,7 @@ from obsdiff.allocation.scan import passes_needed
 from obsdiff.allocation.units import make_units
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
-from obsdiff.models.wiring import Wiring
+from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import NM, parse_pattern
 from obsdiff.pruning.oneshot import check_solving
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
@@ -77,24 +77,24 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
         raise UserError("floors, ceilings and shared values need --allocation measured or owl, or a --budget")
 
 
-def first_plan(wiring: Wiring, options: PruningOptions) -> Plan:
+def first_plan(graph: Graph, options: PruningOptions) -> Plan:
     """The plan before anything is measured: the file's, or the uniform one.
 
     Raises:
         UserError: The plan does not fit the denoiser.
     """
     if options.plan is not None:
-        return read_plan(options.plan, wiring)
+        return read_plan(options.plan, graph)
     measured = rule_of(options) == "measured"
     spared: Any = () if measured and options.spare_blocks is None else options.spare_blocks
-    return make_plan(wiring, parse_pattern(options.pattern), options.include, options.exclude, spared)
+    return make_plan(graph, parse_pattern(options.pattern), options.include, options.exclude, spared)
 
 
-def describe_scan(wiring: Wiring, plan: Plan, options: PruningOptions, prompts: int, steps: int) -> str:
+def describe_scan(graph: Graph, plan: Plan, options: PruningOptions, prompts: int, steps: int) -> str:
     """For people: what a sensitivity scan is about to run, unless its folder holds it already."""
-    units = make_units(wiring, plan, Limits(share=options.limits.share))
-    triples = triples_of(wiring, units, options.scan, prompts * steps)
-    passes = passes_needed(wiring, units, options.scan.levels) * triples / (prompts * steps)
+    units = make_units(graph, plan, Limits(share=options.limits.share))
+    triples = triples_of(graph, units, options.scan, prompts * steps)
+    passes = passes_needed(graph, units, options.scan.levels) * triples / (prompts * steps)
     return (
         f"sensitivity scan: {len(units)} layers or groups on {triples} recorded calls, {passes:.1f} times the denoiser "
         "calls of a calibration pass"

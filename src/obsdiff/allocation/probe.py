@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import UserError
+from obsdiff.models.calling import paths_of
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.modes import eval_mode
-from obsdiff.models.rows import CallRows
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.rows import CallRows, Path, flattened, join_rows, take_rows
+from obsdiff.models.subject import Subject
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.trajectories import counted_calls, noise_seeds, run_trajectories
@@ -23,85 +24,100 @@ BATCH_ROWS = 64  # rows of one denoiser call
 
 
 @dataclass(frozen=True)
+class ProbeCall:
+    """The rows of one (latent, step, prompt) triple in a recorded call: one, or with guidance two, the negative
+    prompt's first (:class:`obsdiff.models.rows.CallRows`).
+
+    Attributes:
+        denoiser: Of two denoisers, the name of the one that is asked; else "".
+        arguments: By name; what has an entry per row holds the triple's rows alone.
+        weight: Timestep weight α_t.
+        rows: How many.
+    """
+
+    denoiser: str
+    arguments: dict[str, Any]
+    weight: float
+    rows: int
+
+
+@dataclass(frozen=True)
 class Probe:
     """Recorded calls of the denoiser.
 
     Attributes:
-        rows: Per (latent, step, prompt) triple the keyword arguments of the call; tensors keep only the triple's rows:
-            one, or with guidance two, the negative prompt's first (:class:`obsdiff.models.rows.CallRows`).
-        weights: Timestep weight α_t of each triple.
+        calls: One per triple.
+        paths: Arguments that have an entry per row (:func:`obsdiff.models.rows.row_paths`).
         guidance: The pipeline's guidance scale.
         recorded: Calls of the denoiser, one prompt each, that recording took.
     """
 
-    rows: list[dict[str, Any]]
-    weights: list[float]
+    calls: list[ProbeCall]
+    paths: frozenset[Path] = frozenset()
     guidance: float = 1.0
     recorded: int = 0
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.calls)
 
-    def batches(self, size: int = BATCH_ROWS) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Keyword arguments of joint calls of about ``size`` rows, and each triple's weight (triples,) float64.
+    def batches(self, size: int = BATCH_ROWS) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
+        """Joint calls of about ``size`` rows: the denoiser's name, its arguments, and each triple's weight (triples,)
+        float64.
 
         Calls of different kinds (guidance switched off for a part of the steps) are not joined.
         """
-        kinds: dict[str, list[int]] = {}
-        for i, row in enumerate(self.rows):
-            kinds.setdefault(_kind(row), []).append(i)
+        kinds: dict[str, list[ProbeCall]] = {}
+        for call in self.calls:
+            kinds.setdefault(self._kind(call), []).append(call)
         for members in kinds.values():
-            step = max(1, size // _rows_of(self.rows[members[0]]))
+            step = max(1, size // members[0].rows)
             for start in range(0, len(members), step):
-                part = [self.rows[i] for i in members[start : start + step]]
-                arguments = {
-                    key: torch.cat([row[key] for row in part]) if isinstance(value, Tensor) and value.dim() else value
-                    for key, value in part[0].items()
-                }
-                weights = [self.weights[i] for i in members[start : start + step]]
-                yield arguments, torch.tensor(weights, dtype=torch.float64)
+                part = members[start : start + step]
+                weights = torch.tensor([call.weight for call in part], dtype=torch.float64)
+                yield part[0].denoiser, join_rows([call.arguments for call in part], self.paths), weights
 
-    def guided(self, output: Tensor, triples: int) -> Tensor:
+    def _kind(self, call: ProbeCall) -> str:
+        """Equal for calls that can be joined: their rows, and whatever is common to all rows."""
+        return repr([call.denoiser, *((k, _looks(v, k in self.paths)) for k, v in flattened(call.arguments).items())])
+
+    def guided(self, output: Tensor | list[Tensor], triples: int) -> Tensor:
         """What a sampler makes of an output (rows, ...): with guidance ``n + g (p − n)``, float64 (triples, …).
 
         Errors of the two rows largely cancel or add up in it; going by it halves the image error of an allocation
         (docs/method.md).
         """
-        rows = output.double().unflatten(0, (triples, -1))
+        whole = torch.stack(output) if isinstance(output, list) else output
+        rows = whole.double().unflatten(0, (triples, -1))
         negative, positive = rows[:, 0], rows[:, -1]
         return negative + self.guidance * (positive - negative) if rows.shape[1] == 2 else positive
 
 
-def _kind(arguments: dict[str, Any]) -> str:
-    """Equal for calls that can be joined: their rows, and whatever is common to all rows."""
-    return repr(
-        [
-            (key, tuple(value.shape), value.item() if value.dim() == 0 else None)
-            if isinstance(value, Tensor)
-            else (key, value)
-            for key, value in arguments.items()
-        ]
-    )
-
-
-def _rows_of(arguments: dict[str, Any]) -> int:
-    return next(len(value) for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1)
+def _looks(value: Any, by_row: bool) -> Any:
+    """What an argument must have in common with those it is joined with: shapes, and of what rows share the values."""
+    if isinstance(value, Tensor):
+        shape = tuple(value.shape[1:] if by_row else value.shape)
+        return (shape, len(value) if by_row else None, None if by_row else value.flatten().tolist())
+    if isinstance(value, list | tuple):
+        return [_looks(inner, False) if not by_row else "listed" for inner in value]
+    return value
 
 
 @torch.no_grad()
-def record_probe(pipe: Any, conditioning: Conditioning, settings: Settings, triples: int) -> Probe:
+def record_probe(subject: Subject, conditioning: Conditioning, settings: Settings, triples: int) -> Probe:
     """Run the pipeline over a few prompts and keep ``triples`` of the denoiser's calls, drawn at random.
 
     Args:
-        pipe: The dense pipeline; run with its own sampler, not changed.
+        subject: The dense pipeline; run with its own sampler, not changed.
         conditioning: The calibration's prompts.
         settings: The calibration's settings; prompt i has the same noise here as there.
         triples: How many (latent, step, prompt) triples to keep; all that there are if there are fewer.
     """
     steps = int(settings.call.get("num_inference_steps") or 1)
     count = min(len(conditioning), max(1, -(-CHOICE * triples // steps)))
-    chosen = Conditioning({name: tensor[:count] for name, tensor in conditioning.embeds.items()})
-    rows: dict[tuple[int, int], tuple[dict[str, Any], float]] = {}  # by prompt and call, whatever the batches
+    chosen, pipe = replace(conditioning[:count], text_mask=None, negative_text_mask=None), subject.pipe
+    calls: dict[tuple[int, int], ProbeCall] = {}  # by prompt and call, whatever the batches
+    paths = paths_of(pipe, conditioning)
+    names = {id(model): name if len(subject.components) > 1 else "" for name, model in subject.components.items()}
     now = slice(0)
 
     def begin(part: slice) -> None:
@@ -110,37 +126,38 @@ def record_probe(pipe: Any, conditioning: Conditioning, settings: Settings, trip
         now = part
         checked.begin(part)
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = checked.look(args, kwargs)
+    def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = checked.look(model, args, kwargs) | {"return_dict": False}
         if checked.repeated:  # an extra call within a step; what it adds is not in the guided output
             return
         weight = timestep_weights(settings.weighting, counter.total)[counter.index]
         prompts = now.stop - now.start
         total = checked.each * prompts
-        for key, value in given.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and len(value) != total:
+        for path, value in flattened(given).items():
+            if path in paths and len(value) != total:
                 raise UserError(
-                    f"the denoiser's {key} has {len(value)} rows in a call of {total}; the scan needs one each"
+                    f"the denoiser's {'.'.join(path)} has {len(value)} rows in a call of {total}; the scan needs one "
+                    "each"
                 )
-        for i in range(prompts):  # with guidance, prompt i has rows i and prompts + i
-            at = list(range(i, total, prompts))
-            own = {k: v[at] if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in given.items()}
-            rows[now.start + i, counter.calls] = own, float(weight)
+        for i in range(prompts):
+            own = take_rows(given, paths, checked.of_prompt(i))
+            key = now.start + i, counter.calls
+            calls[key] = ProbeCall(names[id(model)], own, float(weight), checked.each)
 
-    checked = CallRows(pipe, chosen)
+    checked = CallRows(pipe, subject.family, chosen)
     with eval_mode(pipe), counted_calls(pipe) as counter:
-        handle = denoiser_of(pipe).register_forward_pre_hook(record, with_kwargs=True)
+        handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in subject.components.values()]
         try:
             seeds = noise_seeds(settings.seed, len(conditioning))[:count]
             for _ in run_trajectories(pipe, chosen, seeds, settings.batch_size, settings.call, begin):
                 pass
         finally:
-            handle.remove()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))
-    keys = sorted(rows)
-    picked = [rows[keys[i]] for i in sorted(order[:triples].tolist())]
-    guidance = float(settings.call.get("guidance_scale") or 1.0)
-    return Probe([arguments for arguments, _ in picked], [weight for _, weight in picked], guidance, len(rows))
+            for handle in handles:
+                handle.remove()
+    order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(settings.seed))
+    keys = sorted(calls)
+    picked = [calls[keys[i]] for i in sorted(order[:triples].tolist())]
+    return Probe(picked, paths, float(settings.call.get("guidance_scale") or 1.0), len(calls))
 
 
 def power(outputs: Iterable[Tensor], weights: Iterable[Tensor]) -> float:

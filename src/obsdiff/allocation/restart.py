@@ -1,4 +1,4 @@
-"""The denoiser from one block on, on hidden states that were computed once."""
+"""The denoiser from one stage on, on hidden states that were computed once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.allocation.probe import BATCH_ROWS, Probe, power
+from obsdiff.models.graph import Graph
 from obsdiff.models.modes import eval_mode
-from obsdiff.models.wiring import Wiring
 
 
 class _Given(nn.Module):
-    """Stands where blocks were; returns what they would."""
+    """Stands where stages were; returns what they would."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,31 +26,32 @@ class _Given(nn.Module):
 
 
 class Restart:
-    """Output errors of a changed denoiser on a probe, without repeating the blocks in front of the change.
+    """Output errors of a changed denoiser on a probe, without repeating the stages in front of the change.
 
-    Where the blocks are a chain (:attr:`obsdiff.models.families.Family.chain`), the outputs of the block in front of
+    Where the stages are a chain (:attr:`obsdiff.models.graph.Graph.chain`), the outputs of the stage in front of
     ``first`` are kept, one set at a time: memory for one hidden state per probe row. Elsewhere every call is whole.
     """
 
-    def __init__(self, wiring: Wiring, probe: Probe, rows: int = BATCH_ROWS) -> None:
-        self.wiring = wiring
+    def __init__(self, graph: Graph, probe: Probe, rows: int = BATCH_ROWS) -> None:
+        self.graph = graph
         self.probe = probe
-        self.chain = wiring.family.chain
+        self.chain = graph.chain
         batches = list(probe.batches(rows))
-        self.arguments = [arguments for arguments, _ in batches]
-        self.weights = [weights for _, weights in batches]
+        self.names = [name for name, _, _ in batches]  # of two denoisers, the one that is asked
+        self.arguments = [arguments for _, arguments, _ in batches]
+        self.weights = [weights for _, _, weights in batches]
         self.first = 0
         self._given: list[Any] = []
-        self.blocks_run = 0  # runs of a block on the whole probe, for the cost
+        self.stages_run = 0  # runs of a block on the whole probe, for the cost
         self.dense = list(self._outputs())
         self.power = power(self.dense, self.weights)
 
-    def advance(self, block: int) -> None:
-        """From now on all changes are in ``block`` or behind it. The denoiser must be dense now."""
-        if not self.chain or block == self.first:
+    def advance(self, stage: int) -> None:
+        """From now on all changes are in ``stage`` or behind it. The denoiser must be dense now."""
+        if not self.chain or stage == self.first:
             return
-        assert block > self.first
-        last = self.wiring.denoiser.get_submodule(f"{self.wiring.family.blocks}.{block - 1}")
+        assert stage > self.first
+        last = self.graph.layer(self.graph.stages[stage - 1])
         seen: list[Any] = []
         handle = last.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
@@ -58,7 +59,7 @@ class Restart:
                 pass
         finally:
             handle.remove()
-        self._given, self.first = seen, block
+        self._given, self.first = seen, stage
 
     def error(self) -> float:
         """``Σ α_t ‖now − dense‖² / Σ α_t ‖dense‖²`` of the guided output of the denoiser as it is now."""
@@ -68,25 +69,25 @@ class Restart:
 
     @torch.no_grad()
     def _outputs(self) -> Iterator[Tensor]:
-        self.blocks_run += self.wiring.num_blocks - self.first
+        self.stages_run += len(self.graph.stages) - self.first
         with self._shortened() as given:
             for i, arguments in enumerate(self.arguments):
                 given.value = self._given[i] if self._given else None
-                output = self.wiring.denoiser(**arguments)
-                answer = output[0] if isinstance(output, tuple) else output.sample
-                yield self.probe.guided(answer, len(self.weights[i]))
+                model = self.graph.layer(self.names[i])
+                yield self.probe.guided(model(**arguments)[0], len(self.weights[i]))
 
     @contextmanager
     def _shortened(self) -> Iterator[_Given]:
         """The denoiser with the blocks in front of ``first`` replaced; as before afterwards."""
-        given = _Given()
-        name = self.wiring.family.blocks
-        blocks = self.wiring.denoiser.get_submodule(name)
-        assert isinstance(blocks, nn.ModuleList)
-        if self.first:
-            setattr(self.wiring.denoiser, name, nn.ModuleList([*[given] * self.first, *blocks[self.first :]]))
+        given, replaced = _Given(), []
+        for name in self.graph.stages[: self.first]:
+            owner, _, child = name.rpartition(".")
+            parent = self.graph.layer(owner)
+            replaced.append((parent, child, getattr(parent, child)))
+            setattr(parent, child, given)
         try:
-            with eval_mode(self.wiring.denoiser):
+            with eval_mode(self.graph.denoiser):
                 yield given
         finally:
-            setattr(self.wiring.denoiser, name, blocks)
+            for parent, child, stage in replaced:
+                setattr(parent, child, stage)

@@ -14,7 +14,7 @@ from obsdiff.allocation.restart import Restart
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.files import read_json, write_json
-from obsdiff.models.wiring import Wiring
+from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import NM, Pattern, Structured
 from obsdiff.progress import track
 from obsdiff.pruning.solve import SolveOptions
@@ -65,20 +65,20 @@ def measured_levels(unit: Unit, levels: Sequence[float] | None) -> list[Pattern]
     return levels_of(unit, levels or (MEASURED_STRUCTURED if structured else MEASURED))
 
 
-def passes_needed(wiring: Wiring, units: Sequence[Unit], levels: Sequence[float] | None) -> float:
+def passes_needed(graph: Graph, units: Sequence[Unit], levels: Sequence[float] | None) -> float:
     """What a scan costs, in multiples of the whole probe through the whole denoiser."""
-    blocks, first = wiring.num_blocks, 0
-    runs = float(blocks)  # the dense outputs
+    stages, first = len(graph.stages), 0
+    runs = float(stages)  # the dense outputs
     for unit in units:
-        if wiring.family.chain and unit.block > first:
-            runs += blocks - first  # moving on
-            first = unit.block
-        runs += len(measured_levels(unit, levels)) * (blocks - first)
-    return runs / blocks
+        if graph.chain and unit.stage > first:
+            runs += stages - first  # moving on
+            first = unit.stage
+        runs += len(measured_levels(unit, levels)) * (stages - first)
+    return runs / stages
 
 
 def scan(
-    wiring: Wiring,
+    graph: Graph,
     units: Sequence[Unit],
     statistics: Statistics,
     options: SolveOptions,
@@ -95,7 +95,7 @@ def scan(
     store is continued by any number of them.
 
     Args:
-        wiring: The dense denoiser; as before afterwards.
+        graph: The dense denoiser; as before afterwards.
         units: Without limits, so that a store serves every allocation; in the order of a forward pass.
         statistics: Of the calibration.
         options: How layers are pruned.
@@ -114,11 +114,11 @@ def scan(
     missing = [unit for unit in units if unit.name not in found.measured]
     if not missing:
         return found
-    restart, solver = Restart(wiring, probe), Solver(wiring, statistics, options)
-    found.cost["passes"] += world_size() * restart.blocks_run / wiring.num_blocks  # the dense outputs
+    restart, solver = Restart(graph, probe), Solver(graph, statistics, options)
+    found.cost["passes"] += world_size() * restart.stages_run / len(graph.stages)  # the dense outputs
 
     def measure(unit: Unit) -> _Measured:
-        if unit.block > restart.first:
+        if unit.stage > restart.first:
             solver.forget()
         return _measure(unit, restart, solver, levels)
 
@@ -127,7 +127,7 @@ def scan(
     for unit, result in track(scanned, len(missing), "scanning", quiet or rank() > 0):
         found.solved[unit.name], found.measured[unit.name] = result.solved, result.measured
         found.cost["solve_s"] += result.solve_s
-        found.cost["passes"] += result.blocks_run / wiring.num_blocks
+        found.cost["passes"] += result.stages_run / len(graph.stages)
         found.cost["scan_s"] = found.earlier_s + time.perf_counter() - started
         if store is not None and rank() == 0 and time.perf_counter() - saved > SAVE_EVERY_S:
             _save(found, store)
@@ -144,13 +144,13 @@ class _Measured:
     solved: dict[float, float]
     measured: dict[float, float]
     solve_s: float
-    blocks_run: int
+    stages_run: int
 
 
 def _measure(unit: Unit, restart: Restart, solver: Solver, levels: Sequence[float] | None) -> _Measured:
     """All levels of one unit."""
-    before = restart.blocks_run
-    restart.advance(unit.block)
+    before = restart.stages_run
+    restart.advance(unit.stage)
     measured = measured_levels(unit, levels)
     patterns = sorted({*levels_of(unit, SOLVED), *measured}, key=removed)
     started = time.perf_counter()
@@ -160,12 +160,12 @@ def _measure(unit: Unit, restart: Restart, solver: Solver, levels: Sequence[floa
     for pattern in measured:
         edits = Edits()
         try:
-            candidates[pattern].apply(edits, solver.wiring)
+            candidates[pattern].apply(edits, solver.graph)
             errors[removed(pattern)] = min(restart.error(), BROKEN)
         finally:
             edits.undo()
     solved = {removed(pattern): candidates[pattern].error for pattern in patterns}
-    return _Measured(solved, errors, solve_s, restart.blocks_run - before)
+    return _Measured(solved, errors, solve_s, restart.stages_run - before)
 
 
 def _fingerprint(

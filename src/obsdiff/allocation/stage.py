@@ -15,9 +15,9 @@ from obsdiff.allocation.planning import allocates, check_options, describe_scan,
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
-from obsdiff.models.checks import check_layers
+from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
-from obsdiff.models.wiring import Wiring, denoiser_of, wire
+from obsdiff.models.subject import subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
@@ -40,18 +40,19 @@ def calibration_prompts(pipe: Any, options: PruningOptions) -> list[str]:
     return list(load_prompts(source, calibration.column, calibration.num_prompts, options.seed))
 
 
-def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tuple[Wiring, Plan]:
-    """The wiring, and the plan before anything is measured.
+def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tuple[Graph, Plan]:
+    """The graph, and the plan before anything is measured.
 
     Raises:
         UserError: The plan does not fit, a layer would not be pruned truly, or the pipeline is pruned already.
     """
-    wiring = wire(denoiser_of(pipe))
-    plan = first_plan(wiring, options)
-    check_layers(wiring, plan.layers(wiring))
+    subject = subject_of(pipe)
+    graph = subject.graph
+    plan = first_plan(graph, options)
+    subject.check(plan.layers(graph))
     if not prune_again:
-        refuse_pruned(wiring)
-    return wiring, plan
+        refuse_pruned(graph)
+    return graph, plan
 
 
 def measures(options: PruningOptions, statistics: Path | None) -> bool:
@@ -88,7 +89,7 @@ def prune_stage(
         UserError: The request cannot be met.
     """
     check_options(options, statistics, sensitivity)
-    wiring, plan = prepare(pipe, options, prune_again)
+    graph, plan = prepare(pipe, options, prune_again)
     settings, solving = options.calibration, solve_options(options)
 
     def measure(sites: set[str] | None) -> Statistics:
@@ -108,7 +109,7 @@ def prune_stage(
 
     found: Any = measure if measures(options, statistics) else None
     if allocates(options) or statistics is not None:
-        found = measure(plan.sites(wiring) if statistics is None else None)  # a store serves every pattern and method
+        found = measure(plan.sites(graph) if statistics is None else None)  # a store serves every pattern and method
     record, allocate_s = None, 0.0
     if allocates(options):
         started = time.perf_counter()
@@ -158,12 +159,12 @@ def weighting_of(options: PruningOptions, statistics: Path | None) -> str:
 
 
 def announce(
-    pipe: Any, wiring: Wiring, plan: Plan, options: PruningOptions, num_prompts: int, statistics: Path | None
+    pipe: Any, graph: Graph, plan: Plan, options: PruningOptions, num_prompts: int, statistics: Path | None
 ) -> None:
     """Say on standard error what is about to happen: layers, passes, memory."""
-    sites = plan.sites(wiring)
-    chosen = [site for site in wiring.sites if statistics is not None or site.name in sites]
-    numbers = [weight_matrices(wiring.layer(site.name)).shape for site in chosen]
+    sites = plan.sites(graph)
+    chosen = [site for site in graph.sites if statistics is not None or site.name in sites]
+    numbers = [weight_matrices(graph.layer(site.name)).shape for site in chosen]
     hessians = sum(4 * groups * columns**2 for groups, _, columns in numbers)
     what = describe(plan.pattern)
     if allocates(options):
@@ -178,13 +179,13 @@ def announce(
     call = call_arguments(pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
     steps = int(call.get("num_inference_steps") or 1)
     if measures(options, statistics):
-        passes = len(packages_of(wiring, plan, settings.packages))
+        passes = len(packages_of(graph, plan, settings.packages))
         lines.append(
             f"calibration: {num_prompts} prompts x {steps} steps, guidance {call.get('guidance_scale')}, "
             f"{passes} pass{'es' if passes > 1 else ''}; Hessians take {hessians / passes / 2**20:,.0f} MiB"
         )
     if rule_of(options) == "measured":
-        lines.append(describe_scan(wiring, plan, options, num_prompts, steps))
+        lines.append(describe_scan(graph, plan, options, num_prompts, steps))
     if (options.budget or "").startswith("latency:"):
         lines.append(
             f"latency: new processes, at least {2 * LEAST_PROCESSES} and until they agree, time the dense and the "

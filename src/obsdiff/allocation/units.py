@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from obsdiff.errors import UserError
-from obsdiff.models.wiring import WiredGroups, Wiring
-from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured
+from obsdiff.models.graph import Graph, Group
+from obsdiff.obs.pattern import NM, Pattern, Unstructured
 from obsdiff.pruning.options import Limits
-from obsdiff.pruning.plan import Plan, kept_groups
+from obsdiff.pruning.plan import Plan
 
 STEP = 0.01  # between two ratios of an unstructured layer
 HIGHEST = 0.98  # of unstructured ratios, unless a ceiling says otherwise or the total comes near it
@@ -22,12 +22,12 @@ class Unit:
 
     Attributes:
         members: Their names.
-        block: The first block that holds one of them.
+        stage: The first stage that holds one of them.
         options: Patterns it may get, by rising share removed.
     """
 
     members: tuple[str, ...]
-    block: int
+    stage: int
     options: tuple[Pattern, ...]
 
     @property
@@ -40,7 +40,7 @@ def removed(pattern: Pattern) -> float:
     return pattern.sparsity
 
 
-def make_units(wiring: Wiring, plan: Plan, limits: Limits) -> list[Unit]:
+def make_units(graph: Graph, plan: Plan, limits: Limits) -> list[Unit]:
     """One unit per entry of ``plan``, or per sharing rule, in the order of a forward pass.
 
     Raises:
@@ -49,8 +49,8 @@ def make_units(wiring: Wiring, plan: Plan, limits: Limits) -> list[Unit]:
     """
     if limits.choices and not isinstance(plan.pattern, NM):
         raise UserError(f"--limits.choices are for N:M patterns; the pattern is {plan.pattern}")
-    groups = {found.name: found for found in wiring.groups}
-    blocks = {name: groups[name].block if plan.structured else wiring.site_of[name].block for name in plan.entries}
+    groups = graph.group_of
+    blocks = {name: groups[name].stage if plan.structured else graph.layers[name] for name in plan.entries}
     for option, rules in (
         ("floors", limits.floors),
         ("ceilings", limits.ceilings),
@@ -69,7 +69,7 @@ def make_units(wiring: Wiring, plan: Plan, limits: Limits) -> list[Unit]:
                 "share one"
             )
         units.append(Unit(members, min(blocks[name] for name in members), common))
-    return sorted(units, key=lambda unit: unit.block)
+    return sorted(units, key=lambda unit: unit.stage)
 
 
 def _shared(names: Sequence[str], rules: Sequence[str]) -> list[tuple[str, ...]]:
@@ -87,7 +87,7 @@ def _shared(names: Sequence[str], rules: Sequence[str]) -> list[tuple[str, ...]]
     return [tuple(members) for members in together.values()]
 
 
-def _options(pattern: Pattern, groups: WiredGroups | None, name: str, limits: Limits) -> list[Pattern]:
+def _options(pattern: Pattern, groups: Group | None, name: str, limits: Limits) -> list[Pattern]:
     floor = _limit(limits.floors, name, 0.0, "floor")
     highest = max(HIGHEST, (1 + pattern.ratio) / 2) if isinstance(pattern, Unstructured) else 1.0
     ceiling = _limit(limits.ceilings, name, highest, "ceiling")
@@ -102,7 +102,7 @@ def _options(pattern: Pattern, groups: WiredGroups | None, name: str, limits: Li
         every = _nm_options(pattern, limits.choices)
     else:
         assert groups is not None
-        every = list(module_options(groups, pattern))
+        every = list(pattern.choices(groups.kind, groups.count))
     found = [option for option in every if floor <= removed(option) <= ceiling]
     if not found:
         shares = ", ".join(f"{removed(option):.3g}" for option in every[:8])
@@ -127,15 +127,3 @@ def _limit(rules: Mapping[str, float], name: str, default: float, what: str) -> 
     if not 0 <= value <= 1:
         raise UserError(f"{name}: its {what} is {value:g}; it must be between 0 and 1")
     return value
-
-
-def module_options(groups: WiredGroups, pattern: Structured) -> list[Structured]:
-    """What a module may keep: any number of heads, or neurons in steps of the pattern's multiple."""
-    if groups.kind == "heads":
-        return [Structured(gone / groups.count, 0.0, pattern.multiple_of) for gone in range(groups.count)]
-    step = pattern.width_step(groups.count)
-    widths = [groups.count, *(kept for kept in range(groups.count // step * step, 0, -step) if kept < groups.count)]
-    options = [Structured(0.0, 1 - kept / groups.count, pattern.multiple_of) for kept in widths]
-    for option, kept in zip(options, widths, strict=True):
-        assert kept_groups(groups, option) == kept
-    return options

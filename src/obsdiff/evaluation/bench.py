@@ -13,9 +13,9 @@ import torch
 from obsdiff.errors import UserError
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import PipelineInfo, attach_info, call_arguments
 from obsdiff.models.loading import to_device
-from obsdiff.models.wiring import denoiser_of
 from obsdiff.names import DTYPES
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.oneshot import prune

@@ -3,65 +3,85 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from obsdiff.models.calling import call_denoiser
-from obsdiff.models.conditioning import segment_lengths
-from obsdiff.models.families import find_family
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.errors import UserError
+from obsdiff.models.calling import call_denoiser, one_image
+from obsdiff.models.calls import moved
+from obsdiff.models.denoisers import denoisers_of, dtype_of
 
-
-def example_inputs(
-    denoiser: nn.Module,
-    text_length: int,
-    batch: int = 1,
-    device: str = "meta",
-    dtype: torch.dtype = torch.float32,
-    size: tuple[int, int] | None = None,
-) -> dict[str, Tensor]:
-    """Random denoiser arguments from its family's row, of latents (height, width) of ``size`` or the model's own."""
-    config: Any = denoiser.config
-    family, inputs = find_family(denoiser), {}
-    for name, dimensions in family.inputs:
-        shape = [text_length if d == "text_length" else int(config[d]) for d in dimensions]
-        if name == family.sample and size is not None:
-            shape[-2:] = size
-        inputs[name] = torch.randn(batch, *shape, device=device, dtype=dtype)
-    return inputs
+META = torch.device("meta")
 
 
 def denoiser_flops(pipe: Any, call: Mapping[str, Any]) -> int:
     """FLOPs (two per multiply-add, attention included) of one call of the denoiser with one image, without guidance.
 
     Counted by torch's ``FlopCounterMode`` on a copy without weights. Zeros inside dense tensors count in full: no
-    dense kernel skips them.
+    dense kernel skips them. Of two denoisers, the mean.
     """
-    return shrunk_flops(pipe, call, {"layers": {}, "attributes": {}})
+    return shrunk_flops(pipe, call, {"tensors": {}, "attributes": {}})
 
 
 def shrunk_flops(pipe: Any, call: Mapping[str, Any], shapes: Mapping[str, Any]) -> int:
-    """Like :func:`denoiser_flops`, if the denoiser had ``shapes`` (:func:`obsdiff.pruning.surgery.shrunk_shapes`)."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Like :func:`denoiser_flops`, if the denoiser had ``shapes`` (:func:`obsdiff.models.graph.shapes_with`).
 
+    Raises:
+        UserError: It does not run without weights.
+    """
     from obsdiff.models.obsdiff_shrunk import apply_shapes
 
-    denoiser: Any = denoiser_of(pipe)
-    length = sum(segment_lengths(pipe, find_family(denoiser), call))
-    with torch.device("meta"):
-        shrunk = type(denoiser).from_config(denoiser.config)
-        apply_shapes(shrunk, shapes)
+    counts, several = [], len(denoisers_of(pipe)) > 1
+    for name, arguments in one_image(pipe, call).items():
+        model, prefix = denoisers_of(pipe)[name], f"{name}." if several else ""
+        shrunk = without_weights(model)
+        own = {
+            key: {inner.removeprefix(prefix): value for inner, value in described.items() if inner.startswith(prefix)}
+            for key, described in shapes.items()
+        }
+        apply_shapes(shrunk, own)
+        given = moved(arguments, META, dtype_of(model), torch.float32)
+        try:
+            counts.append(counted(lambda shrunk=shrunk, given=given: shrunk(**given)))
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            if any(own.values()):
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"the FLOPs of a smaller {type(model).__name__} cannot be counted, since it does not run without "
+                    f"weights ({reason}); give a budget in parameters"
+                ) from error
+            with torch.no_grad():
+                counts.append(counted(lambda model=model, arguments=arguments: model(**arguments)))
+    return round(sum(counts) / len(counts))
+
+
+def counted(call: Callable[[], Any]) -> int:
+    """FLOPs of what ``call`` does."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shrunk(**example_inputs(shrunk, length, size=latent_size(pipe, call)))
+        call()
     return int(counter.get_total_flops())
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, in eval mode."""
+    tensors = [*model.parameters(), *model.buffers()]
+    weightless = {
+        id(tensor): nn.Parameter(tensor.detach().to("meta", torch.float32), requires_grad=False)
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        else tensor.to("meta")
+        for tensor in tensors
+    }
+    return copy.deepcopy(model, weightless).eval()
 
 
 def latent_size(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of the latents of a call: as it names them in pixels, else the denoiser's own."""
-    own: Any = denoiser_of(pipe).config
+    own: Any = next(iter(denoisers_of(pipe).values())).config
     factor = int(getattr(pipe, "vae_scale_factor", 8))
     height, width = (
         int(call[side]) // factor if call.get(side) else int(own["sample_size"]) for side in ("height", "width")
@@ -77,25 +97,25 @@ class FlopCounts:
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        tensors = [*denoiser.parameters(), *denoiser.buffers()]
-        weightless = {
-            id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
-            if isinstance(tensor, nn.Parameter)
-            else tensor.to("meta")
-            for tensor in tensors
-        }
-        self._copy = copy.deepcopy(denoiser, weightless).eval()
+        self._copy = without_weights(denoiser)
+        self._denoiser = denoiser
         self._known: dict[tuple[Any, ...], int] = {}
 
-    def __call__(self, latents: Tensor, embeds: Mapping[str, Tensor]) -> int:
+    def __call__(self, latents: Tensor, embeds: Mapping[str, Tensor], common: Mapping[str, Any] | None = None) -> int:
         """FLOPs of one call with tensors of these shapes."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         key = (tuple(latents.shape), *((name, tuple(tensor.shape)) for name, tensor in sorted(embeds.items())))
         if key not in self._known:
-            given = {name: torch.empty(tensor.shape, device="meta") for name, tensor in embeds.items()}
-            sample, times = (torch.empty(shape, device="meta") for shape in (latents.shape, latents.shape[:1]))
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                call_denoiser(self._copy, sample, times, given)
-            self._known[key] = int(counter.get_total_flops())
+            self._known[key] = self._count(latents, embeds, common or {})
         return self._known[key]
+
+    def _count(self, latents: Tensor, embeds: Mapping[str, Tensor], common: Mapping[str, Any]) -> int:
+        def call(model: nn.Module, device: torch.device) -> int:
+            given = {name: tensor.to(device) for name, tensor in embeds.items()}
+            shared = moved(dict(common), device, torch.float32, torch.float32)
+            times = torch.zeros(len(latents), device=device)
+            return counted(lambda: call_denoiser(model, latents.to(device), times, given, shared))
+
+        try:
+            return call(self._copy, META)
+        except (RuntimeError, NotImplementedError):  # what it does depends on values, such as the lengths of prompts
+            return call(self._denoiser, next(self._denoiser.parameters()).device)

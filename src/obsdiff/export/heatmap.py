@@ -5,38 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from obsdiff.models.wiring import Wiring
+from obsdiff.models.graph import Graph
 
 
-def ratio_table(wiring: Wiring, removed: Mapping[str, float]) -> tuple[list[str], list[list[float | None]]]:
+def ratio_table(graph: Graph, removed: Mapping[str, float]) -> tuple[list[str], list[list[float | None]]]:
     """Names within a block in the order of a forward pass, and per name and block the share removed.
 
     None where a block has no such layer, or it was left alone.
 
     Args:
-        wiring: Of the dense or of the pruned denoiser.
+        graph: Of the dense or of the pruned denoiser.
         removed: Share removed by layer, or by attention and feed-forward module.
     """
-    blocks = {groups.name: groups.block for groups in wiring.groups}
+    blocks: Mapping[str, int] = {group.name: group.stage for group in graph.groups}
     if not removed.keys() <= blocks.keys():
-        blocks = {layer: site.block for layer, site in wiring.site_of.items()}
+        blocks = graph.layers
 
     def short(name: str) -> str:
-        return name.removeprefix(f"{wiring.family.blocks}.{blocks[name]}.")
+        stage = graph.stages[blocks[name]]
+        return name.removeprefix(f"{stage}.") if name != stage else name.rpartition(".")[0].rpartition(".")[2]
 
     names = list(dict.fromkeys(map(short, blocks)))
-    table: list[list[float | None]] = [[None] * wiring.num_blocks for _ in names]
+    table: list[list[float | None]] = [[None] * len(graph.stages) for _ in names]
     for name, share in removed.items():
         table[names.index(short(name))][blocks[name]] = share
     return names, table
 
 
-def draw_ratios(path: Path, wiring: Wiring, removed: Mapping[str, float], title: str) -> None:
+def draw_ratios(path: Path, graph: Graph, removed: Mapping[str, float], title: str) -> None:
     """A heat map of :func:`ratio_table`, with the percentages written in where they fit."""
     from matplotlib.figure import Figure
 
-    names, table = ratio_table(wiring, removed)
-    columns = wiring.num_blocks
+    names, table = ratio_table(graph, removed)
+    columns = len(graph.stages)
     figure = Figure(figsize=(2.8 + 0.5 * columns, 1.4 + 0.3 * len(names)), dpi=110, layout="constrained")
     axis = figure.subplots()
     values = [[float("nan") if value is None else 100 * value for value in row] for row in table]

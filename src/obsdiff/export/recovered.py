@@ -16,7 +16,8 @@ from obsdiff.export.places import finite, write_or_rescue
 from obsdiff.export.report import draw_samples, mse_with_interval
 from obsdiff.files import FILES, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
-from obsdiff.models.wiring import denoiser_of, wire
+from obsdiff.models.denoisers import denoiser_of
+from obsdiff.models.subject import graph_of
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.folder import MASKS, load_pipeline, write_pipeline_files
 from obsdiff.pruning.manifest import FILE
@@ -74,7 +75,7 @@ def write_recovered(
         write_text(folder / "report.md", render_recovery(report))
         if report["rule"] not in EQUAL:
             title = f"{report['pipeline']}, {report['method']}, {start.manifest['budget']}"
-            draw_ratios(folder / "ratios.png", wire(denoiser), start.manifest["sparsity_per_layer"], title)
+            draw_ratios(folder / "ratios.png", graph_of(denoiser), start.manifest["sparsity_per_layer"], title)
         if images is not None:
             _draw(folder / "samples.png", module.frozen.refs, images, report)
 

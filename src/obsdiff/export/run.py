@@ -24,8 +24,8 @@ from obsdiff.export.places import check_places, finite, pipeline_bytes, write_or
 from obsdiff.export.report import draw_samples, render_markdown
 from obsdiff.files import check_space, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
+from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
-from obsdiff.models.wiring import Wiring
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.oneshot import PruneReport
@@ -68,13 +68,13 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     check_places(options)
     check_options(options, statistics, sensitivity)
     check_space(Path(options.output), pipeline_bytes(pipe))
-    wiring, plan = prepare(pipe, options, options.prune_again)
+    graph, plan = prepare(pipe, options, options.prune_again)
     prompts, evaluated = calibration_prompts(pipe, options), evaluation_prompts(pipe, options)
     check_measurable(evaluated, info_of(pipe).alignment)
     seeds = list(range(options.evaluation.seed, options.evaluation.seed + len(evaluated)))
     reused = statistics is not None and (statistics / INDEX).exists()
     if not quiet:
-        announce(pipe, wiring, plan, options, len(prompts), statistics)
+        announce(pipe, graph, plan, options, len(prompts), statistics)
         if evaluated:
             print(f"evaluation: {len(evaluated)} images each by the dense and the pruned pipeline", file=sys.stderr)
         print(f"the result will lie in {options.output}", file=sys.stderr)
@@ -106,7 +106,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
             Path(options.output),
             FILE,
             options.overwrite,
-            lambda folder: _write(pipe, folder, done, wiring, report, images),
+            lambda folder: _write(pipe, folder, done, graph, report, images),
             _kept(statistics, sensitivity),
         )
     wait_for_all()
@@ -142,7 +142,7 @@ def evaluation_prompts(pipe: Any, options: PruneOptions) -> list[str]:
 
 
 def _write(
-    pipe: Any, folder: Path, done: PruneReport, wiring: Wiring, report: dict[str, Any], images: Images | None
+    pipe: Any, folder: Path, done: PruneReport, graph: Graph, report: dict[str, Any], images: Images | None
 ) -> None:
     """The artifacts of a run."""
     write_pipeline(pipe, folder, done)
@@ -150,7 +150,7 @@ def _write(
     write_text(folder / "report.md", render_markdown(report))
     if done.plan.rule != "uniform":
         title = f"{report['pipeline']}, {report['method']}, {done.plan.budget}"
-        draw_ratios(folder / "ratios.png", wiring, done.sparsity_per_layer, title)
+        draw_ratios(folder / "ratios.png", graph, done.sparsity_per_layer, title)
     if images is not None:
         title = f"{report['pipeline']}, {report['pattern']}, {report['method']}"
         rows = {"dense": images.dense, "pruned": images.pruned}

@@ -1,36 +1,139 @@
-"""The one convention by which training and recording call a denoiser: latents, times, conditions by embeds."""
+"""The one convention by which training and recording call a denoiser: latents, times, conditions by its arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from obsdiff.models.families import find_family
+from obsdiff.models.calls import record_call, remembered_call
+from obsdiff.models.conditioning import Conditioning, encode_prompts
+from obsdiff.models.denoisers import Denoisers, denoisers_of, dtype_of
+from obsdiff.models.families import Family, find_family
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.rows import NEGATIVE, CallRows, Path, flattened, nested, row_paths, take_rows
 
-NEGATIVE = "negative_"
+LENGTHS, WHICH = "@lengths", "@denoiser"  # of ragged conditions their lengths; the number of the denoiser that is asked
 
 
-def call_denoiser(denoiser: nn.Module, latents: Tensor, times: Tensor, embeds: Mapping[str, Tensor]) -> Tensor:
-    """The denoiser's answer to noisy ``latents`` (n, ...) at ``times`` (n,), told ``embeds`` (by pipeline name).
+def call_denoiser(
+    denoiser: nn.Module,
+    latents: Tensor,
+    times: Tensor,
+    conditions: Mapping[str, Tensor],
+    common: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """The denoiser's answer to noisy ``latents`` (n, ...) at ``times`` (n,).
 
     It is given everything in its own dtype but the times, which half precision would round to steps of 2 to 4.
+
+    Args:
+        denoiser: The model; of two, each is asked about the rows that ``conditions`` send to it.
+        latents, times: As the pipeline gives them.
+        conditions: What each row is told, by argument (:func:`split_call`).
+        common: What all rows are told.
     """
+    if isinstance(denoiser, Denoisers):
+        return _call_both(denoiser, latents, times, conditions, common)
     family, dtype = find_family(denoiser), dtype_of(denoiser)
-    conditions = {argument: embeds[name].to(dtype) for argument, name in family.conditions}
-    answer = denoiser(**{family.sample: latents.to(dtype), family.time: times}, **conditions, return_dict=False)
-    return answer[0]
+    given: dict[Path, Any] = {tuple(name.split(".")): value for name, value in (common or {}).items()}
+    for name, value in conditions.items():
+        if not name.endswith((LENGTHS, WHICH)):
+            told: Any = value.to(dtype) if value.is_floating_point() and value.dim() > 1 else value
+            if (lengths := conditions.get(name + LENGTHS)) is not None:
+                told = [row[:length] for row, length in zip(told, lengths.tolist(), strict=True)]
+            given[tuple(name.split("."))] = told
+    sample = latents.to(dtype)
+    told_latents = list(sample.unbind()) if family.listed else sample
+    answer = denoiser(**{family.sample: told_latents, family.time: times}, **nested(given), return_dict=False)[0]
+    return torch.stack(answer) if isinstance(answer, list) else answer
 
 
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's floating-point parameters."""
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+def _call_both(
+    denoiser: nn.Module,
+    latents: Tensor,
+    times: Tensor,
+    conditions: Mapping[str, Tensor],
+    common: Mapping[str, Any] | None,
+) -> Tensor:
+    answers, places = [], []
+    for number, model in enumerate(denoiser.children()):
+        rows = (conditions[WHICH] == number).nonzero().flatten().to(latents.device)
+        if len(rows):
+            own = {name: value[rows.to(value.device)] for name, value in conditions.items()}
+            answers.append(call_denoiser(model, latents[rows], times[rows], own, common))
+            places.append(rows)
+    return torch.cat(answers)[torch.cat(places).argsort()]
+
+
+def split_call(
+    rows: CallRows, given: Mapping[str, Any], paths: frozenset[Path]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The arguments of a call without latents and time: what each prompt is told, and what all rows share.
+
+    Conditions have one row per prompt, by argument (dotted inside dictionaries); those of the negative prompt too, with
+    "negative_" before the name. Ragged ones (lists of tensors) are padded, with their lengths beside them.
+
+    Args:
+        rows: Which has just looked at the call.
+        given: The call's arguments.
+        paths: Those with an entry per row (:func:`obsdiff.models.rows.row_paths`).
+    """
+    family, conditions, common = rows.family, {}, {}
+    own = list(range(rows.own.start, rows.own.stop))
+    other = [row for row in range(rows.each * rows.prompts) if row not in set(own)]
+    for path, value in flattened(given).items():
+        name = ".".join(path)
+        if path[0] in (family.sample, family.time, "return_dict") or value is None:
+            continue
+        if path not in paths:
+            common[name] = value
+            continue
+        for prefix, at in (("", own), (NEGATIVE, other)):
+            if at:
+                conditions |= _packed(prefix + name, value, at)
+    return conditions, common
+
+
+def _packed(name: str, value: Any, at: list[int]) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {name: value[at].cpu()}
+    chosen = [value[i] for i in at]
+    if not all(isinstance(row, Tensor) for row in chosen):
+        return {}
+    return {
+        name: nn.utils.rnn.pad_sequence([row.cpu() for row in chosen], batch_first=True),
+        name + LENGTHS: torch.tensor([len(row) for row in chosen]),
+    }
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of several batches as one tensor; ragged ones are padded to the longest."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    return nn.utils.rnn.pad_sequence([row for part in parts for row in part], batch_first=True)
+
+
+def paths_of(pipe: Any, conditioning: Conditioning | None = None) -> frozenset[Path]:
+    """The denoiser's arguments that have an entry for each row of a call."""
+    call = next(iter(remembered_call(pipe, conditioning=conditioning).values()))
+    return row_paths(call, len(call[find_family(*denoisers_of(pipe).values()).sample]))
+
+
+def one_image(pipe: Any, call: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arguments of a call of each denoiser with one image, without guidance, at the size that ``call`` says."""
+    family, paths = find_family(*denoisers_of(pipe).values()), paths_of(pipe)
+    found = {}
+    for name, arguments in remembered_call(pipe, call).items():
+        rows = CallRows(pipe, family, Conditioning({}, count=1))
+        rows.begin(slice(0, 1))
+        rows.look(denoisers_of(pipe)[name], (), arguments)
+        found[name] = take_rows(arguments, paths, [rows.own.start])
+    return found
 
 
 @contextmanager
@@ -48,8 +151,8 @@ def default_dtype(dtype: torch.dtype = torch.float32) -> Iterator[None]:
 def drawing(pipe: Any) -> Iterator[None]:
     """Let a pipeline draw whose denoiser is in training: without dropout and autocast, and though the denoiser is in
     another dtype than the pipeline's other parts (it is then given its own and answers in theirs)."""
-    denoiser = denoiser_of(pipe)
-    family, dtype = find_family(denoiser), dtype_of(denoiser)
+    models = list(denoisers_of(pipe).values())
+    family, dtype = find_family(*models), dtype_of(models[0])
 
     def cast(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         inner = {k: v if k == family.time else _as(v, dtype) for k, v in given.items()}
@@ -62,10 +165,11 @@ def drawing(pipe: Any) -> Iterator[None]:
             answer[key] = _as(value, outer)
         return answer
 
-    outer = dtype_of(pipe.vae)
+    others = [m for m in vars(pipe).values() if isinstance(m, nn.Module) and m not in models]
+    outer = next((dtype_of(m) for m in others), dtype)
     hooks: list[Any] = []
-    if dtype != outer:
-        hooks = [denoiser.register_forward_pre_hook(cast, with_kwargs=True), denoiser.register_forward_hook(back)]
+    for model in models if dtype != outer else ():
+        hooks += [model.register_forward_pre_hook(cast, with_kwargs=True), model.register_forward_hook(back)]
     try:
         with eval_mode(pipe), torch.autocast(pipe.device.type, enabled=False), default_dtype(), torch.no_grad():
             yield
@@ -80,18 +184,31 @@ def _as(value: Any, dtype: torch.dtype) -> Any:
 
 def drop_prompts(embeds: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
     """Embeds with those of the negative prompt where ``dropped`` (bool (n,)), for classifier-free guidance."""
-    return {
-        name: torch.where(
-            dropped.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.device), embeds[NEGATIVE + name], tensor
-        )
-        for name, tensor in embeds.items()
-        if not name.startswith(NEGATIVE)
-    }
+    found = {}
+    for name, tensor in embeds.items():
+        if not name.startswith(NEGATIVE):
+            negative = embeds.get(NEGATIVE + name)
+            chosen = dropped.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.device)
+            found[name] = tensor if negative is None else torch.where(chosen, _like(negative, tensor), tensor)
+    return found
+
+
+def _like(negative: Tensor, tensor: Tensor) -> Tensor:
+    """Ragged rows of the negative prompt, padded or cut to the length of the others."""
+    if negative.shape == tensor.shape:
+        return negative
+    rows = torch.zeros_like(tensor)
+    length = min(negative.shape[1], tensor.shape[1])
+    rows[:, :length] = negative[:, :length]
+    return rows
 
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents of images (n, c, h, w) in [-1, 1], drawn from the autoencoder's posterior and normalised as it says."""
+    """Latents of images (n, c, h, w) in [-1, 1], drawn from the autoencoder's posterior and normalised as it says; the
+    images themselves of a pipeline that has none."""
+    if getattr(pipe, "vae", None) is None:
+        return images
     posterior = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
     shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
@@ -99,22 +216,39 @@ def encode_images(pipe: Any, images: Tensor, generator: torch.Generator) -> Tens
 
 
 class PromptEncoder:
-    """Prompts to embeds through the pipeline's frozen text encoders; each distinct prompt is encoded once."""
+    """Prompts to what the denoiser is told, through the pipeline's frozen text encoders; each distinct prompt is
+    encoded once.
+
+    Attributes:
+        common: What the denoiser is told in all rows of a call; there after the first prompt.
+    """
 
     def __init__(self, pipe: Any, keep: int = 4096) -> None:
         self.pipe = pipe
         self.keep = keep
+        self.common: dict[str, Any] = {}
         self._known: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Embeds of ``prompts``, negative ones included, on the CPU."""
-        from obsdiff.models.conditioning import encode_prompts
-
+        """Conditions of ``prompts`` (:func:`split_call`), on the CPU."""
         if len(self._known) + len(set(prompts)) > self.keep:
             self._known.clear()
         for prompt in set(prompts) - self._known.keys():
             # one at a time: in a batch the last bit would depend on which others are new, unlike in a resumed run
-            encoded = encode_prompts(self.pipe, [prompt], call_arguments(self.pipe)).embeds
-            self._known[prompt] = {name: tensor[0] for name, tensor in encoded.items()}
+            conditioning = encode_prompts(self.pipe, [prompt], call_arguments(self.pipe))
+            found, self.common = conditions_of(self.pipe, conditioning)
+            self._known[prompt] = {name: tensor[0] for name, tensor in found.items()}
         names = self._known[prompts[0]]
-        return {name: torch.stack([self._known[prompt][name] for prompt in prompts]) for name in names}
+        return {name: stacked([self._known[prompt][name][None] for prompt in prompts]) for name in names}
+
+
+def conditions_of(pipe: Any, conditioning: Conditioning) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a pipeline tells its denoiser of one prompt, and of all: its call is recorded, at its own size."""
+    components = denoisers_of(pipe)
+    family: Family = find_family(*components.values())
+    found = record_call(pipe, family, components, conditioning, call_arguments(pipe) | {"num_inference_steps": 1})
+    call = next(iter(found.values()))
+    rows = CallRows(pipe, family, conditioning)
+    rows.begin(slice(0, len(conditioning)))
+    rows.look(next(iter(components.values())), (), call)
+    return split_call(rows, call, row_paths(call, rows.each * rows.prompts))

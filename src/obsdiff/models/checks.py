@@ -2,51 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import UserError
-from obsdiff.models.families import find_family
-from obsdiff.models.wiring import Wiring
 
 PLAIN = (nn.Linear, nn.Conv2d)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANTISERS = ("bitsandbytes", "torchao", "optimum", "gguf", "diffusers.quantizers", "transformers.integrations")
-SIDE, TEXT_LENGTH = 4, 4  # of the example inputs: patches along a side, prompt tokens
 _QUANTISED = "quantised; load the pipeline without quantisation, prune it, and quantise the result"
 _OFFLOADED = "call pipe.remove_all_hooks() and move the pipeline to its device"
 
 
 @torch.no_grad()
-def check_layers(wiring: Wiring, names: Sequence[str]) -> None:
+def check_layers(denoiser: nn.Module, names: Sequence[str], times: Mapping[str, int]) -> None:
     """Refuse a denoiser in which one of the layers called ``names`` would be pruned without effect, or wrongly.
 
-    Each must be a plain layer with finite weights of its own, and one call of the denoiser (on small random inputs)
-    must read it exactly once, and all layers of a site from the same input.
+    Each must be a plain layer with finite weights of its own, and one call of the denoiser must read it exactly once.
+
+    Args:
+        denoiser: The model.
+        names: Layers to be pruned.
+        times: How often each layer ran in a call (:class:`obsdiff.models.tracing.Trace`).
 
     Raises:
         UserError: Naming the layer, what is odd about it, and what to do.
     """
-    check_plain(wiring.denoiser, names)
-    for name, parameter in wiring.denoiser.named_parameters():
-        if parameter.is_meta:
-            raise UserError(f"{name} is not in memory (meta device), the denoiser is offloaded; {_OFFLOADED}")
-    if not names:
-        return
-    _check_untied(wiring.denoiser, names)
+    check_plain(denoiser, names)
+    check_in_memory(denoiser)
+    _check_untied(denoiser, names)
     for name in names:
-        for what, tensor in wiring.layer(name).named_parameters(recurse=False):
+        for what, tensor in denoiser.get_submodule(name).named_parameters(recurse=False):
             total = tensor.sum(dtype=torch.float32)  # one pass; only an infinite sum needs a second look
             if not bool(torch.isfinite(total)) and not bool(torch.isfinite(tensor).all()):
                 raise UserError(
                     f"layer {name} has a non-finite {what} in the dense model; load the pipeline again, in float32 "
                     "or bfloat16"
                 )
-    _check_runs(wiring, names)
+        if times.get(name, 0) == 0:
+            raise UserError(
+                f"layer {name} saw no input in a call of the denoiser: something else runs in its place; restore it, "
+                "or exclude it"
+            )
+        if times[name] > 1:
+            raise UserError(
+                f"layer {name} is read {times[name]} times in one call of the denoiser, so its inputs are not those of "
+                "one place; give each place a layer of its own, or exclude it"
+            )
+
+
+def check_in_memory(denoiser: nn.Module) -> None:
+    """Refuse a denoiser whose weights are elsewhere.
+
+    Raises:
+        UserError: Naming one.
+    """
+    for name, parameter in denoiser.named_parameters():
+        if parameter.is_meta:
+            raise UserError(f"{name} is not in memory (meta device), the denoiser is offloaded; {_OFFLOADED}")
 
 
 def check_plain(denoiser: nn.Module, names: Iterable[str]) -> None:
@@ -126,63 +141,3 @@ def _check_untied(denoiser: nn.Module, names: Sequence[str]) -> None:
                 )
         if device != reach[0] or end > reach[1]:
             reach = (device, end, name)
-
-
-def _check_runs(wiring: Wiring, names: Sequence[str]) -> None:
-    """One call of the denoiser, seen layer by layer."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def see(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[name].append(args[0] if args else next(iter(kwargs.values())))
-
-    handles = [wiring.layer(n).register_forward_pre_hook(partial(see, n), with_kwargs=True) for n in names]
-    denoiser = wiring.denoiser
-    try:
-        denoiser(**small_inputs(denoiser), return_dict=False)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"a call of this {type(denoiser).__name__} fails ({type(error).__name__}: {reason}); undo what was changed "
-            "in it, or load the pipeline again"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, inputs in seen.items():
-        if not inputs:
-            raise UserError(
-                f"layer {name} saw no input in a call of the denoiser: something else runs in its place; restore it, "
-                "or exclude it"
-            )
-        if len(inputs) > 1:
-            raise UserError(
-                f"layer {name} is read {len(inputs)} times in one call of the denoiser, so its inputs are not those of "
-                "one place; give each place a layer of its own, or exclude it"
-            )
-    for site in wiring.sites:
-        there = [name for name in site.layers if name in seen]
-        for name in there[1:]:
-            if not _same(seen[there[0]][0], seen[name][0]):
-                raise UserError(
-                    f"layers {there[0]} and {name} read different inputs, which in this family are one; a changed "
-                    "attention processor? restore it, or exclude one of them"
-                )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    memory = (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
-    return memory or (a.shape == b.shape and torch.equal(a, b))
-
-
-def small_inputs(denoiser: nn.Module) -> dict[str, Tensor]:
-    """Random arguments of one denoiser call at a small size, from its family's row."""
-    config: Any = denoiser.config
-    parameter = next(denoiser.parameters())
-    generator = torch.Generator().manual_seed(0)
-    side = min(int(config.get("sample_size") or SIDE), SIDE * int(config.get("patch_size") or 1))
-    sizes = {"text_length": TEXT_LENGTH, "sample_size": side}
-    inputs = {}
-    for name, dimensions in find_family(denoiser).inputs:
-        shape = [sizes[d] if d in sizes else int(config[d]) for d in dimensions]
-        inputs[name] = torch.randn(1, *shape, generator=generator).to(parameter.device, parameter.dtype)
-    return inputs

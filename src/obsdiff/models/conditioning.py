@@ -11,26 +11,29 @@ import torch
 from torch import Tensor
 
 from obsdiff.errors import UserError
+from obsdiff.models.denoisers import denoisers_of
 from obsdiff.models.families import Family, find_family
 from obsdiff.models.modes import eval_mode
-from obsdiff.models.wiring import denoiser_of
 
 ENCODE_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about each prompt; first dimension = prompts throughout, on the CPU.
+    """What the denoiser is told about each prompt; one row per prompt throughout, on the CPU.
 
     Attributes:
-        embeds: The pipeline's call arguments that replace the prompts.
+        embeds: The pipeline's call arguments that replace the prompts (or hold them): tensors whose first dimension is
+            prompts, or lists with one entry each.
         text_mask: Bool (prompts, text tokens), True = a real token; None if padding is unknown.
         negative_text_mask: The same for the negative prompt (bool (text tokens,)).
+        count: Prompts, where ``embeds`` is empty: images of a pipeline that is told nothing.
     """
 
-    embeds: dict[str, Tensor]
+    embeds: dict[str, Any]
     text_mask: Tensor | None = None
     negative_text_mask: Tensor | None = None
+    count: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse masks that do not fit the embeds.
@@ -53,7 +56,26 @@ class Conditioning:
             )
 
     def __len__(self) -> int:
-        return len(next(iter(self.embeds.values())))
+        return len(next(iter(self.embeds.values()))) if self.embeds else int(self.count or 0)
+
+    def __getitem__(self, part: slice) -> Conditioning:
+        """Some of the prompts."""
+        return Conditioning(
+            {name: value[part] for name, value in self.embeds.items()},
+            None if self.text_mask is None else self.text_mask[part],
+            self.negative_text_mask,
+            len(range(*part.indices(len(self)))),
+        )
+
+    def arguments(self, device: Any) -> dict[str, Any]:
+        """The pipeline's call arguments for all prompts, tensors on ``device``."""
+        return {name: _on(value, device) for name, value in self.embeds.items()} or {"batch_size": len(self)}
+
+
+def _on(value: Any, device: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return [_on(inner, device) for inner in value] if isinstance(value, list) else value
 
 
 def check_prompts(prompts: Sequence[str] | Conditioning) -> None:
@@ -79,23 +101,39 @@ def check_prompts(prompts: Sequence[str] | Conditioning) -> None:
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> Conditioning:
-    """Run the text encoders once over ``prompts`` (negative prompt "", as when a user gives none).
+    """What the pipeline makes of ``prompts`` before it denoises (negative prompt "", as when a user gives none).
+
+    Where the family's row says what ``encode_prompt`` returns, the text encoders run once over all prompts; otherwise
+    the prompts go to the pipeline as they are, batch by batch.
 
     Args:
         pipe: The pipeline.
-        prompts: The prompts.
+        prompts: The prompts; numbers or names of classes for a pipeline that takes classes. A pipeline that is told
+            nothing draws as many images.
         call: The pipeline's call arguments, for the sequence length.
     """
     check_prompts(prompts)
-    family = find_family(denoiser_of(pipe))
+    family = find_family(*denoisers_of(pipe).values())
+    if family.input == "nothing":
+        return Conditioning({}, count=len(prompts))
+    if family.input == "class_labels":
+        return Conditioning({"class_labels": [_class_label(pipe, prompt) for prompt in prompts]})
     tokenizers = [name for segment in family.text for name in segment.tokenizers]
-    if all(getattr(pipe, name, None) is None for name in tokenizers):
+    if tokenizers and all(getattr(pipe, name, None) is None for name in tokenizers):
         raise UserError(
             f"this {type(pipe).__name__} has none of its tokenizers ({', '.join(tokenizers)}), so prompts cannot be "
             "encoded; keep them, or give the embeds as a Conditioning"
         )
+    embeds = _encoded(pipe, family, prompts, call) if family.encoded else {"prompt": list(prompts)}
+    if not family.text:
+        return Conditioning(embeds)
+    return Conditioning(embeds, token_mask(pipe, family, prompts, call), token_mask(pipe, family, [""], call)[0])
+
+
+def _encoded(pipe: Any, family: Family, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the text encoders give, by the pipeline's call argument."""
     accepted = inspect.signature(pipe.encode_prompt).parameters
-    extra = {key: value for key, value in call.items() if key in accepted}
+    extra: dict[str, Any] = {key: value for key, value in call.items() if key in accepted}
     extra |= {key: None for key in ("prompt_2", "prompt_3") if key in accepted}
     parts: list[tuple[Tensor, ...]] = []
     with eval_mode(pipe):
@@ -103,10 +141,21 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -
             batch = list(prompts[start : start + ENCODE_BATCH])
             encoded = pipe.encode_prompt(prompt=batch, do_classifier_free_guidance=True, **extra)
             parts.append(tuple(tensor.cpu() for tensor in encoded))
-    embeds = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(family.embeds)}
-    if not family.text:
-        return Conditioning(embeds)
-    return Conditioning(embeds, token_mask(pipe, family, prompts, call), token_mask(pipe, family, [""], call)[0])
+    return {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(family.encoded)}
+
+
+def _class_label(pipe: Any, prompt: str) -> int:
+    """The number of a class that is given by number or name."""
+    names: Any = getattr(pipe, "labels", None) or {}
+    if prompt in names:
+        return int(names[prompt])
+    try:
+        return int(prompt)
+    except ValueError:
+        raise UserError(
+            f"{prompt!r} is no class of this {type(pipe).__name__}; its prompts are class numbers"
+            + (f" or names such as {next(iter(names))!r}" if names else "")
+        ) from None
 
 
 def segment_lengths(pipe: Any, family: Family, call: Mapping[str, Any]) -> list[int]:

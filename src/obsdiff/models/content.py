@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.denoisers import denoiser_of
 
 TEXT = ("text_encoder*", "tokenizer*")  # turn prompts into embeds, and nothing else
 DECODING = ("vae", "safety_checker", "feature_extractor", "image_encoder")  # latents do not depend on them

@@ -1,12 +1,15 @@
-"""Diffusers models whose layers have fewer heads and neurons than their class would give them.
+"""Diffusers models whose tensors are smaller than their class would make them.
 
 This file needs only torch and diffusers. obsdiff writes a copy of it beside the weights of every structurally pruned
 model, so that ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` works where obsdiff is not
 installed. ``Shrunk<Class>`` exists for every model class of diffusers; its config is that of the class plus
 ``shrunk``:
 
-    {"layers": {"transformer_blocks.1.ff.net.2": [out_features, in_features], ...},
+    {"tensors": {"transformer_blocks.1.ff.net.2.weight": [64, 48], ...},
      "attributes": {"transformer_blocks.1.attn": {"heads": 6, ...}, ...}}
+
+The attribute ``selected`` of a norm, ``[[0, 2, 5], 64]``, lets it give only the channels of these units of 64, after
+it has normalised all of them.
 """
 
 # mypy: ignore-errors
@@ -16,27 +19,79 @@ import functools
 import inspect
 
 import diffusers
+import torch
 from torch import nn
 
 PREFIX = "Shrunk"
 
 
 def apply_shapes(model, shrunk):
-    """Give the named linear layers their sizes and the named modules their attributes; the weights are new."""
-    for name, (out_features, in_features) in shrunk["layers"].items():
-        parent, _, child = name.rpartition(".")
-        old = model.get_submodule(name)
-        new = nn.Linear(
-            in_features,
-            out_features,
-            bias=old.bias is not None,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-        setattr(model.get_submodule(parent), child, new)
+    """Give the named tensors their sizes and the named modules their attributes; the weights are new."""
+    tensors = dict(shrunk.get("tensors", {}))
+    for name, shape in shrunk.get("layers", {}).items():  # as written until November 2026: linear layers alone
+        tensors[f"{name}.weight"] = shape
+        if model.get_submodule(name).bias is not None:
+            tensors[f"{name}.bias"] = shape[:1]
+    for name, shape in tensors.items():
+        owner, _, tensor = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, tensor)
+        setattr(module, tensor, nn.Parameter(torch.zeros(shape, device=old.device, dtype=old.dtype)))
+        fit_sizes(module)
     for name, attributes in shrunk["attributes"].items():
+        module = model.get_submodule(name)
         for attribute, value in attributes.items():
-            setattr(model.get_submodule(name), attribute, value)
+            if attribute == "selected":
+                select(module, *value)
+            else:
+                setattr(module, attribute, value)
+
+
+def sizes_of(module):
+    """What a module's attributes must say, by the shape of its weight."""
+    shape = tuple(module.weight.shape)
+    if isinstance(module, nn.Linear):
+        return {"in_features": shape[1], "out_features": shape[0]}
+    if isinstance(module, nn.Conv2d):
+        groups = shape[0] if module.groups > 1 and shape[1] == 1 else module.groups  # depthwise ones follow
+        return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": shape[0]}
+    there = {"normalized_shape": shape, "dim": torch.Size(shape)}  # LayerNorm and the RMSNorms
+    return {name: value for name, value in there.items() if hasattr(module, name)}
+
+
+def fit_sizes(module):
+    """Let a module's attributes agree with the shape of its weight."""
+    for name, value in sizes_of(module).items():
+        setattr(module, name, value)
+
+
+@functools.cache
+def channels_of(units, size, device):
+    """Indices of the channels of units of ``size`` channels each."""
+    return torch.tensor([unit * size + i for unit in units for i in range(size)], device=device)
+
+
+@functools.cache
+def selecting_class(base):
+    """The subclass of a norm that gives only chosen channels."""
+
+    class Selecting(base):
+        def forward(self, *args, **kwargs):
+            whole = super().forward(*args, **kwargs)
+            units, size = self.selected
+            return whole[..., channels_of(tuple(units), size, whole.device)]
+
+    Selecting.__name__ = Selecting.__qualname__ = "Selecting" + base.__name__
+    return Selecting
+
+
+def select(norm, units, size):
+    """Let a norm give only the channels of these ``units`` of ``size`` channels each."""
+    if not hasattr(norm, "selected"):
+        norm.__class__ = selecting_class(type(norm))
+    norm.selected = [list(units), size]
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,30 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import UserError
+from obsdiff.models.calls import arguments_of
 from obsdiff.models.conditioning import Conditioning
-from obsdiff.models.families import find_family
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.families import Family
 
 NEGATIVE = "negative_"
+Path = tuple[str, ...]
 
 
 class CallRows:
-    """The rows of each denoiser call of a pipeline: one per prompt, or with guidance the negative prompts' first.
+    """The rows of each denoiser call of a pipeline: one per prompt, or with guidance the negative prompts' as well.
 
     Attributes:
         each: Rows per prompt of the latest call, 1 or 2.
         repeated: Whether the latest call was given the same latents at the same time as the one before: an extra call
-            within a step, such as that of skip-layer guidance.
+            within a step, such as that of skip-layer guidance or of a negative prompt with a call of its own.
     """
 
-    def __init__(self, pipe: Any, conditioning: Conditioning) -> None:
+    def __init__(self, pipe: Any, family: Family, conditioning: Conditioning) -> None:
         self.kind = type(pipe).__name__
         self.conditioning = conditioning
-        self.denoiser = denoiser_of(pipe)
-        self.family = find_family(self.denoiser)
+        self.family = family
         self.each, self.repeated = 1, False
         self._part = slice(0)
-        self._latest: tuple[Tensor, Tensor] | None = None
+        self._latest: tuple[Any, Any] | None = None
         self._told: dict[tuple[str, int], Tensor] = {}
 
     def begin(self, part: slice) -> None:
@@ -41,22 +40,39 @@ class CallRows:
         self._part, self._latest = part, None
         self._told.clear()
 
-    def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def prompts(self) -> int:
+        """How many."""
+        return self._part.stop - self._part.start
+
+    @property
+    def own(self) -> slice:
+        """The rows of the prompts themselves in the latest call."""
+        first = 0 if self.each == 1 or self.family.guidance == "last" else self.prompts
+        return slice(first, first + self.prompts)
+
+    def of_prompt(self, index: int) -> list[int]:
+        """The rows of one prompt in the latest call: with guidance the negative one's first."""
+        rows = list(range(index, self.each * self.prompts, self.prompts))
+        return rows[::-1] if self.family.guidance == "last" else rows
+
+    def look(self, denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Take note of a call, and give its arguments by name.
 
         Raises:
             UserError: Its rows are neither the prompts nor the negative prompts and the prompts.
         """
-        given = arguments_of(self.denoiser, args, kwargs)
+        given = arguments_of(denoiser, args, kwargs)
         sample, time = given[self.family.sample], given[self.family.time]
-        prompts = self._part.stop - self._part.start
-        self.each, left = divmod(len(sample), prompts)
+        self.each, left = divmod(len(sample), self.prompts)
         if left or self.each not in (1, 2):
             raise UserError(
-                f"{self.kind} calls its denoiser with {len(sample)} rows for {prompts} prompts; known are one row per "
-                f"prompt, or two (negative prompt, prompt). {self._advice()}"
+                f"{self.kind} calls its denoiser with {len(sample)} rows for {self.prompts} prompts; known are one row "
+                f"per prompt, or two (negative prompt, prompt). {self._advice()}"
             )
         for argument, name in self.family.conditions:
+            if name not in self.conditioning.embeds:
+                continue  # prompts that the pipeline encodes itself
             expected, told = self._expected(name, given[argument]), given[argument]
             if expected is None or expected.shape != told.shape or not torch.equal(expected, told):
                 raise UserError(
@@ -64,8 +80,10 @@ class CallRows:
                     f"{'the prompts' if self.each == 1 else 'the negative prompts, then the prompts'} ({argument} "
                     f"is not made of {name}). {self._advice()}"
                 )
-        now = sample.detach(), torch.as_tensor(time).detach()
-        self.repeated = self._latest is not None and all(map(_equal, now, self._latest, [prompts] * 2))
+        now = _detached(sample), torch.as_tensor(time).detach()
+        self.repeated = self._latest is not None and all(
+            _equal(a, b, self.prompts) for a, b in zip(now, self._latest, strict=True)
+        )
         self._latest = now
         return given
 
@@ -84,14 +102,73 @@ class CallRows:
         return "Measure with the family's plain pipeline, made of the same parts (its from_pipe(pipe))"
 
 
-def _equal(now: Tensor, before: Tensor, prompts: int) -> bool:
+def _detached(sample: Any) -> Any:
+    return sample.detach() if isinstance(sample, Tensor) else [x.detach() for x in sample]
+
+
+def _equal(now: Any, before: Any, prompts: int) -> bool:
     """Whether the prompts' own rows, which come last, are the same."""
+    if isinstance(now, list):
+        return all(torch.equal(a, b) for a, b in zip(now[-prompts:], before[-prompts:], strict=True))
     a, b = (tensor[-prompts:] if tensor.dim() else tensor for tensor in (now, before))
     return torch.equal(a, b)
 
 
-def arguments_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names in the denoiser's signature."""
-    if not args:
-        return dict(kwargs)
-    return dict(inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments)
+def row_paths(arguments: Mapping[str, Any], rows: int) -> frozenset[Path]:
+    """Which arguments of a call have an entry for each of its rows, by name (and key, in a dictionary).
+
+    Seen in a call of one or two rows, where nothing else is as short: sequences, sizes and tables are longer.
+    """
+    found: set[Path] = set()
+
+    def visit(value: Any, path: Path) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                visit(inner, (*path, key))
+        elif ((isinstance(value, Tensor) and value.dim() > 0) or isinstance(value, list)) and len(value) == rows:
+            found.add(path)
+
+    visit(arguments, ())
+    return frozenset(found)
+
+
+def flattened(arguments: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:
+    """Arguments with those in dictionaries by (name, key)."""
+    found: dict[Path, Any] = {}
+    for key, value in arguments.items():
+        inner = (*path, key)
+        found |= flattened(value, inner) if isinstance(value, Mapping) and value else {inner: value}
+    return found
+
+
+def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    """The opposite of :func:`flattened`."""
+    found: dict[str, Any] = {}
+    for path, value in flat.items():
+        at = found
+        for key in path[:-1]:
+            at = at.setdefault(key, {})
+        at[path[-1]] = value
+    return found
+
+
+def take_rows(arguments: Mapping[str, Any], paths: frozenset[Path], at: Sequence[int]) -> dict[str, Any]:
+    """The arguments of a call of some of the rows."""
+
+    def taken(value: Any) -> Any:
+        return value[list(at)] if isinstance(value, Tensor) else [value[i] for i in at]
+
+    return nested({path: taken(value) if path in paths else value for path, value in flattened(arguments).items()})
+
+
+def join_rows(calls: Sequence[Mapping[str, Any]], paths: frozenset[Path]) -> dict[str, Any]:
+    """One call of the rows of several, which agree in everything that rows share."""
+    flat = [flattened(arguments) for arguments in calls]
+
+    def joined(path: Path) -> Any:
+        values = [arguments[path] for arguments in flat]
+        if path not in paths:
+            return values[0]
+        return torch.cat(values) if isinstance(values[0], Tensor) else [row for value in values for row in value]
+
+    return nested({path: joined(path) for path in flat[0]})

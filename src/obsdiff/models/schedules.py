@@ -10,7 +10,7 @@ import torch
 
 from obsdiff.diffusion.noising import Noising, flow_noising, noising_of, shifts_plainly
 from obsdiff.errors import UserError
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.denoisers import denoiser_of
 
 POSITIONS = 1000  # at which a sampler is asked for its noise levels
 

@@ -47,11 +47,12 @@ class NM:
 
 @dataclass(frozen=True)
 class Structured:
-    """Whole attention heads and FFN neurons go, so that the tensors become smaller.
+    """Whole attention heads, FFN neurons and ResNet channel groups go, so that the tensors become smaller.
 
     Attributes:
         heads: Share of the heads to remove, in [0, 1); the count is rounded (half to even).
         ffn: Share of the FFN neurons to remove, in [0, 1).
+        channels: Share of the inner channel groups of ResNet blocks to remove, in [0, 1); rounded like heads.
         multiple_of: Kept FFN widths are the nearest multiple of this; None chooses 64 for layers of at least 1,024
             neurons (unaligned widths are slow: OBS-Diff table 5) and 8 below.
     """
@@ -59,20 +60,40 @@ class Structured:
     heads: float
     ffn: float
     multiple_of: int | None = None
+    channels: float = 0.0
 
     def __post_init__(self) -> None:
         _check_ratio("share of heads", self.heads)
         _check_ratio("share of FFN neurons", self.ffn)
+        _check_ratio("share of channels", self.channels)
         if self.multiple_of is not None and self.multiple_of < 1:
             raise UserError(f"multiple_of is {self.multiple_of}; it must be at least 1")
 
     @property
     def sparsity(self) -> float:
-        return max(self.heads, self.ffn)
+        return max(self.heads, self.ffn, self.channels)
 
-    def kept_heads(self, heads: int) -> int:
-        """Heads that stay of ``heads``, at least one."""
-        return max(1, heads - round(heads * self.heads))
+    def share(self, kind: str) -> float:
+        """The share to remove of the groups of a kind: "heads", "ffn" or "channels"."""
+        return {"heads": self.heads, "ffn": self.ffn, "channels": self.channels}[kind]
+
+    def kept(self, kind: str, count: int) -> int:
+        """Units that stay of ``count`` of a kind, at least one."""
+        if kind == "ffn":
+            return self.kept_neurons(count)
+        return max(1, count - round(count * self.share(kind)))
+
+    def only(self, kind: str, gone: float) -> Structured:
+        """The same rules for one kind alone, with a share of its own."""
+        return Structured(**({"heads": 0.0, "ffn": 0.0} | {kind: gone}), multiple_of=self.multiple_of)
+
+    def choices(self, kind: str, count: int) -> list[Structured]:
+        """All that may stay of ``count`` units, most first: any number, neurons in steps of the multiple."""
+        if kind != "ffn":
+            return [self.only(kind, gone / count) for gone in range(count)]
+        step = self.width_step(count)
+        widths = [count, *(kept for kept in range(count // step * step, 0, -step) if kept < count)]
+        return [self.only(kind, 1 - kept / count) for kept in widths]
 
     def width_step(self, width: int) -> int:
         """Kept widths of a layer of ``width`` neurons are multiples of this."""
@@ -86,9 +107,10 @@ class Structured:
         return min(width, max(multiple, round(width * (1 - self.ffn) / multiple) * multiple))
 
     def __str__(self) -> str:
-        if self.heads == self.ffn and self.multiple_of is None:
+        if self.heads == self.ffn == self.channels and self.multiple_of is None:
             return f"structured:{self.heads:.10g}"
-        extra = "" if self.multiple_of is None else f",multiple_of={self.multiple_of}"
+        extra = "" if self.channels == 0 else f",channels={self.channels:.10g}"
+        extra += "" if self.multiple_of is None else f",multiple_of={self.multiple_of}"
         return f"structured:heads={self.heads:.10g},ffn={self.ffn:.10g}{extra}"
 
 
@@ -96,7 +118,7 @@ Pattern = Unstructured | NM | Structured
 
 _SYNTAX = (
     "use unstructured:RATIO (unstructured:0.5), N:M (2:4), structured:RATIO (structured:0.3) "
-    "or structured:heads=RATIO,ffn=RATIO[,multiple_of=WIDTH]"
+    "or structured:heads=RATIO,ffn=RATIO[,channels=RATIO][,multiple_of=WIDTH]"
 )
 
 
@@ -117,7 +139,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     if kind == "structured" and value:
         if "=" not in value:
             ratio = _number(value, text)
-            return Structured(ratio, ratio)
+            return Structured(ratio, ratio, channels=ratio)
         return _parse_structured(value, text)
     raise UserError(f"unknown pattern {text[:80]!r}; {_SYNTAX}")
 
@@ -126,13 +148,14 @@ def _parse_structured(value: str, text: str) -> Structured:
     fields: dict[str, float] = {}
     for part in value.split(","):
         key, _, number = part.partition("=")
-        if key not in ("heads", "ffn", "multiple_of") or key in fields:
+        if key not in ("heads", "ffn", "channels", "multiple_of") or key in fields:
             raise UserError(f"cannot read {part!r} in pattern {text!r}; {_SYNTAX}")
         fields[key] = _number(number, text)
     multiple = fields.get("multiple_of")
     if multiple is not None and not float(multiple).is_integer():
         raise UserError(f"multiple_of is {multiple:g} in pattern {text!r}; it must be a whole number")
-    return Structured(fields.get("heads", 0.0), fields.get("ffn", 0.0), None if multiple is None else int(multiple))
+    shares = {kind: fields.get(kind, 0.0) for kind in ("heads", "ffn", "channels")}
+    return Structured(**shares, multiple_of=None if multiple is None else int(multiple))
 
 
 def _number(text: str, pattern: str) -> float:

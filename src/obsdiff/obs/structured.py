@@ -21,8 +21,8 @@ def group_errors(weight: Tensor, hessian_inverse: Tensor, size: int) -> Tensor:
     factor 2; for heads it replaces the approximation of eq. 7.
     """
     count = weight.shape[1] // size
-    blocks = hessian_inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = weight.view(len(weight), count, size).permute(1, 2, 0)  # (groups, size, rows)
+    blocks = hessian_inverse.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.reshape(len(weight), count, size).permute(1, 2, 0)  # (groups, size, rows)
     if size == 1:
         return columns.square().sum((1, 2)) / blocks.reshape(-1)
     factor = torch.linalg.cholesky(blocks)
@@ -45,10 +45,32 @@ def fuse(errors: Sequence[Tensor], fusion: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer whose input channels are removed: its weight (rows, columns) and the Hessian of its input."""
+    """A layer whose input channels are removed.
+
+    Attributes:
+        weight: (rows, columns).
+        hessian: Of its input (columns, columns); None if nothing was measured.
+        columns: Where the units' channels lie, unit by unit, int64 (count · size,); None: they are all columns. What
+            else the layer reads is not up for removal, but compensates like the rest.
+    """
 
     weight: Tensor
     hessian: Tensor | None = None
+    columns: Tensor | None = None
+
+    def units_first(self, matrix: Tensor, both: bool = False) -> Tensor:
+        """The columns (and rows) of a matrix with those of the units in front, in their order."""
+        if self.columns is None:
+            return matrix
+        others = torch.ones(matrix.shape[-1], dtype=torch.bool, device=matrix.device)
+        others[self.columns] = False
+        order = torch.cat([self.columns, others.nonzero().flatten()])
+        return matrix[:, order][order] if both else matrix[:, order]
+
+    @property
+    def channels(self) -> int:
+        """Channels of all units together."""
+        return self.weight.shape[1] if self.columns is None else len(self.columns)
 
 
 def select_groups(
@@ -75,21 +97,26 @@ def select_groups(
     Returns:
         Bool (groups,), True = kept.
     """
-    weights = [consumer.weight.float().clone() for consumer in consumers]
-    inverses = [inverse(c.hessian, damping)[0] for c in consumers if c.hessian is not None]
-    alive = torch.arange(weights[0].shape[1] // size, device=weights[0].device)
+    weights = [c.units_first(c.weight.float().clone()) for c in consumers]
+    inverses = [c.units_first(inverse(c.hessian, damping)[0], both=True) for c in consumers if c.hessian is not None]
+    rest = [c.weight.shape[1] - c.channels for c in consumers]  # columns of other things, behind the units'
+    alive = torch.arange(consumers[0].channels // size, device=weights[0].device)
     kept = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
     chunk = chunk or (1 if size > 1 else max(1, remove // 16))
     while remove > 0:
         now = min(chunk, remove)
-        scores = fuse([group_errors(w, inv, size) for w, inv in zip(weights, inverses, strict=True)], fusion)
+        n = len(alive) * size
+        scores = fuse(
+            [group_errors(w[:, :n], inv[:n, :n], size) for w, inv in zip(weights, inverses, strict=True)], fusion
+        )
         gone = drop_indices(scores, now)
         kept[alive[gone]] = False
         remaining = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
         remaining[gone] = False
-        r = remaining.logical_not().repeat_interleave(size)
-        s = remaining.repeat_interleave(size)
+        stays = remaining.repeat_interleave(size)
         for k, (w, inv) in enumerate(zip(weights, inverses, strict=True)):
+            s = torch.cat([stays, stays.new_ones(rest[k])])
+            r = ~s
             solved = torch.linalg.solve(inv[r][:, r], inv[r][:, s])  # (H⁻¹_RR)⁻¹ H⁻¹_RS
             weights[k] = w[:, s] - w[:, r] @ solved
             inverses[k] = inv[s][:, s] - inv[s][:, r] @ solved

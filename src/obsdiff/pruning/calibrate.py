@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from obsdiff.errors import UserError
-from obsdiff.models.checks import check_layers
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
+from obsdiff.models.graph import Site
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
-from obsdiff.models.wiring import WiredSite, Wiring, denoiser_of, wire
+from obsdiff.models.subject import Subject, subject_of
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.timesteps import timestep_weights
@@ -78,13 +78,14 @@ def calibrate(
     call = call_arguments(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     settings = Settings(call, seed, weighting, tokens, batch_size)
     _check(settings, prompts)
-    wiring = wire(denoiser_of(pipe))
+    subject = subject_of(pipe, prompts if isinstance(prompts, Conditioning) else None)
+    graph = subject.graph
     if isinstance(sites, str):
         raise UserError(f"sites is one text, {sites!r}; give a set of names")
-    chosen = [site for site in wiring.sites if sites is None or site.name in sites]
+    chosen = [site for site in graph.sites if sites is None or site.name in sites]
     if unknown := sorted(set(sites or ()) - {site.name for site in chosen}):
         raise UserError(f"there is no site {unknown[0]}; sites are named after the first layer that reads them")
-    check_layers(wiring, [layer for site in chosen for layer in site.layers])
+    subject.check([layer for site in chosen for layer in site.layers])
     fingerprint = fingerprint_of(pipe, prompts, settings)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0})
     partial_store = None
@@ -99,7 +100,7 @@ def calibrate(
         partial_store = store.with_name(store.name + UNFINISHED + part)
         statistics = _continue_partial(partial_store, fingerprint, chosen) or statistics
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, call)
-    _measure(pipe, wiring, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
+    _measure(subject, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
     _add_up_processes(statistics, chosen)
     _check_measured(chosen, statistics)
     if store is None:
@@ -121,7 +122,7 @@ def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
     check_seed("seed", settings.seed)
 
 
-def _continue_partial(folder: Path, fingerprint: Mapping[str, Any], sites: Sequence[WiredSite]) -> Statistics | None:
+def _continue_partial(folder: Path, fingerprint: Mapping[str, Any], sites: Sequence[Site]) -> Statistics | None:
     """The sums of a calibration that was cut off, if they fit."""
     check_store(folder)
     if not (folder / INDEX).exists():
@@ -136,9 +137,8 @@ def _continue_partial(folder: Path, fingerprint: Mapping[str, Any], sites: Seque
 
 
 def _measure(
-    pipe: Any,
-    wiring: Wiring,
-    sites: Sequence[WiredSite],
+    subject: Subject,
+    sites: Sequence[Site],
     conditioning: Conditioning,
     settings: Settings,
     statistics: Statistics,
@@ -152,15 +152,11 @@ def _measure(
     first = share.start + statistics.prompts_done
     left = slice(first, share.stop)
     seeds = noise_seeds(settings.seed, len(conditioning))[left]
-    rest = Conditioning(
-        {name: tensor[left] for name, tensor in conditioning.embeds.items()},
-        None if conditioning.text_mask is None else conditioning.text_mask[left],
-        conditioning.negative_text_mask,
-    )
+    rest, pipe = conditioning[left], subject.pipe
     with (
         eval_mode(pipe),
         counted_calls(pipe) as counter,
-        collecting(pipe, wiring, sites, rest, settings, statistics, counter) as collector,
+        collecting(subject, sites, rest, settings, statistics, counter) as collector,
     ):
         batches = run_trajectories(
             pipe,
@@ -187,7 +183,7 @@ def _measure(
                 saved = time.perf_counter()
 
 
-def _add_up_processes(statistics: Statistics, sites: Sequence[WiredSite]) -> None:
+def _add_up_processes(statistics: Statistics, sites: Sequence[Site]) -> None:
     """Replace every process's sums by those over all of them, so that they all know the same."""
     if world_size() == 1:
         return
@@ -215,7 +211,7 @@ def add_up_moments(found: SiteStatistics) -> None:
     found.weight_sum, found.num_tokens = float(weights.sum()), int(parts[:, -1].sum())
 
 
-def _check_measured(sites: Sequence[WiredSite], statistics: Statistics) -> None:
+def _check_measured(sites: Sequence[Site], statistics: Statistics) -> None:
     for site in sites:
         found = statistics.sites[site.name]
         if found.num_tokens == 0:

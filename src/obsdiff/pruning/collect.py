@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.families.base import TEXT
+from obsdiff.models.graph import Site
 from obsdiff.models.rows import CallRows
-from obsdiff.models.wiring import WiredSite, Wiring
+from obsdiff.models.subject import Subject
 from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.fingerprint import Settings
@@ -38,10 +40,11 @@ class Collector:
         self.settings = settings
         self.counter = counter
         self.device = device
+        self.told_mask: Tensor | None = None
         self.forward_s = 0.0
         self._hook_s = 0.0
         self._entered = 0.0
-        self._choices: dict[tuple[bool, int, int], Tensor | None] = {}
+        self._choices: dict[tuple[tuple[str, ...], int, int], Tensor | None] = {}
 
     def begin(self, conditioning: Conditioning, seeds: Sequence[int], part: slice) -> None:
         """A new batch of trajectories comes."""
@@ -51,11 +54,14 @@ class Collector:
         self.text_mask = None
         if conditioning.text_mask is not None and conditioning.negative_text_mask is not None:
             wanted = conditioning.text_mask[part]
-            self.text_mask = torch.cat([conditioning.negative_text_mask.expand_as(wanted), wanted])
+            both = [conditioning.negative_text_mask.expand_as(wanted), wanted]
+            self.text_mask = torch.cat(both[::-1] if self.rows.family.guidance == "last" else both)
 
-    def enter_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The denoiser is called."""
-        self.rows.look(args, kwargs)
+        given = self.rows.look(denoiser, args, kwargs)
+        told = None if self.rows.family.mask is None else given.get(self.rows.family.mask)
+        self.told_mask = told.bool().cpu() if isinstance(told, Tensor) and told.dim() == 2 else None
         steps = self.counter.total
         self.weight = timestep_weights(self.settings.weighting, steps)[self.counter.index]
         self._choices.clear()
@@ -66,32 +72,35 @@ class Collector:
         """The denoiser has answered."""
         self.forward_s += self._now() - self._entered - self._hook_s
 
-    def see(self, site: WiredSite, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def see(self, site: Site, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """A layer is about to read its input."""
         started = self._now()
         x = inputs[0].detach()
-        if x.dim() == 3 and (chosen := self._chosen(site.text, x.shape[0], x.shape[1])) is not None:
+        if x.dim() == 3 and (chosen := self._chosen(site.tokens, *x.shape[:2])) is not None:
             x = x[chosen.to(x.device)]
         self.statistics.sites[site.name].add(activation_matrices(layer, x), self.weight)
         self._hook_s += self._now() - started
 
-    def _chosen(self, text: bool, sequences: int, length: int) -> Tensor | None:
+    def _chosen(self, tokens: tuple[str, ...], sequences: int, length: int) -> Tensor | None:
         """Bool (sequences, length): the tokens that count in this call; None if all do."""
-        key = (text, sequences, length)
+        key = (tokens, sequences, length)
         if key not in self._choices:
             self._choices[key] = self._choose(*key)
         return self._choices[key]
 
-    def _choose(self, text: bool, sequences: int, length: int) -> Tensor | None:
-        mask = None
-        if text and self.text_mask is not None:
-            if (sequences, length) != (expected := (self.rows.each * len(self.seeds), self.text_mask.shape[1])):
+    def _choose(self, tokens: tuple[str, ...], sequences: int, length: int) -> Tensor | None:
+        mask, text = None, TEXT in tokens
+        padding = self._padding(sequences) if text else None
+        if padding is not None:
+            others = length - padding.shape[1]
+            if others < 0 or (others == 0) != (tokens == (TEXT,)):
                 raise UserError(
                     f"the denoiser's text layers get {sequences} sequences of {length} tokens, the prompts' mask of "
-                    f"padding is for {expected[0]} of {expected[1]}; set max_sequence_length to what the text encoders "
-                    "give, or encode the prompts without a mask"
+                    f"padding is for {sequences} of {padding.shape[1]}; set max_sequence_length to what the text "
+                    "encoders give, or encode the prompts without a mask"
                 )
-            mask = self.text_mask[-sequences:]  # with guidance the negative prompts come first, else only the others
+            image = padding.new_ones(sequences, others)
+            mask = torch.cat([padding if part == TEXT else image for part in tokens], dim=1)
         if self.settings.tokens is None or self.settings.tokens >= length:
             return mask
         prompts = len(self.seeds)
@@ -105,6 +114,20 @@ class Collector:
         drawn.scatter_(1, scores.topk(self.settings.tokens, dim=1).indices, True)
         return drawn if mask is None else drawn & mask
 
+    def _padding(self, sequences: int) -> Tensor | None:
+        """Bool (sequences, text tokens): the prompt tokens that are real, by what the denoiser is told or else by the
+        tokenizers; None if it is not known."""
+        if self.told_mask is not None:
+            return self.told_mask if len(self.told_mask) == sequences else None
+        if self.text_mask is None:
+            return None
+        if sequences != (expected := self.rows.each * len(self.seeds)):
+            raise UserError(
+                f"the denoiser's text layers get {sequences} sequences, the prompts' mask of padding is for {expected} "
+                f"of {self.text_mask.shape[1]} tokens; encode the prompts without a mask"
+            )
+        return self.text_mask[-sequences:]  # without guidance there are no negative prompts, which come first
+
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -113,27 +136,28 @@ class Collector:
 
 @contextmanager
 def collecting(
-    pipe: Any,
-    wiring: Wiring,
-    sites: Sequence[WiredSite],
+    subject: Subject,
+    sites: Sequence[Site],
     conditioning: Conditioning,
     settings: Settings,
     statistics: Statistics,
     counter: CallCounter,
 ) -> Iterator[Collector]:
     """Hooks on the denoiser and on the first layer of each site, gone afterwards whatever happens."""
+    graph = subject.graph
     for site in sites:  # an entry for each, so that one never reached is noticed
-        groups, _, columns = weight_matrices(wiring.layer(site.name)).shape
-        device = wiring.weight(site.name).device
+        groups, _, columns = weight_matrices(graph.layer(site.name)).shape
+        device = graph.weight(site.name).device
         statistics.sites.setdefault(site.name, SiteStatistics.empty(columns, groups, device))
-    denoiser = wiring.denoiser
-    device = next(denoiser.parameters()).device
-    collector = Collector(statistics, settings, counter, CallRows(pipe, conditioning), device)
-    handles = [denoiser.register_forward_pre_hook(collector.enter_call, with_kwargs=True)]
+    device = next(subject.denoiser.parameters()).device
+    rows = CallRows(subject.pipe, subject.family, conditioning)
+    collector = Collector(statistics, settings, counter, rows, device)
+    models = subject.components.values()
+    handles = [model.register_forward_pre_hook(collector.enter_call, with_kwargs=True) for model in models]
     for site in sites:
         see: Callable[..., None] = partial(collector.see, site)
-        handles.append(wiring.layer(site.name).register_forward_pre_hook(see))
-    handles.append(denoiser.register_forward_hook(collector.leave_call))
+        handles.append(graph.layer(site.name).register_forward_pre_hook(see))
+    handles += [model.register_forward_hook(collector.leave_call) for model in models]
     try:
         yield collector
     finally:

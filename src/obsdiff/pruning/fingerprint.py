@@ -12,7 +12,7 @@ from typing import Any
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.content import DECODING, TEXT, component_hashes, model_hash, tensor_bytes
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.denoisers import denoiser_of
 from obsdiff.obs.timesteps import ALPHA_MAX, ALPHA_MIN
 
 

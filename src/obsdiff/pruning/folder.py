@@ -12,10 +12,12 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models import obsdiff_shrunk
+from obsdiff.models.denoisers import denoiser_of, denoisers_of, dtype_of, joined, parts_of, shrunk_of
+from obsdiff.models.families import find_family
 from obsdiff.models.info import info_of, write_info
 from obsdiff.models.loading import open_pipeline, to_device
 from obsdiff.models.register import LIBRARY
-from obsdiff.models.wiring import denoiser_of, shrunk_of, wire
+from obsdiff.models.subject import graph_of
 from obsdiff.obs.pattern import Structured, parse_pattern
 from obsdiff.paths import user_path
 from obsdiff.pruning import planfile
@@ -59,27 +61,27 @@ def check_output(output: Path, overwrite: bool, flag: str = "--overwrite true") 
 
 def write_pipeline(pipe: Any, folder: Path, report: PruneReport) -> None:
     """The files of :func:`save_pipeline`, into a folder that is there."""
-    wiring = wire(denoiser_of(pipe))
+    components = denoisers_of(pipe)
+    denoiser, kind = joined(components), find_family(*components.values()).denoiser
     write_pipeline_files(pipe, folder)
     save_masks(report.masks, folder / MASKS)
-    manifest = manifest_of(report, info_of(pipe).source, wiring.family.component, wiring.family.denoiser)
-    manifest |= {"denoiser_sha256": model_hash(wiring.denoiser), "dtype": _dtype(wiring.denoiser)}
+    manifest = manifest_of(report, info_of(pipe).source, component_of(pipe), kind)
+    manifest |= {"denoiser_sha256": model_hash(denoiser), "dtype": _dtype(denoiser)}
     write_json(folder / FILE, manifest)
-    write_plan(report.plan, folder / planfile.FILE, wiring.family.denoiser, report.model)
+    write_plan(report.plan, folder / planfile.FILE, kind, report.model)
 
 
 def write_pipeline_files(pipe: Any, folder: Path) -> None:
     """``pipeline/``: what diffusers loads, with obsdiff's information, and the code of a shrunk denoiser."""
-    wiring = wire(denoiser_of(pipe))
     target = folder / PIPELINE
     pipe.save_pretrained(target, safe_serialization=True)
     write_info(info_of(pipe), target)
-    component = wiring.family.component
-    if shrunk_of(wiring.denoiser) is not None:
-        shutil.copyfile(str(obsdiff_shrunk.__file__), target / component / f"{LIBRARY}.py")
-        index = read_json(target / "model_index.json", "a pipeline's index")
-        index[component] = [LIBRARY, type(wiring.denoiser).__name__]
-        write_json(target / "model_index.json", index)
+    index = read_json(target / "model_index.json", "a pipeline's index")
+    for component, denoiser in denoisers_of(pipe).items():
+        if shrunk_of(denoiser) is not None:
+            shutil.copyfile(str(obsdiff_shrunk.__file__), target / component / f"{LIBRARY}.py")
+            index[component] = [LIBRARY, type(denoiser).__name__]
+    write_json(target / "model_index.json", index)
 
 
 def load_pipeline(source: Any, *, dtype: str | None = None, device: str = "cpu") -> Any:
@@ -130,7 +132,7 @@ def check_against_manifest(pipe: Any, folder: Path, manifest: dict[str, Any]) ->
     denoiser: Any = denoiser_of(pipe)
     masks = load_masks(folder / MASKS)
     try:
-        if vars(pipe).get(manifest["component"]) is not denoiser:
+        if component_of(pipe) != manifest["component"]:
             raise _Unlike(f"the manifest's {manifest['component']} is not what is in pipeline/")
         if masks.keys() != manifest["plan"].keys():
             raise _Unlike("the masks are of other layers than the manifest's plan")
@@ -161,17 +163,27 @@ def _check_zeros(denoiser: Any, masks: Mapping[str, Tensor], manifest: Mapping[s
 
 def _check_shapes(denoiser: Any, masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """What the manifest says of shrunk layers is what the model's own config says, and covers the plan."""
-    own = shrunk_of(denoiser) or {"layers": {}, "attributes": {}}
+    own: dict[str, dict[str, Any]] = {}
+    for prefix, model in parts_of(denoiser).items():
+        for key, described in (shrunk_of(model) or {}).items():
+            own.setdefault(key, {}).update({prefix + name: value for name, value in described.items()})
     for key, described in manifest["shrunk"].items():
         if other := [name for name, value in described.items() if own.get(key, {}).get(name) != value]:
             raise _Unlike(f"{other[0]} is not shrunk as the manifest says")
-    groups = {found.name: found for found in wire(denoiser).groups}
+    known = {name.removesuffix(".weight") for name in manifest["shrunk"].get("tensors", {})}
+    known |= manifest["shrunk"].get("layers", {}).keys()
+    groups = graph_of(denoiser).group_of
     for name, mask in masks.items():
         if name not in groups or int(mask.sum()) != groups[name].count:
             raise _Unlike(f"{name} does not have the heads or neurons that its mask keeps")
-        if uncovered := set(groups[name].producers + groups[name].consumers) - manifest["shrunk"]["layers"].keys():
+        if uncovered := set(groups[name].layers) - known:
             raise _Unlike(f"the manifest does not describe the shrunk layer {min(uncovered)}")
 
 
+def component_of(pipe: Any) -> str:
+    """The name of the denoiser in the pipeline; of two, both."""
+    return ", ".join(denoisers_of(pipe))
+
+
 def _dtype(denoiser: Any) -> str:
-    return str(denoiser.dtype).removeprefix("torch.")
+    return str(dtype_of(denoiser)).removeprefix("torch.")

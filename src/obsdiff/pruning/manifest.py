@@ -33,8 +33,9 @@ class _Calibration(BaseModel):
 
 
 class _Shrunk(BaseModel):
-    layers: dict[str, list[Size]]
-    attributes: dict[str, dict[str, int]]
+    tensors: dict[str, list[Size]] = {}
+    layers: dict[str, list[Size]] = {}  # as written until November 2026
+    attributes: dict[str, dict[str, int | list[list[int] | int]]]
 
 
 class Manifest(BaseModel):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
-from obsdiff.models.checks import check_layers
 from obsdiff.models.content import model_hash
-from obsdiff.models.wiring import WiredGroups, WiredSite, Wiring, denoiser_of, shrunk_of, wire
+from obsdiff.models.denoisers import parts_of, shrunk_of
+from obsdiff.models.graph import Graph, Group, Site
+from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.linalg import DAMPING
@@ -28,9 +29,9 @@ from obsdiff.pruning.statistics import Statistics, check_measured_on
 from obsdiff.pruning.surgery import (
     Edits,
     become_shrunk,
+    cut,
     measured_sparsity,
-    shrink_groups,
-    shrunk_shapes,
+    shrunk_config,
     undone_on_error,
     zero_share,
 )
@@ -135,23 +136,24 @@ def prune(
     _check(pattern, options, statistics, packages)
     if given is not None and (include or exclude or spare_blocks is not None):
         raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
-    wiring = wire(denoiser_of(pipe))
-    plan = make_plan(wiring, pattern, include, exclude, spare_blocks) if given is None else fitted_plan(given, wiring)
-    check_layers(wiring, plan.layers(wiring))
+    subject = subject_of(pipe)
+    graph = subject.graph
+    plan = make_plan(graph, pattern, include, exclude, spare_blocks) if given is None else fitted_plan(given, graph)
+    subject.check(plan.layers(graph))
     if not prune_again:
-        refuse_pruned(wiring)
+        refuse_pruned(graph)
     if isinstance(statistics, Statistics):
-        check_measured_on(statistics, wiring.denoiser)
+        check_measured_on(statistics, graph.denoiser)
     report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages)
-    report.parameters["dense"] = sum(p.numel() for p in wiring.denoiser.parameters())
+    report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
     with undone_on_error() as edits:
-        job = _Job(edits, wiring, plan, options, report, quiet)
-        for package in packages_of(wiring, plan, packages):
+        job = _Job(edits, graph, plan, options, report, quiet)
+        for package in packages_of(graph, plan, packages):
             found = statistics(set(package)) if callable(statistics) else statistics
             # statistics made for this prune are let go site by site as they are used
             read = None if found is None else found.take if callable(statistics) else found.site
             if report.model is None:  # the first package: still dense
-                report.model = model_hash(wiring.denoiser) if found is None else found.fingerprint["model"]
+                report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
                 report.fingerprint = found.fingerprint
                 _add(report.time_s, found.time_s)
@@ -159,29 +161,30 @@ def prune(
             (_shrink_modules if plan.structured else _mask_sites)(job, package, read)
             _add(report.time_s, {"solve": time.perf_counter() - solve_started})
         if plan.structured:
-            report.shrunk = shrunk_shapes(wiring, set(plan.entries))
-            become_shrunk(edits, wiring.denoiser, report.shrunk)
-        _count(wiring, report)
+            report.shrunk = shrunk_config(graph, plan.entries)
+            become_shrunk(edits, graph.denoiser, report.shrunk)
+        _count(graph, report)
     report.time_s["total"] = time.perf_counter() - started
     return report
 
 
-def refuse_pruned(wiring: Wiring) -> None:
+def refuse_pruned(graph: Graph) -> None:
     """Refuse a denoiser that is pruned already: shrunk, or with a share of exact zeros that training never leaves.
 
     Raises:
         UserError: It is.
     """
     hint = "pass --prune_again true to prune it further"
-    if shrunk_of(wiring.denoiser) is not None:
-        raise UserError(f"this pipeline is pruned already (its {type(wiring.denoiser).__name__} is shrunk); {hint}")
-    for layer, share in zeroed_layers(wiring).items():
+    for model in parts_of(graph.denoiser).values():
+        if shrunk_of(model) is not None:
+            raise UserError(f"this pipeline is pruned already (its {type(model).__name__} is shrunk); {hint}")
+    for layer, share in zeroed_layers(graph).items():
         raise UserError(f"this pipeline is pruned already ({share:.0%} of {layer} is zero); {hint}")
 
 
-def zeroed_layers(wiring: Wiring) -> dict[str, float]:
+def zeroed_layers(graph: Graph) -> dict[str, float]:
     """Prunable layers with a share of exact zeros that training never leaves, and that share."""
-    shares = {layer: zero_share(wiring.weight(layer)) for layer in wiring.site_of}
+    shares = {layer: zero_share(graph.weight(layer)) for layer in graph.layers}
     return {layer: share for layer, share in shares.items() if share > ZEROED}
 
 
@@ -226,7 +229,7 @@ class _Job:
     """What solving a package needs to know and where it leaves its results."""
 
     edits: Edits
-    wiring: Wiring
+    graph: Graph
     plan: Plan
     options: SolveOptions
     report: PruneReport
@@ -235,19 +238,19 @@ class _Job:
 
 def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
     """Solve the sites of a package and write the pruned weights."""
-    wiring, entries, report = job.wiring, job.plan.entries, job.report
-    chosen = [site for site in wiring.sites if site.name in package]
+    graph, entries, report = job.graph, job.plan.entries, job.report
+    chosen = [site for site in graph.sites if site.name in package]
 
-    def solve(site: WiredSite) -> dict[str, LayerResult]:
+    def solve(site: Site) -> dict[str, LayerResult]:
         layers = [layer for layer in site.layers if layer in entries]
-        found = None if read is None else read(site.name, wiring.weight(layers[0]).device)
-        return portable(solve_site(wiring, layers, [entries[layer] for layer in layers], found, job.options))
+        found = None if read is None else read(site.name, graph.weight(layers[0]).device)
+        return portable(solve_site(graph, layers, [entries[layer] for layer in layers], found, job.options))
 
     for _, results in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
         for name, result in results.items():
             assert result.mask is not None
-            job.edits.set_weight(wiring.layer(name), result.weight)
-            job.edits.shift_bias(wiring.layer(name), result.bias_shift)
+            job.edits.set_weight(graph.layer(name), result.weight)
+            job.edits.shift_bias(graph.layer(name), result.bias_shift)
             report.masks[name] = result.mask.cpu()
             report.sparsity_per_layer[name] = 1 - float(result.mask.sum()) / result.mask.numel()
             if result.error is not None:
@@ -255,35 +258,30 @@ def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
 
 
 def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
-    """Choose the heads and neurons of a package's modules and cut the others out."""
-    wiring, entries, report = job.wiring, job.plan.entries, job.report
+    """Choose the units that stay of a package's groups and cut the others out."""
+    graph, entries, report = job.graph, job.plan.entries, job.report
     chosen = [
-        groups
-        for groups in wiring.groups
-        if groups.name in entries and wiring.site_of[groups.consumers[0]].name in package
+        bundle for bundle in graph.bundles(list(entries)) if graph.site_of[bundle[0].consumers[0].layer].name in package
     ]
 
-    def solve(groups: WiredGroups) -> tuple[Tensor, dict[str, LayerResult]]:
-        pattern = entries[groups.name]
-        assert isinstance(pattern, Structured)
+    def solve(bundle: list[Group]) -> tuple[dict[str, Tensor], dict[str, LayerResult]]:
+        patterns = {group.name: entries[group.name] for group in bundle}
+        consumers = dict.fromkeys(s.layer for group in bundle for s in group.consumers)
         found = None
         if read is not None:
-            device = wiring.weight(groups.consumers[0]).device
-            found = {layer: read(wiring.site_of[layer].name, device) for layer in groups.consumers}
-        kept, results = solve_groups(wiring, groups, pattern, found, job.options)
-        return kept.cpu(), portable(results)
+            found = {layer: read(graph.site_of[layer].name, graph.weight(layer).device) for layer in consumers}
+        kept, results = solve_groups(graph, patterns, found, job.options)  # type: ignore[arg-type]  # all structured
+        return {name: units.cpu() for name, units in kept.items()}, portable(results)
 
-    for groups, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
-        kept = kept.to(wiring.weight(groups.consumers[0]).device)
-        consumers = {name: (result.weight, result.bias_shift) for name, result in results.items()}
-        shrink_groups(job.edits, wiring, groups, kept, consumers)
-        report.masks[groups.name] = kept.cpu()
-        report.sparsity_per_layer[groups.name] = 1 - float(kept.sum()) / len(kept)
+    for _, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
+        cut(job.edits, graph, kept, {name: (result.weight, result.bias_shift) for name, result in results.items()})
+        report.masks |= kept
+        report.sparsity_per_layer |= {name: 1 - float(units.sum()) / len(units) for name, units in kept.items()}
         report.layer_error |= {name: result.error for name, result in results.items() if result.error is not None}
 
 
-def _count(wiring: Wiring, report: PruneReport) -> None:
-    parameters = list(wiring.denoiser.parameters())
+def _count(graph: Graph, report: PruneReport) -> None:
+    parameters = list(graph.denoiser.parameters())
     report.parameters["pruned"] = sum(p.numel() for p in parameters)
     report.parameters["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
-    report.sparsity = measured_sparsity(wiring.denoiser, report.plan.entries, report.parameters)
+    report.sparsity = measured_sparsity(graph.denoiser, report.plan.entries, report.parameters)

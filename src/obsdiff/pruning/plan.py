@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from obsdiff.errors import UserError
 from obsdiff.models.checks import check_plain
-from obsdiff.models.wiring import WiredGroups, Wiring
+from obsdiff.models.graph import Graph, Group
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured
 
@@ -34,31 +34,25 @@ class Plan:
     def structured(self) -> bool:
         return isinstance(self.pattern, Structured)
 
-    def layers(self, wiring: Wiring) -> list[str]:
+    def layers(self, graph: Graph) -> list[str]:
         """Names of all layers that the plan changes."""
         if not self.structured:
             return list(self.entries)
-        return [
-            layer
-            for groups in wiring.groups
-            if groups.name in self.entries
-            for layer in (*groups.producers, *groups.consumers)
-        ]
+        return list(dict.fromkeys(layer for group in self.groups(graph) for layer in group.layers))
 
-    def sites(self, wiring: Wiring) -> set[str]:
+    def groups(self, graph: Graph) -> list[Group]:
+        """The groups that a structured plan names, in the order of a forward pass."""
+        return [group for group in graph.groups if group.name in self.entries]
+
+    def sites(self, graph: Graph) -> set[str]:
         """Names of the sites whose statistics the plan needs."""
         if not self.structured:
-            return {wiring.site_of[layer].name for layer in self.entries}
-        return {
-            wiring.site_of[layer].name
-            for groups in wiring.groups
-            if groups.name in self.entries
-            for layer in groups.consumers
-        }
+            return {graph.site_of[layer].name for layer in self.entries}
+        return {graph.site_of[s.layer].name for group in self.groups(graph) for s in group.consumers}
 
 
 def make_plan(
-    wiring: Wiring,
+    graph: Graph,
     pattern: Pattern,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -67,29 +61,33 @@ def make_plan(
     """The same pattern for every layer that is chosen.
 
     Args:
-        wiring: What there is.
+        graph: What there is.
         pattern: What to do with it.
         include: Shell-style name patterns; a layer must match one of them (none given: all layers).
         exclude: Shell-style name patterns; a layer must match none of them.
-        spare_blocks: Blocks to leave alone, negative ones from the end. None: the first and last block for structured
-            patterns, as the paper does (OBS-Diff tables 4 and 9), no block otherwise.
+        spare_blocks: Stages to leave alone, by number in the order of execution, negative ones from the end. None: for
+            structured patterns what the family's row says, the first and last one unless the paper does otherwise
+            (OBS-Diff tables 4 and 9); no stage otherwise.
 
     Raises:
         UserError: A name pattern or block matches nothing, nothing is left to prune, or a width does not divide.
     """
     structured = isinstance(pattern, Structured)
+    if structured and not graph.groups:
+        raise UserError(
+            f"nothing can be cut out of a {graph.family.denoiser} by {pattern}: "
+            + ("none of its blocks is known" if graph.family.known else "obsdiff knows this class by tracing alone")
+            + "; use unstructured:RATIO or N:M (docs/adding-a-family.md says how to add it)"
+        )
     if spare_blocks is None:
-        spare_blocks = (0, -1) if structured else ()
+        spare_blocks = graph.family.spare if structured and len(graph.stages) > 2 else ()
+    number = len(graph.stages)
     spared = set()
     for block in spare_blocks:
-        if not -wiring.num_blocks <= block < wiring.num_blocks:
-            raise UserError(f"cannot spare block {block}: the denoiser has blocks 0 to {wiring.num_blocks - 1}")
-        spared.add(block % wiring.num_blocks)
-    blocks = (
-        {groups.name: groups.block for groups in wiring.groups}
-        if structured
-        else {layer: site.block for layer, site in wiring.site_of.items()}
-    )
+        if not -number <= block < number:
+            raise UserError(f"cannot spare block {block}: the denoiser has blocks 0 to {number - 1}")
+        spared.add(block % number)
+    blocks = {group.name: group.stage for group in graph.groups} if structured else dict(graph.layers)
     _check_matches(include, blocks, "include")
     _check_matches(exclude, blocks, "exclude")
     chosen = [
@@ -105,7 +103,7 @@ def make_plan(
             f"{sorted(spared)} leave nothing of {len(blocks)} candidates such as {next(iter(blocks))}"
         )
     plan = Plan(pattern, dict.fromkeys(chosen, pattern))
-    check_fit(wiring, plan)
+    check_fit(graph, plan)
     return plan
 
 
@@ -115,26 +113,26 @@ def _check_matches(rules: Sequence[str], names: dict[str, int], option: str) -> 
             raise UserError(f"--{option} {rule!r} matches none of {len(names)} names such as {next(iter(names))}")
 
 
-def check_fit(wiring: Wiring, plan: Plan) -> None:
+def check_fit(graph: Graph, plan: Plan) -> None:
     """Refuse layers that are no plain ones, N:M patterns that do not divide a layer's inputs, and widths of which a
     layer does not hold one multiple.
 
     Raises:
         UserError: Naming the layer.
     """
-    check_plain(wiring.denoiser, plan.layers(wiring))
-    for groups in wiring.groups:
-        pattern = plan.entries.get(groups.name)
-        if not isinstance(pattern, Structured) or groups.kind != "ffn" or pattern.ffn == 0:
-            continue
-        if (pattern.multiple_of or 1) > groups.count:
+    check_plain(graph.denoiser, plan.layers(graph))
+    for group in plan.groups(graph) if plan.structured else ():
+        pattern = plan.entries[group.name]
+        assert isinstance(pattern, Structured)
+        multiple = pattern.multiple_of or 1 if group.kind == "ffn" else 1
+        if pattern.share(group.kind) > 0 and multiple > group.count:
             raise UserError(
-                f"multiple_of {pattern.multiple_of} does not fit {groups.name}: it has {groups.count} neurons; "
-                "choose a smaller multiple"
+                f"multiple_of {multiple} does not fit {group.name}: it has {group.count} neurons; choose a smaller "
+                "multiple"
             )
     for name, pattern in plan.entries.items():
         if isinstance(pattern, NM):
-            columns = weight_matrices(wiring.layer(name)).shape[-1]
+            columns = weight_matrices(graph.layer(name)).shape[-1]
             if columns % pattern.m:
                 raise UserError(
                     f"pattern {pattern} does not fit layer {name}: its {columns} inputs are not a multiple of "
@@ -142,34 +140,29 @@ def check_fit(wiring: Wiring, plan: Plan) -> None:
                 )
 
 
-def kept_groups(groups: WiredGroups, pattern: Structured) -> int:
-    """How many heads or neurons of ``groups`` stay."""
-    return pattern.kept_heads(groups.count) if groups.kind == "heads" else pattern.kept_neurons(groups.count)
+def kept_units(group: Group, pattern: Structured) -> int:
+    """How many units of a group stay."""
+    return pattern.kept(group.kind, group.count)
 
 
-def packages_of(wiring: Wiring, plan: Plan, packages: int) -> list[list[str]]:
+def packages_of(graph: Graph, plan: Plan, packages: int) -> list[list[str]]:
     """Cut the plan's sites into ``packages`` contiguous near-equal runs, in the order of a forward pass.
 
     The first packages are one site larger where it does not divide (OBS-Diff §4.2). More packages than sites give one
-    site each. Heads fused over two streams stay in one package.
+    site each. Sites of groups that are cut in one go (heads fused over two streams) stay in one package.
     """
-    needed = plan.sites(wiring)
-    units: list[list[str]] = []
-    together = {}
-    if plan.structured:
-        for groups in wiring.groups:
-            if groups.name in plan.entries:
-                for layer in groups.consumers:
-                    together[wiring.site_of[layer].name] = groups.name
-    last = None
-    for site in wiring.sites:
+    needed = plan.sites(graph)
+    together = {
+        graph.site_of[s.layer].name: i
+        for i, bundle in enumerate(graph.bundles(list(plan.entries)) if plan.structured else ())
+        for group in bundle
+        for s in group.consumers
+    }
+    of_unit: dict[int | str, list[str]] = {}
+    for site in graph.sites:
         if site.name in needed:
-            unit = together.get(site.name, site.name)
-            if unit == last:
-                units[-1].append(site.name)
-            else:
-                units.append([site.name])
-            last = unit
+            of_unit.setdefault(together.get(site.name, site.name), []).append(site.name)
+    units = list(of_unit.values())
     packages = min(packages, len(units))
     size, larger = divmod(len(units), packages)
     cuts = [0]
@@ -184,4 +177,5 @@ def describe(pattern: Pattern) -> str:
         return f"{pattern.ratio:.1%} of the weights of each layer become zero"
     if isinstance(pattern, NM):
         return f"{pattern.n} of every {pattern.m} consecutive weights stay"
-    return f"{pattern.heads:.1%} of the heads and {pattern.ffn:.1%} of the FFN neurons go"
+    channels = f", {pattern.channels:.1%} of the channel groups of ResNet blocks" if pattern.channels else ""
+    return f"{pattern.heads:.1%} of the heads and {pattern.ffn:.1%} of the FFN neurons{channels} go"

@@ -8,7 +8,7 @@ from typing import Any
 from obsdiff.errors import UserError
 from obsdiff.files import write_text
 from obsdiff.models.content import model_hash
-from obsdiff.models.wiring import Wiring
+from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import NM, Structured, parse_pattern
 from obsdiff.pruning.plan import Plan, check_fit
 from obsdiff.yamlfiles import read_yaml
@@ -80,31 +80,31 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     return Plan(pattern, entries, content.get("rule", "file"), content.get("budget")), content
 
 
-def read_plan(path: str | Path, wiring: Wiring) -> Plan:
+def read_plan(path: str | Path, graph: Graph) -> Plan:
     """The plan in a file, checked against a denoiser, in the order of its forward pass.
 
     Raises:
         UserError: As :func:`parse_plan`; or it was made for another model, or names layers that are not there.
     """
     plan, content = parse_plan(path)
-    made_for = content.get("denoiser", wiring.family.denoiser)
-    if made_for != wiring.family.denoiser:
-        raise UserError(f"plan {path} was made for a {made_for}; this pipeline has a {wiring.family.denoiser}")
-    plan = fitted_plan(plan, wiring, f"plan {path}")
-    if content.get("model") not in (None, model_hash(wiring.denoiser)):
+    made_for = content.get("denoiser", graph.family.denoiser)
+    if made_for != graph.family.denoiser:
+        raise UserError(f"plan {path} was made for a {made_for}; this pipeline has a {graph.family.denoiser}")
+    plan = fitted_plan(plan, graph, f"plan {path}")
+    if content.get("model") not in (None, model_hash(graph.denoiser)):
         raise UserError(
             f"plan {path} was made for other weights of a {made_for}; remove its 'model' line to use it all the same"
         )
     return plan
 
 
-def fitted_plan(plan: Plan, wiring: Wiring, what: str = "the plan") -> Plan:
+def fitted_plan(plan: Plan, graph: Graph, what: str = "the plan") -> Plan:
     """``plan`` in the order of a forward pass.
 
     Raises:
         UserError: It is empty, names what is not there, or an N:M pattern does not divide a layer's inputs.
     """
-    there = [groups.name for groups in wiring.groups] if plan.structured else list(wiring.site_of)
+    there = [groups.name for groups in graph.groups] if plan.structured else list(graph.site_of)
     if not plan.entries:
         raise UserError(f"{what} names no layer")
     if unknown := [name for name in plan.entries if name not in there]:
@@ -114,7 +114,7 @@ def fitted_plan(plan: Plan, wiring: Wiring, what: str = "the plan") -> Plan:
             f"there are {len(there)} such as {there[0]}"
         )
     ordered = Plan(plan.pattern, {n: plan.entries[n] for n in there if n in plan.entries}, plan.rule, plan.budget)
-    check_fit(wiring, ordered)
+    check_fit(graph, ordered)
     return ordered
 
 

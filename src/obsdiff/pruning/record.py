@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from obsdiff.errors import MALFORMED, UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
+from obsdiff.models.calling import paths_of, split_call, stacked
 from obsdiff.models.conditioning import check_prompts, encode_prompts
 from obsdiff.models.content import DECODING, component_hashes, model_hash
+from obsdiff.models.denoisers import denoiser_of, denoisers_of
 from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.rows import CallRows
-from obsdiff.models.wiring import denoiser_of
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.progress import track
 from obsdiff.pruning.statistics import check_fingerprint
@@ -40,7 +41,10 @@ class Trajectories:
     Attributes:
         latents: What the denoiser saw, (prompts, calls, ...).
         times: The time it was told at each call, (calls,).
-        embeds: Embeds of every prompt by pipeline name, negative ones included, (prompts, ...).
+        embeds: What the denoiser is told of every prompt, by its own argument, negative prompts' included
+            (:func:`obsdiff.models.calling.split_call`), (prompts, ...).
+        common: What it is told in all rows.
+        denoisers: The number of the denoiser that was asked at each call, (calls,); None if there is one.
         request: What they were recorded for.
         model: Hash of the denoiser.
         rows: Rows per prompt in each of the denoiser's calls: 2 with guidance.
@@ -51,6 +55,8 @@ class Trajectories:
     latents: Tensor
     times: Tensor
     embeds: dict[str, Tensor]
+    common: dict[str, Any]
+    denoisers: Tensor | None
     request: dict[str, Any]
     model: str
     rows: int
@@ -113,47 +119,66 @@ def record_trajectories(
     check_whole("batch_size", batch_size, 1)
     check_folder(folder, INDEX, "a recording of trajectories", replace=True)
     check_writable(folder)
-    denoiser = denoiser_of(pipe)
-    family = find_family(denoiser)
+    components = denoisers_of(pipe)
+    family = find_family(*components.values())
     conditioning = encode_prompts(pipe, prompts, call)
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    rows = CallRows(pipe, conditioning)
+    paths = paths_of(pipe, conditioning)
+    numbers = {id(model): number for number, model in enumerate(components.values())}
+    seen: list[tuple[Tensor, Tensor, int]] = []
+    told: list[dict[str, Tensor]] = []
+    common: dict[str, Any] = {}
+    rows = CallRows(pipe, family, conditioning)
 
     def begin(part: slice) -> None:
         seen.clear()
         rows.begin(part)
 
-    def see(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = rows.look(args, kwargs)
-        if not rows.repeated:  # skip-layer guidance asks twice about the same latents
-            time = torch.as_tensor(given[family.time])
-            seen.append((given[family.sample].cpu(), time.reshape(-1)[:1].float().cpu()))
+    def see(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal common, rows_each
+        given = rows.look(model, args, kwargs)
+        if rows.repeated:  # skip-layer guidance asks twice about the same latents
+            return
+        if not seen:
+            found, common = split_call(rows, given, paths)
+            told.append(found)
+            rows_each = rows.each
+        time = torch.as_tensor(given[family.time])
+        sample = given[family.sample]
+        own = torch.stack(sample[rows.own]) if family.listed else sample[rows.own]
+        seen.append((own.cpu(), time.reshape(-1)[:1].float().cpu(), numbers[id(model)]))
 
     latents: list[Tensor] = []
     rows_each = 1
-    times = torch.empty(0)
-    handle = denoiser.register_forward_pre_hook(see, with_kwargs=True)
+    times, which = torch.empty(0), torch.empty(0)
+    handles = [model.register_forward_pre_hook(see, with_kwargs=True) for model in components.values()]
     try:
         with eval_mode(pipe):
             seeds = noise_seeds(seed, len(prompts))
             batches = run_trajectories(pipe, conditioning, seeds, batch_size, call, begin)
-            for part, _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
-                count = part.stop - part.start  # with guidance the prompts' own half comes last
-                rows_each = len(seen[0][0]) // count
-                latents.append(torch.stack([sample[-count:] for sample, _ in seen], dim=1))
-                times = torch.cat([at for _, at in seen])
+            for _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
+                latents.append(torch.stack([sample for sample, _, _ in seen], dim=1))
+                times = torch.cat([at for _, at, _ in seen])
+                which = torch.tensor([number for _, _, number in seen])
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     tensors = {"latents": torch.cat(latents), "times": times}
-    tensors |= {f"embeds.{name}": tensor for name, tensor in conditioning.embeds.items()}
+    if len(components) > 1:
+        tensors["denoisers"] = which
+    tensors |= {f"embeds.{name}": stacked([part[name] for part in told]) for name in told[0]}
+    tensors |= {f"common.{name}": value.cpu() for name, value in common.items() if isinstance(value, Tensor)}
     with whole_folder(folder, INDEX, replace=True) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         request = recording_request(pipe, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started
-        index: dict[str, Any] = {"request": request, "model": model_hash(denoiser)}
+        index: dict[str, Any] = {"request": request, "model": model_hash(denoiser_of(pipe))}
+        index["common"] = {name: value for name, value in common.items() if not isinstance(value, Tensor)}
         index |= {"rows": rows_each, "processes": world_size(), "time_s": spent}
         write_json(temporary / INDEX, index)
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def check_recording(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -177,11 +202,13 @@ def open_trajectories(folder: Path) -> Trajectories:
     index = read_json(folder / INDEX, "a recording of trajectories")
     try:
         tensors = load_file(folder / TENSORS)
-        embeds = {name.removeprefix("embeds."): t for name, t in tensors.items() if name.startswith("embeds.")}
+        embeds = _named(tensors, "embeds.")
         return Trajectories(
             tensors["latents"],
             tensors["times"],
             embeds,
+            {**index["common"], **_named(tensors, "common.")},
+            tensors.get("denoisers"),
             dict(index["request"]),
             str(index["model"]),
             int(index["rows"]),

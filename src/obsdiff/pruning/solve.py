@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from obsdiff.criteria import METHODS, Problem, Solution
-from obsdiff.criteria.structured import choose_groups
+from obsdiff.criteria.structured import Choice, choose_units
 from obsdiff.errors import UserError
-from obsdiff.models.wiring import WiredGroups, Wiring
+from obsdiff.models.graph import Graph, Group
 from obsdiff.obs.hessian import SiteStatistics, weight_matrices
 from obsdiff.obs.linalg import DAMPING, SingularHessian
 from obsdiff.obs.moments import Moments, UnusableStatistics, relative_error
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.obs.refit import STEPS, refit
 from obsdiff.obs.structured import Consumer, compensate
-from obsdiff.pruning.plan import kept_groups
+from obsdiff.pruning.plan import kept_units
 from obsdiff.ranks import world_size
 
 # A refit step costs 2 · rows products per entry of H, measuring cost one per token: spend at most this share of it, so
@@ -88,19 +88,19 @@ def layer_seed(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def solve_site(
-    wiring: Wiring,
+    graph: Graph,
     layers: Sequence[str],
     patterns: Sequence[Pattern],
     statistics: SiteStatistics | None,
     options: SolveOptions,
 ) -> dict[str, LayerResult]:
     """Prune the layers of one site together, on one Hessian (and one factor) per group of a convolution."""
-    return dict(zip(layers, solve_layers(wiring, layers, patterns, statistics, options), strict=True))
+    return dict(zip(layers, solve_layers(graph, layers, patterns, statistics, options), strict=True))
 
 
 @torch.no_grad()
 def solve_layers(
-    wiring: Wiring,
+    graph: Graph,
     layers: Sequence[str],
     patterns: Sequence[Pattern],
     statistics: SiteStatistics | None,
@@ -108,8 +108,8 @@ def solve_layers(
 ) -> list[LayerResult]:
     """Like :func:`solve_site`, in a list: a layer may stand in ``layers`` several times, with different patterns."""
     method = METHODS[options.method]
-    dense = [weight_matrices(wiring.layer(name)).detach().float() for name in layers]
-    biases = [_biases(wiring.layer(name), len(dense[0])) for name in layers]
+    dense = [weight_matrices(graph.layer(name)).detach().float() for name in layers]
+    biases = [_biases(graph.layer(name), len(dense[0])) for name in layers]
     centred = options.refits and method.centred and all(bias is not None for bias in biases)
     found: list[list[_Part]] = [[] for _ in layers]
     for group in range(len(dense[0])):
@@ -123,13 +123,13 @@ def solve_layers(
             raise UserError(f"cannot solve layer {layers[0]}: {error}; raise --calibration.damping") from error
         for name, solution, old, bias, parts in zip(layers, solutions, weights, biases, found, strict=True):
             own = None if bias is None else bias[group]
-            part = _finished(solution, old, own, moments, wiring.weight(name).dtype, options)
+            part = _finished(solution, old, own, moments, graph.weight(name).dtype, options)
             if not bool(torch.isfinite(part.weight).all()) or not math.isfinite(part.error or 0.0):
-                kind = str(wiring.weight(name).dtype).removeprefix("torch.")
+                kind = str(graph.weight(name).dtype).removeprefix("torch.")
                 hint = ", or use bfloat16 or float32" if kind == "float16" else ""
                 raise UserError(f"layer {name} came out non-finite in {kind}; raise --calibration.damping{hint}")
             parts.append(part)
-    return [_joined(wiring.weight(name).shape, parts) for name, parts in zip(layers, found, strict=True)]
+    return [_joined(graph.weight(name).shape, parts) for name, parts in zip(layers, found, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -238,47 +238,96 @@ def _relative(parts: Sequence[_Part]) -> float | None:
 
 @torch.no_grad()
 def solve_groups(
-    wiring: Wiring,
-    groups: WiredGroups,
-    pattern: Structured,
-    statistics: dict[str, SiteStatistics] | None,
+    graph: Graph,
+    bundle: Mapping[str, Structured],
+    statistics: Mapping[str, SiteStatistics] | None,
     options: SolveOptions,
-) -> tuple[Tensor, dict[str, LayerResult]]:
-    """Choose the heads or neurons to keep, and the consumers' weights on the kept channels.
+) -> tuple[dict[str, Tensor], dict[str, LayerResult]]:
+    """Choose the units to keep, and the consumers' weights on the kept channels.
 
     Args:
+        graph: Of the denoiser as it is.
+        bundle: Pattern by group; groups that share a layer are cut in one go, and the layer's weights on what all of
+            them leave are solved together.
         statistics: By consumer layer.
 
     Returns:
-        Bool (count,), True = kept; and the consumers' results.
+        Bool (count,) by group, True = kept; and the consumers' results.
     """
-    moments = {name: _moments(site, name, wiring.weight(name)) for name, site in (statistics or {}).items()}
-    consumers = [
-        Consumer(wiring.weight(name).detach().float(), _seen(moments.get(name), wiring.layer(name), options))
-        for name in groups.consumers
-    ]
+    groups = [graph.group_of[name] for name in bundle]
+    layers = list(dict.fromkeys(s.layer for group in groups for s in group.consumers))
+    dense = {name: weight_matrices(graph.layer(name))[0].detach().float() for name in layers}
+    moments = {name: _moments(site, name, dense[name]) for name, site in (statistics or {}).items()}
+    seen = {name: _seen(moments.get(name), graph.layer(name), options) for name in layers}
+    try:
+        kept = {
+            group.name: _choose(graph, group, kept_units(group, bundle[group.name]), dense, seen, options)
+            for group in groups
+        }
+        results = {}
+        for name in layers:
+            stays = kept_columns(graph, name, kept)
+            results[name] = _cut(dense[name], seen[name], moments.get(name), stays, graph.layer(name), options)
+    except (SingularHessian, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # not in the stubs
+        raise UserError(f"cannot solve {groups[0].name}: {error}; raise --calibration.damping") from error
+    return kept, results
+
+
+def kept_columns(graph: Graph, layer: str, kept: Mapping[str, Tensor]) -> Tensor:
+    """Bool (inputs,): the inputs of a consumer that stay where groups keep the units in ``kept``."""
+    weight = graph.weight(layer)
+    stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    for name, units in kept.items():
+        for s in graph.group_of[name].consumers:
+            if s.layer == layer:
+                stays[s.entries(~units.to(weight.device))] = False
+    return stays
+
+
+def _choose(
+    graph: Graph,
+    group: Group,
+    stay: int,
+    dense: Mapping[str, Tensor],
+    seen: Mapping[str, Tensor | None],
+    options: SolveOptions,
+) -> Tensor:
+    """Bool (count,): the units of a group that stay, by the method's rule."""
     rule = METHODS[options.method].structured
     assert rule is not None
-    try:
-        kept = choose_groups(
-            rule,
+    everything = torch.ones(group.count, dtype=torch.bool)
+    consumers, sizes = [], set()
+    for s in group.consumers:
+        layer, weight = graph.layer(s.layer), dense[s.layer]
+        columns = _unfolded(s.entries(everything), layer).to(weight.device)
+        whole = len(columns) == weight.shape[1] and bool((columns[1:] > columns[:-1]).all())
+        consumers.append(Consumer(weight, seen[s.layer], None if whole else columns))
+        sizes.add(len(columns) // group.count)
+    producers = [
+        graph.weight(s.layer).detach().flatten(1)[s.entries(everything)].view(len(s.starts), group.count, s.size, -1)
+        for s in group.producers
+    ]
+    assert len(sizes) == 1, f"{group.name} has units of {sizes} channels"
+    return choose_units(
+        rule,
+        Choice(
             consumers,
-            [wiring.weight(name).detach() for name in groups.producers],
-            groups.count,
-            groups.size,
-            groups.count - kept_groups(groups, pattern),
+            producers,
+            group.count,
+            sizes.pop(),
+            group.count - stay,
             options.fusion,
             options.damping,
-            layer_seed(options.seed, groups.name),
-        )
-        channels = kept.repeat_interleave(groups.size)
-        results = {
-            name: _cut(consumer, moments.get(name), channels, wiring.layer(name), options)
-            for name, consumer in zip(groups.consumers, consumers, strict=True)
-        }
-    except (SingularHessian, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # not in the stubs
-        raise UserError(f"cannot solve {groups.name}: {error}; raise --calibration.damping") from error
-    return kept, results
+            layer_seed(options.seed, group.name),
+        ),
+    )
+
+
+def _unfolded(channels: Tensor, layer: nn.Module) -> Tensor:
+    """Columns of a layer's weight as a matrix that belong to input channels: of a convolution, one for each place of
+    its kernel."""
+    places = math.prod(layer.kernel_size) if isinstance(layer, nn.Conv2d) else 1
+    return (channels[:, None] * places + torch.arange(places)).flatten()
 
 
 def _seen(moments: Moments | None, layer: nn.Module, options: SolveOptions) -> Tensor | None:
@@ -287,16 +336,23 @@ def _seen(moments: Moments | None, layer: nn.Module, options: SolveOptions) -> T
 
 
 def _cut(
-    consumer: Consumer, moments: Moments | None, channels: Tensor, layer: nn.Module, options: SolveOptions
+    dense: Tensor,
+    hessian: Tensor | None,
+    moments: Moments | None,
+    channels: Tensor,
+    layer: nn.Module,
+    options: SolveOptions,
 ) -> LayerResult:
-    """A consumer's weight on the kept channels, and its bias, by least squares if asked."""
-    dense, hessian = consumer.weight, consumer.hessian
+    """A consumer's weight on the kept channels (bool), in its own shape, and its bias, by least squares if asked."""
+    columns = torch.zeros(dense.shape[1], dtype=torch.bool, device=dense.device)
+    columns[_unfolded(channels.nonzero().flatten().cpu(), layer).to(dense.device)] = True
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    shape = (len(dense), int(channels.sum()), *weight.shape[2:])
     if moments is None or hessian is None:
-        return LayerResult(dense[:, channels], None, None)
+        return LayerResult(dense[:, columns].view(shape), None, None)
     new = torch.zeros_like(dense)
-    new[:, channels] = compensate(dense, hessian, channels, options.damping) if options.refits else dense[:, channels]
+    new[:, columns] = compensate(dense, hessian, columns, options.damping) if options.refits else dense[:, columns]
     biases = _biases(layer, 1) if options.refits else None
-    dtype = layer.weight.dtype
-    assert isinstance(dtype, torch.dtype)
-    part = _measured(new, None, dense, None if biases is None else biases[0], moments, dtype)
-    return LayerResult(part.weight[:, channels], None, _relative([part]), part.bias_shift)
+    part = _measured(new, None, dense, None if biases is None else biases[0], moments, weight.dtype)
+    return LayerResult(part.weight[:, columns].view(shape), None, _relative([part]), part.bias_shift)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from obsdiff.models.wiring import WiredGroups, Wiring, shrunk_of
+from obsdiff.models.denoisers import parts_of, shrunk_of
+from obsdiff.models.graph import Graph, shapes_with
+from obsdiff.models.obsdiff_shrunk import selecting_class, shrunk_class, sizes_of
 from obsdiff.obs.pattern import Pattern, Structured
+
+_ABSENT = object()
 
 
 class Edits:
@@ -23,6 +27,16 @@ class Edits:
         """``owner.name = value``, remembered."""
         self._old.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
+
+    def add(self, owner: Any, name: str, value: Any) -> None:
+        """Like :meth:`set`, for an attribute that is not there yet."""
+        self._old.append((owner, name, _ABSENT))
+        setattr(owner, name, value)
+
+    def fit_sizes(self, layer: nn.Module) -> None:
+        """Let a layer's attributes agree with the shape of its weight."""
+        for name, value in sizes_of(layer).items():
+            self.set(layer, name, value)
 
     def shift_bias(self, layer: nn.Module, shift: Tensor | None) -> None:
         """Add ``shift`` (rows,) to a layer's bias, computed in float32; None adds nothing."""
@@ -44,7 +58,10 @@ class Edits:
         """Take everything back, latest first."""
         while self._old:
             owner, name, value = self._old.pop()
-            setattr(owner, name, value)
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
 
 @contextmanager
@@ -58,74 +75,83 @@ def undone_on_error() -> Iterator[Edits]:
         raise
 
 
-def shrink_groups(
+def cut(
     edits: Edits,
-    wiring: Wiring,
-    groups: WiredGroups,
-    kept: Tensor,
+    graph: Graph,
+    kept: Mapping[str, Tensor],
     consumers: Mapping[str, tuple[Tensor, Tensor | None]],
 ) -> None:
-    """Cut the groups that are not ``kept`` (bool (count,)) out of all layers they touch.
+    """Cut units out of all tensors that they touch.
 
-    Producers lose the rows (and bias entries) of each slab, ``consumers`` get the weights computed for the kept
-    columns and what their biases take up, the attention module its new head count and everything derived from it.
+    Args:
+        edits: Remembers what was.
+        graph: Of the denoiser as it is.
+        kept: Bool (count,) by group, True = stays; groups that share an axis of a layer come together.
+        consumers: By layer, the weight computed for the kept columns and what the bias takes up.
     """
-    channels = kept.repeat_interleave(groups.size)
-    rows = channels.repeat(groups.slabs)
-    for name in groups.producers:
-        layer = wiring.layer(name)
-        assert isinstance(layer, nn.Linear)
-        edits.set_weight(layer, layer.weight.detach()[rows], None if layer.bias is None else layer.bias.detach()[rows])
-        edits.set(layer, "out_features", int(rows.sum()))
-    for name in groups.consumers:
-        layer = wiring.layer(name)
-        weight, bias_shift = consumers[name]
-        edits.set_weight(layer, weight)
-        edits.shift_bias(layer, bias_shift)
-        edits.set(layer, "in_features", int(channels.sum()))
-    if groups.kind == "heads":
-        for attribute, value in head_attributes(int(kept.sum()), groups.size).items():
-            edits.set(wiring.layer(groups.name), attribute, value)
+    rows: dict[str, list[Tensor]] = {}
+    for name, chosen in kept.items():
+        group = graph.group_of[name]
+        for s in (*group.producers, *group.followers):
+            rows.setdefault(s.layer, []).append(s.entries(~chosen))
+        for s in group.selected:
+            _select(edits, graph.layer(s.layer), chosen.nonzero().flatten().tolist(), s.size)
+        for attribute in group.attributes:
+            edits.set(graph.layer(attribute.module), attribute.name, attribute.per_unit * int(chosen.sum()))
+    for layer, gone in rows.items():
+        module = graph.layer(layer)
+        stays = torch.ones(len(graph.weight(layer)), dtype=torch.bool, device=graph.weight(layer).device)
+        stays[torch.cat(gone).to(stays.device)] = False
+        bias = module.bias
+        edits.set_weight(module, graph.weight(layer).detach()[stays], None if bias is None else bias.detach()[stays])  # type: ignore[index, operator]  # a tensor
+        edits.fit_sizes(module)
+    for layer, (weight, bias_shift) in consumers.items():
+        edits.set_weight(graph.layer(layer), weight)
+        edits.shift_bias(graph.layer(layer), bias_shift)
+        edits.fit_sizes(graph.layer(layer))
 
 
-def head_attributes(heads: int, head_dim: int) -> dict[str, int]:
-    """What an attention module of diffusers derives from its number of heads."""
+def _select(edits: Edits, norm: nn.Module, units: list[int], size: int) -> None:
+    """Let a norm over all heads give only the kept ones; of one that does already, some of those."""
+    before: Any = getattr(norm, "selected", None)
+    if before is None:
+        edits.set(norm, "__class__", selecting_class(type(norm)))
+        edits.add(norm, "selected", [units, size])
+    else:
+        edits.set(norm, "selected", [[before[0][unit] for unit in units], size])
+
+
+def shrunk_config(graph: Graph, names: Collection[str]) -> dict[str, Any]:
+    """The ``shrunk`` entry of a model's config, for the tensors and attributes that the groups ``names`` touch, as they
+    are now."""
+    planned = shapes_with(graph, dict.fromkeys(names, 1))
     return {
-        "heads": heads,
-        "sliceable_head_dim": heads,
-        "inner_dim": heads * head_dim,
-        "inner_kv_dim": heads * head_dim,
+        "tensors": {name: list(graph.denoiser.get_parameter(name).shape) for name in planned["tensors"]},
+        "attributes": {
+            module: {name: getattr(graph.layer(module), name) for name in attributes}
+            for module, attributes in planned["attributes"].items()
+        },
     }
 
 
-def shrunk_shapes(wiring: Wiring, names: set[str]) -> dict[str, Any]:
-    """The ``shrunk`` entry of a model's config: sizes of every layer and attention that ``names`` (groups) touch."""
-    layers: dict[str, list[int]] = {}
-    attributes: dict[str, dict[str, int]] = {}
-    for groups in wiring.groups:
-        if groups.name in names:
-            for layer in (*groups.producers, *groups.consumers):
-                layers[layer] = list(wiring.weight(layer).shape)
-            if groups.kind == "heads":
-                attention = wiring.layer(groups.name)
-                attributes[groups.name] = {key: int(getattr(attention, key)) for key in head_attributes(1, 1)}
-    return {"layers": layers, "attributes": attributes}
-
-
 def become_shrunk(edits: Edits, denoiser: nn.Module, shapes: Mapping[str, Any]) -> None:
-    """Make the denoiser an instance of its class's shrunk subclass, so that its config describes its shapes."""
+    """Make the denoiser (or each of two) an instance of its class's shrunk subclass, so that its config describes its
+    shapes."""
     from diffusers.configuration_utils import FrozenDict
 
-    from obsdiff.models.obsdiff_shrunk import shrunk_class
-
-    before = shrunk_of(denoiser)
-    if before is None:
-        kind: Any = type(denoiser)
-        edits.set(denoiser, "__class__", shrunk_class(kind))
-    else:  # pruned again: what was cut earlier stays described
-        shapes = {key: {**before[key], **shapes[key]} for key in ("layers", "attributes")}
-    config = FrozenDict({**denoiser.config, "shrunk": dict(shapes)})  # type: ignore[dict-item]
-    edits.set(denoiser, "_internal_dict", config)
+    for prefix, model in parts_of(denoiser).items():
+        own = {
+            key: {name.removeprefix(prefix): value for name, value in described.items() if name.startswith(prefix)}
+            for key, described in shapes.items()
+        }
+        before = shrunk_of(model)
+        if before is None:
+            kind: Any = type(model)
+            edits.set(model, "__class__", shrunk_class(kind))
+        else:  # pruned again: what was cut earlier stays described
+            own = {key: {**before.get(key, {}), **own.get(key, {})} for key in before.keys() | own.keys()}
+        config = FrozenDict({**model.config, "shrunk": own})  # type: ignore[dict-item]
+        edits.set(model, "_internal_dict", config)
 
 
 def zero_share(*weights: Tensor) -> float:

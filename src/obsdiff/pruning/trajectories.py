@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from obsdiff.errors import UserError
+from obsdiff.models.calls import arguments_of
 from obsdiff.models.conditioning import Conditioning
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.denoisers import denoisers_of, dtype_of
+from obsdiff.models.families import find_family
 from obsdiff.numbers import check_number, check_whole
 
 
@@ -19,24 +21,32 @@ class CallCounter:
     """Which denoising step the denoiser is in: ``index`` of ``total``, from 0, set before each of its calls.
 
     The pipeline's own scheduler tells the step where it can, so that second-order samplers (two calls a step) and
-    extra calls within a step (skip-layer guidance) are counted right; otherwise calls are counted.
+    extra calls within a step (skip-layer guidance) are counted right; otherwise the times are counted that the denoiser
+    is told, so that two calls at one time (a negative prompt of its own) are one step.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, time: str) -> None:
         self.scheduler = pipe.scheduler
+        self.time = time
         self.calls = 0
         self.index = 0
         self.total = 1
+        self._times: list[Any] = []
 
     def restart(self) -> None:
         """Begin a new trajectory."""
         self.calls = 0
+        self._times.clear()
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Advance; installed as a forward pre-hook of the denoiser."""
         step = getattr(self.scheduler, "step_index", None)
-        first = self.calls == 0
-        self.index = 0 if first else self.calls if step is None else int(step)
+        if step is None:
+            now = torch.as_tensor(arguments_of(denoiser, args, kwargs)[self.time]).flatten()[:1].tolist()
+            if now not in self._times:
+                self._times.append(now)
+            step = self._times.index(now)
+        self.index = 0 if self.calls == 0 else int(step)
         self.total = max(len(self.scheduler.timesteps), self.index + 1)
         self.calls += 1
 
@@ -84,32 +94,36 @@ def run_trajectories(
         call: Its call arguments (steps, guidance, size).
         before_batch: Called with the slice of prompts that comes next.
     """
-    device = pipe._execution_device
+    device, components = pipe._execution_device, denoisers_of(pipe)
+    model = next(iter(components.values()))
+    own, output = dtype_of(model), "latent" if find_family(model).latents else "np"
     arguments = {key: value for key, value in call.items() if value is not None}
     for start in range(0, len(conditioning), batch_size):
         part = slice(start, min(start + batch_size, len(conditioning)))
         before_batch(part)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        embeds = {name: tensor[part].to(device) for name, tensor in conditioning.embeds.items()}
+        told = conditioning[part].arguments(device)
         try:
-            latents = pipe(**embeds, **arguments, generator=generators, output_type="latent").images
+            latents = pipe(**told, **arguments, generator=generators, output_type=output, return_dict=False)[0]
         except RuntimeError as error:
-            own, given = denoiser_of(pipe).dtype, next(iter(embeds.values())).dtype
+            given = next((x.dtype for x in told.values() if isinstance(x, Tensor) and x.is_floating_point()), own)
             if own == given:
                 raise
             raise UserError(
                 f"the denoiser is {own}, but the prompts' embeds are {given}; bring all parts of the pipeline to one "
                 "dtype, such as pipe.to(torch.bfloat16)"
             ) from error
-        yield part, latents
+        yield part, torch.as_tensor(latents)
 
 
 @contextmanager
 def counted_calls(pipe: Any) -> Iterator[CallCounter]:
     """A :class:`CallCounter` on the pipeline's denoiser."""
-    counter = CallCounter(pipe)
-    handle = denoiser_of(pipe).register_forward_pre_hook(counter)
+    models = denoisers_of(pipe).values()
+    counter = CallCounter(pipe, find_family(*models).time)
+    handles = [model.register_forward_pre_hook(counter, with_kwargs=True) for model in models]
     try:
         yield counter
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

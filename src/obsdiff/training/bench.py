@@ -13,7 +13,7 @@ import torch
 
 from obsdiff.diffusion.distill import output_loss
 from obsdiff.models.calling import call_denoiser, drop_prompts
-from obsdiff.models.wiring import denoiser_of
+from obsdiff.models.denoisers import denoiser_of
 from obsdiff.pruning.folder import load_pipeline
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
 from obsdiff.training.options import Objective

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from torch import Tensor
+
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
-from obsdiff.evaluation.flops import latent_size
 from obsdiff.evaluation.measures import check_measurable
 from obsdiff.evaluation.sampling import cycle_prompts
+from obsdiff.models.calls import remembered_call
 from obsdiff.models.content import DECODING, component_hashes
-from obsdiff.models.info import call_arguments, info_of
+from obsdiff.models.denoisers import denoiser_of, denoisers_of
+from obsdiff.models.families import find_family
+from obsdiff.models.info import info_of
+from obsdiff.models.rows import flattened
 from obsdiff.models.schedules import noising_of_pipeline
-from obsdiff.models.wiring import denoiser_of
 from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.pruning.record import Trajectories
 
@@ -34,14 +38,12 @@ def check_data(dense: Any, data: Any) -> None:
     Raises:
         UserError: Naming both numbers.
     """
-    what, size = getattr(data, "source", None) or type(data).__name__, latent_size(dense, call_arguments(dense))
+    what = getattr(data, "source", None) or type(data).__name__
     if (recording := getattr(data, "trajectories", None)) is not None:
         check_trajectories(dense, recording, f"the recording in {getattr(data, 'folder', what)}")
-        size = (int(recording.latents.shape[-2]), int(recording.latents.shape[-1]))
     if (shape := getattr(data, "image_shape", None)) is not None:
         check_images(dense, shape, str(what))
-        size = (int(shape[-2]) // vae_factor(dense), int(shape[-1]) // vae_factor(dense))
-    noising_of_pipeline(dense, size)
+        noising_of_pipeline(dense, (int(shape[-2]) // vae_factor(dense), int(shape[-1]) // vae_factor(dense)))
 
 
 def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
@@ -68,7 +70,11 @@ def check_images(pipe: Any, shape: Sequence[int], what: str) -> None:
         UserError: Naming both numbers.
     """
     channels, height, width = (int(size) for size in shape)
-    config, denoiser = pipe.vae.config, cast(Any, denoiser_of(pipe)).config
+    denoiser = cast(Any, denoiser_of(pipe)).config
+    if getattr(pipe, "vae", None) is None:
+        check_latents(pipe, (channels, height, width), what)
+        return
+    config = pipe.vae.config
     if channels != config.in_channels:
         raise UserError(
             f"{what} has images of {channels} channels, the autoencoder of {info_of(pipe).source} takes "
@@ -91,8 +97,11 @@ def check_latents(pipe: Any, shape: Sequence[int], what: str) -> None:
     Raises:
         UserError: Naming both numbers.
     """
-    config: Any = denoiser_of(pipe).config
+    config: Any = next(iter(denoisers_of(pipe).values())).config
     source, (channels, *sides) = info_of(pipe).source, (int(size) for size in shape)
+    if len(sides) != 2:  # packed latents, or a video's
+        _check_rank(pipe, shape, what)
+        return
     if channels != config.in_channels:
         raise UserError(
             f"{what} has latents of {channels} channels, the denoiser of {source} takes {config.in_channels}"
@@ -114,14 +123,30 @@ def check_embeds(pipe: Any, embeds: Mapping[str, Any], what: str) -> None:
     Raises:
         UserError: Naming both numbers.
     """
-    config: Any = denoiser_of(pipe).config
-    for name, key in (("prompt_embeds", "joint_attention_dim"), ("pooled_prompt_embeds", "pooled_projection_dim")):
-        width = config.get(key)
-        if name in embeds and width is not None and embeds[name].shape[-1] != width:
+    call = next(iter(remembered_call(pipe).values()))
+    for path, value in flattened(call).items():
+        given = embeds.get(name := ".".join(path))
+        example = value[0] if isinstance(value, list) and value else value
+        if not isinstance(example, Tensor) or example.dim() < 2 or given is None:
+            continue
+        if given.shape[-1] != example.shape[-1]:
             raise UserError(
-                f"{what} has {name} of width {embeds[name].shape[-1]}, "
-                f"the denoiser of {info_of(pipe).source} takes {width}"
+                f"{what} has {name} of width {given.shape[-1]}, "
+                f"the denoiser of {info_of(pipe).source} takes {example.shape[-1]}"
             )
+
+
+def _check_rank(pipe: Any, shape: Sequence[int], what: str) -> None:
+    """Packed and video latents: as many dimensions as the denoiser's call has, and as many channels."""
+    call = next(iter(remembered_call(pipe).values()))
+    sample = call[find_family(*denoisers_of(pipe).values()).sample][0]
+    packed = sample.dim() == 2
+    there, found = (s[-1] if packed else s[0] for s in (sample.shape, shape))
+    if sample.dim() != len(shape) or there != found:
+        raise UserError(
+            f"{what} has latents of {' x '.join(map(str, shape))}, the denoiser of {info_of(pipe).source} takes "
+            f"{' x '.join(map(str, sample.shape))} at its smallest"
+        )
 
 
 def check_trajectories(pipe: Any, found: Trajectories, what: str) -> None:

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from obsdiff.diffusion.noising import Noising
 from obsdiff.errors import UserError
-from obsdiff.models.calling import drop_prompts, encode_images
+from obsdiff.models.calling import PromptEncoder, drop_prompts, encode_images
+from obsdiff.models.calls import moved
+from obsdiff.models.denoisers import denoiser_of
+from obsdiff.models.families import find_family
 from obsdiff.models.schedules import noising_of_pipeline
+from obsdiff.models.told import Told
 from obsdiff.training.fits import check_embeds, check_images, check_latents
 
 
@@ -22,13 +26,15 @@ class Inputs:
 
     Attributes:
         pipe: Whose autoencoder and noise they are for.
-        encode: Prompts to embeds.
+        encode: Prompts to what the denoiser is told (:class:`obsdiff.models.calling.PromptEncoder`).
+        common: What it is told in all rows of recorded trajectories.
         prompt_dropout: Share of prompts replaced by the negative one.
     """
 
     pipe: Any
-    encode: Callable[[list[str]], dict[str, Tensor]]
+    encode: PromptEncoder
     prompt_dropout: float
+    common: Mapping[str, Any] = field(default_factory=dict)
     _noising: dict[tuple[int, int], Noising] = field(default_factory=dict)
     _fit: set[tuple[int, ...]] = field(default_factory=set)
 
@@ -41,14 +47,15 @@ class Inputs:
 
     def __call__(
         self, batch: Mapping[str, Any], generator: torch.Generator, device: torch.device
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
-        """Latents, times and embeds for the denoiser, and what it should answer if the batch holds images.
+    ) -> tuple[Told, Tensor | None]:
+        """What the denoiser is given, and what it should answer if the batch holds images.
 
         Raises:
             UserError: The batch holds neither images nor trajectories, or none that fit the model.
         """
         if "latents" in batch:
             latents, times, embeds, target = batch["latents"], batch["time"], batch["embeds"], None
+            common = self.common
             self._check(latents, lambda shape: check_latents(self.pipe, shape, "a training batch"))
             check_embeds(self.pipe, embeds, "a training batch")
         elif "image" in batch:
@@ -58,14 +65,18 @@ class Inputs:
             noising = self.noising(clean)
             times = noising.draw(len(clean), generator).to(clean.device)
             latents, target = noising.add_noise(clean, noise, times), noising.target(clean, noise, times)
+            family = find_family(denoiser_of(self.pipe))
+            times, target = family.time_offset + family.time_scale * times, family.sign * target
             encoded = self.encode(list(batch["prompt"]))
             embeds = {name: tensor.to(device) for name, tensor in encoded.items()}
+            common = self.encode.common
         else:
             raise UserError(
                 f"a training batch needs image and prompt, or latents, time, embeds; it has {sorted(batch)}"
             )
         dropped = torch.rand(len(latents), generator=generator) < self.prompt_dropout
-        return latents, times, drop_prompts(embeds, dropped), target
+        shared = moved(dict(common), device, torch.float32, torch.float32)
+        return Told(latents, times, drop_prompts(embeds, dropped), shared), target
 
     def _check(self, tensor: Tensor, check: Callable[[tuple[int, ...]], None]) -> None:
         """Data modules that say nothing of their images are checked when the first of a shape comes."""

@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from obsdiff.diffusion.distill import feature_loss, jacobian_gain, jacobian_loss, output_loss, unit_directions
 from obsdiff.errors import UserError
 from obsdiff.models.calling import call_denoiser
-from obsdiff.models.families import find_family
+from obsdiff.models.graph import stages_of
+from obsdiff.models.told import Told
 
 TEACHER_TERMS = ("distill_output", "distill_features", "distill_jacobian")
 
@@ -22,9 +23,7 @@ def loss_terms(
     student: nn.Module,
     teacher: nn.Module | None,
     weights: Mapping[str, float],
-    latents: Tensor,
-    times: Tensor,
-    embeds: Mapping[str, Tensor],
+    told: Told,
     target: Tensor | None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
@@ -34,26 +33,27 @@ def loss_terms(
         student: The denoiser in training.
         teacher: The dense one, frozen; None if no term asks for it.
         weights: Terms and their weights, from :func:`obsdiff.training.checks.check_objective`.
-        latents, times, embeds: What both are given.
+        told: What both are given.
         target: What the denoiser should answer, for ``denoise``; None if the batch holds no images.
         generator: For the directions of ``distill_jacobian``.
     """
     second_order = "distill_jacobian" in weights
     features = "distill_features" in weights
-    latents = latents.detach().requires_grad_(second_order)
+    latents = told.latents.detach().requires_grad_(second_order)
+    given = (latents, told.times, told.embeds, told.common)
     # fused attention has no second derivative
     with sdpa_kernel(SDPBackend.MATH) if second_order else nullcontext():
         with _block_outputs(student, features) as mine:
-            answer = call_denoiser(student, latents, times, embeds)
+            answer = call_denoiser(student, *given)
         terms = {}
         if "denoise" in weights:
             if target is None:
                 raise UserError("objective denoise needs images; choose a data module that has them, or distil alone")
-            terms["denoise"] = output_loss(answer, target)
+            terms["denoise"] = output_loss(answer[:, : target.shape[1]], target)  # what follows is a variance
         if set(weights) & set(TEACHER_TERMS):
             assert teacher is not None
             with torch.set_grad_enabled(second_order), _block_outputs(teacher, features) as wanted:
-                aim = call_denoiser(teacher, latents, times, embeds)
+                aim = call_denoiser(teacher, *given)
             if "distill_output" in weights:
                 terms["distill_output"] = output_loss(answer, aim.detach())
             if features:
@@ -76,8 +76,8 @@ def _block_outputs(denoiser: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
         found.extend(t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor))
 
     hook: Callable[..., None] = keep
-    blocks: Any = denoiser.get_submodule(find_family(denoiser).blocks) if wanted else ()
-    handles = [block.register_forward_hook(hook) for block in blocks]
+    stages = [denoiser.get_submodule(name) for name in stages_of(denoiser)] if wanted else []
+    handles = [stage.register_forward_hook(hook) for stage in stages]
     try:
         yield found
     finally:

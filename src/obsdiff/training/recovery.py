@@ -23,10 +23,10 @@ from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
 from obsdiff.evaluation.references import Images, References, draw, measure, references
 from obsdiff.evaluation.sampling import sample
 from obsdiff.models.calling import PromptEncoder, default_dtype, drawing
-from obsdiff.models.families import find_family
+from obsdiff.models.denoisers import denoiser_of, denoisers_of
+from obsdiff.models.graph import stages_of
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.loading import check_source
-from obsdiff.models.wiring import denoiser_of
 from obsdiff.numbers import check_seed
 from obsdiff.paths import user_path
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
@@ -161,15 +161,18 @@ class Recovery(lightning.LightningModule):
         if fitting and (budget := find(self.trainer, Budget)) is not None:
             budget.check(sum(costs.values(), Cost()), "already cost")
         refs = self._references(start, device)
-        for model in (start.pipe.vae, *_text_encoders(start.pipe)):
-            model.requires_grad_(False)
+        for name, model in start.pipe.components.items():
+            if isinstance(model, nn.Module) and name not in denoisers_of(start.pipe):
+                model.requires_grad_(False)
         choose_trained(denoiser, start.masks, self.trained)
         counts = (FlopCounts(denoiser), None if teacher is None else FlopCounts(teacher))
         self._frozen.append(
             _Frozen(replace(start, dense_pipe=None), teacher, refs, (flops, dense_flops), costs, counts)
         )
         self.denoiser = denoiser
-        self.inputs = Inputs(start.pipe, PromptEncoder(start.pipe), self.prompt_dropout)
+        recording = recording_of(self.trainer) if fitting else None
+        common = {} if recording is None else recording.common
+        self.inputs = Inputs(start.pipe, PromptEncoder(start.pipe), self.prompt_dropout, common)
 
     def _check(self, dense: Any) -> None:
         """Refuse what training could not go on from, before anything is pruned or drawn."""
@@ -206,9 +209,8 @@ class Recovery(lightning.LightningModule):
 
         self._sharded = True
         mesh = self.device_mesh["data_parallel"]
-        blocks: Any = self.denoiser.get_submodule(find_family(self.denoiser).blocks)
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
+        for stage in stages_of(self.denoiser):
+            fully_shard(self.denoiser.get_submodule(stage), mesh=mesh)
         fully_shard(self.denoiser, mesh=mesh)
 
     @property
@@ -270,11 +272,13 @@ class Recovery(lightning.LightningModule):
         generator = keyed_generator(self.seed, progress.processed, rank())
         teacher = self.frozen.teacher
         with default_dtype():
-            latents, times, embeds, target = self.inputs(batch, generator, self.device)
-            terms = loss_terms(self.denoiser, teacher, self.weights, latents, times, embeds, target, generator)
+            told, target = self.inputs(batch, generator, self.device)
+            terms = loss_terms(self.denoiser, teacher, self.weights, told, target, generator)
         mine, theirs = self.frozen.counts
-        dense_flops = 0 if theirs is None else theirs(latents, embeds)
-        self.batch_flops = step_flops(mine(latents, embeds), dense_flops, "distill_jacobian" in self.weights)
+        dense_flops = 0 if theirs is None else theirs(told.latents, told.embeds, told.common)
+        self.batch_flops = step_flops(
+            mine(told.latents, told.embeds, told.common), dense_flops, "distill_jacobian" in self.weights
+        )
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
         self.log("loss", loss.detach(), prog_bar=True)
@@ -355,10 +359,9 @@ class Recovery(lightning.LightningModule):
 
     def _identity(self) -> dict[str, Any]:
         start = self.start
-        component = find_family(denoiser_of(start.pipe)).component
         return {
             "pattern": start.manifest.get("pattern"),
-            "pruned denoiser": start.content[component],
+            "pruned denoiser": ", ".join(start.content[component] for component in denoisers_of(start.pipe)),
             "lora_rank": self.trained.lora_rank,
         }
 
@@ -380,8 +383,3 @@ class Recovery(lightning.LightningModule):
         check_adapters(found.get("settings", {}), self)
         if "ema" in checkpoint:  # evaluate what would be exported
             checkpoint["state_dict"] |= checkpoint["ema"]
-
-
-def _text_encoders(pipe: Any) -> list[nn.Module]:
-    parts = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
-    return [part for part in parts if isinstance(part, nn.Module)]

@@ -7,9 +7,9 @@ from typing import Any
 from obsdiff.allocation.stage import measures
 from obsdiff.costs import Cost, calibration_cost, recording_cost
 from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
-from obsdiff.models.calling import NEGATIVE
+from obsdiff.models.calling import NEGATIVE, WHICH
+from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import call_arguments
-from obsdiff.models.wiring import denoiser_of
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.record import Trajectories
 from obsdiff.ranks import world_size
@@ -47,6 +47,8 @@ def expected_costs(dense: Any, options: PruningOptions | None, recording: Trajec
 def _recorded(dense: Any, recording: Trajectories) -> Cost:
     latents = recording.latents
     embeds = {name: t[:1] for name, t in recording.embeds.items() if not name.startswith(NEGATIVE)}
-    flops = FlopCounts(denoiser_of(dense))(latents[:1, 0], embeds)
+    if recording.denoisers is not None:
+        embeds[WHICH] = recording.denoisers[:1]
+    flops = FlopCounts(denoiser_of(dense))(latents[:1, 0], embeds, recording.common)
     count, calls = latents.shape[:2]
     return recording_cost(count, calls, recording.rows, flops, recording.time_s, recording.processes)

@@ -16,7 +16,8 @@ from obsdiff.allocation.stage import announce, calibration_prompts, measures, pr
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.content import component_hashes
-from obsdiff.models.wiring import denoiser_of, wire
+from obsdiff.models.denoisers import denoiser_of
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.folder import MASKS, load_pipeline, run_folder, write_pipeline
 from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.pruning.masks import load_masks
@@ -152,11 +153,11 @@ def _prune(
     pipe: Any, prompts: list[str], options: PruningOptions, output: Path, folder: Path, request: Mapping[str, Any]
 ) -> None:
     """Calibrate and prune on all processes, and keep the result."""
-    wiring, plan = prepare(pipe, options)
+    graph, plan = prepare(pipe, options)
     store = output / STATISTICS if options.calibration.packages == 1 and measures(options, None) else None
     scan = output / SENSITIVITY if rule_of(options) == "measured" else None
     if rank() == 0:
-        announce(pipe, wiring, plan, options, len(prompts), store)
+        announce(pipe, graph, plan, options, len(prompts), store)
     report = prune_stage(pipe, options, prompts, statistics=store, sensitivity=scan, quiet=rank() > 0)
     if rank() == 0:
         with whole_folder(folder, FILE, replace=True) as temporary:
@@ -178,8 +179,8 @@ def _opened(folder: Path | None, pipeline: str, device: str) -> Start:
 
 def _masks(pipe: Any, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The masks of a run, and of layers pruned elsewhere or before: their zeros must not train back either."""
-    wiring = wire(denoiser_of(pipe))
-    found = {layer: wiring.weight(layer).detach().ne(0).cpu() for layer in zeroed_layers(wiring) if layer not in known}
+    graph = subject_of(pipe).graph
+    found = {layer: graph.weight(layer).detach().ne(0).cpu() for layer in zeroed_layers(graph) if layer not in known}
     if found:
         rank_zero_warn(
             f"{len(found)} layers, such as {next(iter(found))}, hold zeros that no mask of this run covers; they stay "

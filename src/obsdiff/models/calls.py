@@ -1,0 +1,144 @@
+"""The denoiser's calls as the pipeline itself makes them: recorded, never rebuilt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.errors import UserError
+from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.denoisers import denoisers_of, dtype_of
+from obsdiff.models.families import Family, find_family
+from obsdiff.models.info import call_arguments
+from obsdiff.models.modes import eval_mode
+
+SIDE = 256  # pixels along a side of the recorded call, where the pipeline's information names no size
+FRAMES = 9  # of videos: 4k + 1 and 8k + 1
+STEPS = 4  # enough to reach the second of two denoisers
+
+
+_KEPT = "obsdiff_calls"  # on the pipeline: its recorded calls
+
+
+class _Recorded(Exception):
+    """All denoisers have been called; the pipeline need not go on."""
+
+
+def record_call(
+    pipe: Any,
+    family: Family,
+    components: Mapping[str, nn.Module],
+    conditioning: Conditioning | None,
+    call: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """The arguments of the first call of each denoiser in a run of the pipeline that is broken off then.
+
+    Args:
+        pipe: The pipeline; its denoisers do not run if it has one.
+        family: Its row.
+        components: Its denoisers by their name in the pipeline.
+        conditioning: What to tell it, one prompt; None: an empty one, through its own text encoders.
+        call: The pipeline's other arguments: steps, size, guidance.
+
+    Raises:
+        UserError: The pipeline cannot be run so.
+    """
+    found: dict[str, dict[str, Any]] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in found:
+            found[name] = arguments_of(module, args, kwargs) | {"return_dict": False}
+        if len(found) == len(components):
+            raise _Recorded
+
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: note(name, module, args, kwargs), with_kwargs=True
+        )
+        for name, module in components.items()
+    ]
+    try:
+        with eval_mode(pipe), torch.no_grad():
+            told = empty_conditioning(family) if conditioning is None else conditioning
+            arguments = {**call, **told[:1].arguments(pipe._execution_device)}
+            pipe(**arguments, generator=torch.Generator().manual_seed(0))
+    except _Recorded:
+        return found
+    except UserError:
+        raise
+    except Exception as error:  # a pipeline of any class, with any of its parts missing
+        reason = " ".join(str(error).split())[:200]
+        hint = "" if conditioning is not None else "; if its text encoders are gone, give the embeds as a Conditioning"
+        raise UserError(
+            f"cannot run this {type(pipe).__name__} to see its denoiser's call: {type(error).__name__}: {reason}{hint}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise UserError(f"this {type(pipe).__name__} ran without calling its {' and '.join(components)}")
+
+
+def remembered_call(
+    pipe: Any, call: Mapping[str, Any] | None = None, conditioning: Conditioning | None = None
+) -> dict[str, dict[str, Any]]:
+    """:func:`record_call`, remembered with the pipeline: the arguments of one call of each denoiser by its name, on its
+    device and in its dtype as they are now.
+
+    Args:
+        pipe: The pipeline.
+        call: Its call arguments; None: a short run at a small size.
+        conditioning: What to tell it, if its own text encoders are not there; remembered too.
+    """
+    components = denoisers_of(pipe)
+    model = next(iter(components.values()))
+    device, dtype = next(model.parameters()).device, dtype_of(model)
+    kept = vars(pipe).setdefault(_KEPT, {})
+    if conditioning is not None:
+        kept.setdefault("conditioning", conditioning[:1])
+    wanted = small_call(pipe, len(components)) if call is None else dict(call)
+    key = repr((list(components), sorted(wanted.items())))
+    if key not in kept:
+        found = record_call(pipe, find_family(model), components, kept.get("conditioning"), wanted)
+        kept[key] = dtype, found
+    then, found = kept[key]
+    here: dict[str, dict[str, Any]] = moved(found, device, then, dtype)
+    return here
+
+
+def empty_conditioning(family: Family) -> Conditioning:
+    """What a user gives who wants any image."""
+    given: dict[str, dict[str, Any]] = {"prompt": {"prompt": [""]}, "class_labels": {"class_labels": [0]}}
+    return Conditioning(given.get(family.input, {}), count=1)
+
+
+def small_call(pipe: Any, denoisers: int) -> dict[str, Any]:
+    """Call arguments of a short run at a small size."""
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    wanted = call_arguments(pipe)
+    small = {"height": SIDE, "width": SIDE, "num_frames": FRAMES}
+    sizes = {key: min(wanted.get(key, value), value) for key, value in small.items()}
+    steps = {"num_inference_steps": 1 if denoisers == 1 else STEPS}
+    extra = {"use_resolution_binning": False}
+    return {key: value for key, value in {**wanted, **sizes, **steps, **extra}.items() if key in accepted}
+
+
+def arguments_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names in the denoiser's signature."""
+    if not args:
+        return dict(kwargs)
+    return dict(inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments)
+
+
+def moved(value: Any, device: torch.device, old: torch.dtype, new: torch.dtype) -> Any:
+    """Arguments on another device; tensors of the dtype ``old`` become ``new``, times and numbers keep theirs."""
+    if isinstance(value, Tensor):
+        return value.to(device, new if value.dtype == old and value.dim() > 1 else value.dtype)
+    if isinstance(value, dict):
+        return {key: moved(inner, device, old, new) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(moved(inner, device, old, new) for inner in value)
+    return value

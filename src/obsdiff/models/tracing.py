@@ -1,0 +1,192 @@
+"""What one call of a denoiser shows: which layers run, in which order, and which of them read the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.errors import UserError
+from obsdiff.models.graph import prunable, stages_of, walk
+from obsdiff.models.modes import eval_mode
+
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One call of a denoiser.
+
+    Attributes:
+        stages: In the order of execution; those that did not run are left out.
+        reads: Layers by the memory they read, in the order of execution: the first layer names the input.
+        vectors: Layers that read one vector per sample (no token or pixel axis), such as modulations.
+        times: How often each layer ran.
+        chain: Whether each stage reads of the earlier ones nothing but what the one before it returned.
+    """
+
+    stages: tuple[str, ...]
+    reads: tuple[tuple[str, ...], ...]
+    vectors: frozenset[str]
+    times: Mapping[str, int]
+    chain: bool
+
+
+class _Memory:
+    """Numbers for tensors, equal for the same memory. Holds on to them, so that no memory is used again."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._held: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> int:
+        # by storage, as tensors on the meta device have no address
+        key = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride())
+        if key not in self._numbers:
+            self._numbers[key] = len(self._numbers)
+            self._held.append(x)
+        return self._numbers[key]
+
+
+@torch.no_grad()
+def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
+    """Call a denoiser and watch its stages and layers.
+
+    Args:
+        denoiser: The model, or a module that holds several.
+        call: The arguments of one call by the name of the model in ``denoiser`` ("" for itself).
+
+    Raises:
+        UserError: The call fails.
+    """
+    memory, stages = _Memory(), stages_of(denoiser)
+    layers = {name: module for _, name, module in walk(stages, denoiser) if prunable(module)}
+    reads: dict[int, list[str]] = {}
+    vectors: set[str] = set()
+    times = dict.fromkeys(layers, 0)
+    visits: list[tuple[str, set[int], set[int]]] = []  # stage, what it read, what it returned
+
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        times[name] += 1
+        if isinstance(module, nn.Linear) and x.dim() < 3:
+            vectors.add(name)
+        if times[name] == 1:
+            reads.setdefault(memory(x), []).append(name)
+
+    def enter(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        visits.append((name, {memory(x) for x in _tensors([args, kwargs])}, set()))
+
+    def leave(name: str, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
+        next(out for at, _, out in reversed(visits) if at == name).update(memory(x) for x in _tensors(output))
+
+    with _hooks() as handles:
+        for name, module in layers.items():
+            handles.append(module.register_forward_pre_hook(partial(see, name), with_kwargs=True))
+        for name in stages:
+            module = denoiser.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
+        run(denoiser, call)
+    order = tuple(dict.fromkeys(name for name, _, _ in visits))
+    return Trace(order, tuple(map(tuple, reads.values())), frozenset(vectors), times, _is_chain(visits))
+
+
+def run(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """The answers of the models in ``denoiser`` to one call each.
+
+    Raises:
+        UserError: A call fails.
+    """
+    answers = []
+    with eval_mode(denoiser):
+        for name, arguments in call.items():
+            model = denoiser.get_submodule(name)
+            try:
+                answers.append(model(**arguments))
+            except _FAILURES as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"a call of this {type(model).__name__} fails ({type(error).__name__}: {reason}); undo what was "
+                    "changed in it, or load the pipeline again"
+                ) from error
+    return answers
+
+
+def _is_chain(visits: Sequence[tuple[str, set[int], set[int]]]) -> bool:
+    """What is no output of the stage before must be known to the first stage: conditions common to all stages."""
+    if not visits or len({name for name, _, _ in visits}) < len(visits):
+        return False
+    common = set(visits[0][1])
+    for (_, _, before), (_, read, _) in pairwise(visits):
+        if not read <= before | common or not read & before:
+            return False
+    return True
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+@contextmanager
+def _hooks() -> Iterator[list[Any]]:
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def dead_layers(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]], layers: Sequence[str]) -> list[str]:
+    """Layers whose outputs reach no output of the denoiser (the last text path of Qwen-Image): free to delete.
+
+    Each layer's output is moved along a random direction by an amount of its own; where the answer's gradient by that
+    amount is exactly zero, nothing depends on the layer. No gradient of a weight is made.
+
+    Args:
+        denoiser, call: As for :func:`trace`.
+        layers: The layers in question; each must run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    amounts: dict[str, Tensor] = {}
+
+    def move(name: str, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        if name not in amounts:
+            amounts[name] = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
+        direction = torch.randn(output.shape, generator=generator).to(output)
+        return output + amounts[name] * direction
+
+    frozen = [p for p in denoiser.parameters() if p.requires_grad]
+    with _hooks() as handles, torch.enable_grad():
+        for name in layers:
+            handles.append(denoiser.get_submodule(name).register_forward_hook(partial(move, name)))
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            outputs = [x for answer in run(denoiser, call) for x in _tensors(_plain(answer)) if x.requires_grad]
+            total = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs)
+            named = list(amounts.items())
+            assert isinstance(total, Tensor)
+            gradients = torch.autograd.grad(total, [amount for _, amount in named], allow_unused=True)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+    return [name for (name, _), g in zip(named, gradients, strict=True) if g is None or float(g) == 0]
+
+
+def _plain(answer: Any) -> Any:
+    return dict(answer) if isinstance(answer, Mapping) else answer
