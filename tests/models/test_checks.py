@@ -6,6 +6,7 @@ from torch import nn
 
 import obsdiff
 from obsdiff.allocation.stage import prepare
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.options import PruneOptions
 
 LAYER = "transformer_blocks.1.attn.to_q"
@@ -139,7 +140,6 @@ WRONG = [
     (fused, "fused projections"),
     (compiled, r"transformer_blocks\.1 is compiled"),
     (caching, "hooks of diffusers"),
-    (other_input, r"attn\.to_q and .*attn\.to_v read different inputs"),
     (nan, r"layer transformer_blocks\.1\.attn\.to_q has a non-finite weight"),
     (infinite, r"layer transformer_blocks\.1\.attn\.to_q has a non-finite bias"),
     (broken, "a call of this SD3Transformer2DModel fails"),
@@ -161,6 +161,13 @@ def test_odd_denoisers_are_refused(pipe, prompts, change, message):
     ):
         with pytest.raises(obsdiff.UserError, match=message):
             attempt()
+
+
+def test_a_layer_with_another_input_gets_a_site_of_its_own(pipe):
+    other_input(pipe.transformer)
+    sites = subject_of(pipe).graph.site_of
+    assert sites["transformer_blocks.1.attn.to_v"].layers == ("transformer_blocks.1.attn.to_v",)
+    assert sites["transformer_blocks.1.attn.to_k"] is sites[LAYER]
 
 
 def test_a_compiled_denoiser_is_refused(pipe):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from obsdiff.evaluation.bench import PRESETS
-from obsdiff.evaluation.flops import example_inputs
 from obsdiff.models.families import FAMILIES, find_family
+from obsdiff.models.graph import units_parameters
 from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.pattern import Structured
-from obsdiff.pruning.plan import kept_groups, make_plan
+from obsdiff.pruning.plan import kept_units, make_plan
 from tests.conftest import make_pipe
 
 
@@ -19,27 +19,23 @@ from tests.conftest import make_pipe
 def test_row_names_what_diffusers_has(family):
     kind = getattr(diffusers, family.denoiser)
     accepted = inspect.signature(kind.forward).parameters
-    assert {name for name, _ in family.inputs} <= accepted.keys()
-    named = {layer for site in family.sites for layer in site.layers}
-    for heads in family.heads:
-        assert set(heads.producers) | set(heads.consumers) <= named
-    for neurons in family.neurons:
-        assert {neurons.producer, neurons.consumer} <= named
+    named = {family.sample, family.time, *(argument for argument, _ in family.conditions)}
+    assert named | ({family.mask} - {None}) <= accepted.keys()
+    assert set(family.components) <= {"transformer", "unet", "transformer_2"}
 
 
 def test_sites_really_share_their_input():
     """Every layer of a site is called with the very tensor that its first layer reads."""
-    pipe = make_pipe(dual_attention_layers=(0, 1))
-    graph = subject_of(pipe).graph
-    seen = {}
+    subject = subject_of(make_pipe(dual_attention_layers=(0, 1)))
+    graph, seen = subject.graph, {}
     for layer in graph.site_of:
         graph.layer(layer).register_forward_pre_hook(lambda _, inputs, layer=layer: seen.__setitem__(layer, inputs[0]))
     with torch.no_grad():
-        pipe.transformer(**example_inputs(pipe.transformer, 20, device="cpu"))
+        subject.denoiser(**subject.call[""])
     assert seen.keys() == graph.site_of.keys()
     for site in graph.sites:
         assert all(seen[layer] is seen[site.name] for layer in site.layers)
-        assert seen[site.name].shape[1] == (20 if site.text else 16)
+        assert seen[site.name].shape[1] == (20 if site.tokens == ("text",) else 16)
 
 
 def test_every_linear_layer_of_attention_and_ffn_is_covered():
@@ -50,7 +46,8 @@ def test_every_linear_layer_of_attention_and_ffn_is_covered():
         if isinstance(module, torch.nn.Linear)
         and any(part in name for part in (".attn.", ".attn2.", ".ff.", ".ff_context."))
     }
-    assert found == set(graph.site_of)
+    assert found == set(graph.site_of) == set(graph.layers)
+    assert graph.chain and graph.stages == tuple(f"transformer_blocks.{i}" for i in range(3))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +71,8 @@ def test_structured_parameter_counts_are_the_papers(preset, ratio, billions):
     pattern = Structured(ratio, ratio, multiple_of=1)
     plan = make_plan(graph, pattern)
     parameters = sum(p.numel() for p in model.parameters())
-    for groups in graph.groups:
-        if groups.name in plan.entries:
-            channels = (groups.count - kept_groups(groups, pattern)) * groups.size
-            for name in groups.producers:
-                layer = graph.layer(name)
-                parameters -= channels * (layer.in_features + 1)
-            parameters -= sum(channels * graph.layer(name).out_features for name in groups.consumers)
+    for group in plan.groups(graph):
+        parameters -= (group.count - kept_units(group, pattern)) * units_parameters(graph, group)
     assert parameters / 1e9 == pytest.approx(billions, abs=0.006)
 
 

@@ -9,7 +9,7 @@ from obsdiff.obs.pattern import NM, Structured, Unstructured, parse_pattern
 def test_parses():
     assert parse_pattern("unstructured:0.5") == Unstructured(0.5)
     assert parse_pattern("2:4") == NM(2, 4)
-    assert parse_pattern("structured:0.3") == Structured(0.3, 0.3)
+    assert parse_pattern("structured:0.3") == Structured(0.3, 0.3, channels=0.3)
     assert parse_pattern("structured:heads=0.25,ffn=0.5,multiple_of=16") == Structured(0.25, 0.5, 16)
     assert parse_pattern(NM(4, 8)) == NM(4, 8)
 
@@ -37,7 +37,7 @@ def test_text_round_trip(pattern):
 )
 def test_head_counts_are_the_papers(heads, ratio, removed):
     """Numbers of heads removed in OBS-Diff tables 4 and 9 (SD3-medium: 24 heads, SD3.5-large: 38)."""
-    assert heads - Structured(ratio, ratio).kept_heads(heads) == removed
+    assert heads - Structured(ratio, ratio).kept("heads", heads) == removed
 
 
 def test_ffn_widths_are_multiples():
@@ -46,4 +46,4 @@ def test_ffn_widths_are_multiples():
     assert Structured(0.3, 0.3, 1).kept_neurons(6144) == 4301
     assert Structured(0.3, 0.0).kept_neurons(300) == 300
     assert Structured(0.99, 0.99).kept_neurons(256) == 8
-    assert Structured(0.0, 0.99).kept_heads(3) == 3
+    assert Structured(0.0, 0.99).kept("heads", 3) == 3

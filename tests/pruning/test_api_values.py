@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.criteria.structured import choose_groups
+from obsdiff.criteria.structured import Choice, choose_units
 from obsdiff.obs.structured import Consumer
 from obsdiff.pruning.options import ScanOptions
 from obsdiff.pruning.planfile import parse_plan
@@ -90,9 +90,9 @@ def test_statistics_are_statistics(untouched):
         obsdiff.prune(untouched, "unstructured:0.5", statistics="folder")
 
 
-def test_sites_must_be_there(untouched, prompts):
+def test_sites_must_be_there(pipe, prompts):
     with pytest.raises(obsdiff.UserError, match=r"no site transformer_blocks\.0\.attn\.to_k; sites are named"):
-        obsdiff.calibrate(untouched, prompts, sites={"transformer_blocks.0.attn.to_k"})
+        obsdiff.calibrate(pipe, prompts, sites={"transformer_blocks.0.attn.to_k"})
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_the_largest_seed_works(pipe, prompts):
     obsdiff.prune(pipe, "unstructured:0.5", method="random", statistics=statistics, seed=seed)
 
 
-def test_a_multiple_that_a_layer_does_not_hold_once(untouched):
+def test_a_multiple_that_a_layer_does_not_hold_once(pipe):
     with pytest.raises(obsdiff.UserError, match=r"multiple_of 100000 does not fit .*\.ff: it has 64 neurons"):
-        obsdiff.prune(untouched, "structured:heads=0,ffn=0.5,multiple_of=100000", method="magnitude")
+        obsdiff.prune(pipe, "structured:heads=0,ffn=0.5,multiple_of=100000", method="magnitude")
 
 
 def test_a_multiple_matters_only_where_neurons_go(pipe):
@@ -179,7 +179,7 @@ def test_packages_calibrate_the_weights_as_they_are(pipe, prompts):
 def test_an_unknown_rule_for_groups_is_an_error():
     weight = torch.randn(4, 8)
     with pytest.raises(ValueError, match="unknown rule 'magnitde'"):
-        choose_groups("magnitde", [Consumer(weight)], [], 8, 1, 2, "reciprocal_rank", 0.01, 0)
+        choose_units("magnitde", Choice([Consumer(weight)], [], 8, 1, 2, "reciprocal_rank", 0.01, 0))
 
 
 PLAN = "format: 1\npattern: 2:4\nlayers:\n  a.to_q: 2:4\n  a.to_k: {}\n"

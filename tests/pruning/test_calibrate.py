@@ -77,7 +77,8 @@ def test_halves_of_the_prompts_merge_to_the_whole(pipe, prompts):
 
     rest = module.Settings(module.call_arguments(pipe))
     store.prompts_done = 3
-    module._measure(pipe, subject_of(pipe).graph, subject_of(pipe).graph.sites, conditioning, rest, store, None, True)
+    subject = subject_of(pipe)
+    module._measure(subject, subject.graph.sites, conditioning, rest, store, None, True)
     for name in whole:
         torch.testing.assert_close(whole.sites[name].hessian(), store.sites[name].hessian(), rtol=1e-3, atol=1e-4)
 

@@ -11,6 +11,7 @@ from obsdiff.allocation.restart import Restart
 from obsdiff.models.conditioning import Conditioning, encode_prompts, token_mask
 from obsdiff.models.families import SD3
 from obsdiff.models.info import attach_info, call_arguments, info_of
+from obsdiff.models.rows import CallRows, take_rows
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.record import open_trajectories, record_trajectories
@@ -32,26 +33,39 @@ def perturbed(pipe, guidance_scale):
 
 def probe_of(pipe, prompts, triples=4):
     call = call_arguments(pipe)
-    return record_probe(pipe, encode_prompts(pipe, prompts, call), Settings(call), triples)
+    return record_probe(subject_of(pipe), encode_prompts(pipe, prompts, call), Settings(call), triples)
 
 
-@pytest.mark.parametrize(
-    ("guidance_scale", "message"),
-    [
-        (2.0, r"StableDiffusion3PAGPipeline calls its denoiser with 6 rows for 2 prompts; .* from_pipe"),
-        (1.0, r"rows that are not the negative prompts, then the prompts .* from_pipe"),
-    ],
-)
-def test_perturbed_attention_guidance_is_refused(pipe, prompts, tmp_path, guidance_scale, message):
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_perturbed_attention_guidance_is_refused(pipe, prompts, tmp_path, guidance_scale):
     """Three rows per prompt; and without classifier-free guidance two that are not negative and positive."""
     pipe = perturbed(pipe, guidance_scale)
+    message = r"a StableDiffusion3PAGPipeline asks .* AutoPipelineForText2Image\.from_pipe\(pipe, enable_pag=False\)"
     with pytest.raises(obsdiff.UserError, match=message):
         obsdiff.calibrate(pipe, prompts[:2])
     with pytest.raises(obsdiff.UserError, match=message):
-        probe_of(pipe, prompts[:2])
-    with pytest.raises(obsdiff.UserError, match=message):
         record_trajectories(pipe, prompts[:2], tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+def test_the_plain_pipeline_of_the_same_parts_is_measured(pipe, prompts):
+    from diffusers import AutoPipelineForText2Image
+
+    plain = AutoPipelineForText2Image.from_pipe(perturbed(pipe, 2.0), enable_pag=False)
+    plain.set_progress_bar_config(disable=True)
+    attach_info(plain, info_of(pipe))
+    assert plain.transformer is pipe.transformer
+    assert obsdiff.calibrate(plain, prompts[:2]).sites[IMAGE_SITE].num_tokens == 2 * 2 * 3 * 16
+
+
+@pytest.mark.parametrize("count", [6, 3])
+def test_rows_that_are_not_prompts_are_refused(pipe, prompts, count):
+    conditioning = encode_prompts(pipe, prompts[:2], info_of(pipe).call)
+    rows = CallRows(pipe, SD3, conditioning)
+    rows.begin(slice(0, 2))
+    call = {"hidden_states": torch.zeros(count, 4, 8, 8), "timestep": torch.zeros(count)}
+    with pytest.raises(obsdiff.UserError, match=f"calls its denoiser with {count} rows for 2 prompts"):
+        rows.look(pipe.transformer, (), call)
 
 
 def test_rows_in_another_order_are_refused(pipe, prompts):
@@ -92,11 +106,11 @@ def test_skip_layer_guidance_works_everywhere(pipe, prompts, tmp_path):
     handle = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     found = obsdiff.calibrate(pipe, prompts[:2])
     handle.remove()
-    extra = len(calls) - 3 - 1  # one call of the layer check
+    extra = len(calls) - 3 - 2  # one call is recorded, and one traced
     assert extra >= 1
     assert found.sites[IMAGE_SITE].num_tokens == 16 * 2 * (2 * 3 + extra)
     probe = probe_of(pipe, prompts[:2], 100)
-    assert len(probe) == 2 * 3 and {len(row["hidden_states"]) for row in probe.rows} == {2}
+    assert len(probe) == 2 * 3 and {len(call.arguments["hidden_states"]) for call in probe.calls} == {2}
     restart = Restart(subject_of(pipe).graph, probe)
     restart.advance(2)
     assert restart.error() == pytest.approx(0.0, abs=1e-12)
@@ -116,16 +130,17 @@ def test_second_order_samplers_record_every_call(pipe, prompts, tmp_path):
 def test_calls_of_different_kinds_are_not_joined(pipe, prompts):
     """Guidance switched off for some steps: such triples have one row, and their output is the prompt's."""
     both = probe_of(pipe, prompts[:2], 6)
-    rows = [row if i % 2 else {k: v[-1:] if isinstance(v, torch.Tensor) else v for k, v in row.items()}
-            for i, row in enumerate(both.rows)]  # fmt: skip
-    mixed = replace(both, rows=rows)
+    halved = [call if i % 2 else replace(call, rows=1, arguments=take_rows(call.arguments, both.paths, [1]))
+              for i, call in enumerate(both.calls)]  # fmt: skip
+    mixed = replace(both, calls=halved)
     batches = list(mixed.batches())
-    assert sorted(len(arguments["hidden_states"]) for arguments, _ in batches) == [3, 6]
-    assert all(len(weights) == 3 for _, weights in batches)
+    assert sorted(len(arguments["hidden_states"]) for _, arguments, _ in batches) == [3, 6]
+    assert all(len(weights) == 3 for _, _, weights in batches)
     single, double = Restart(subject_of(pipe).graph, mixed).dense
+    first, second = (call.arguments for call in halved[:2])
     with torch.no_grad():
-        torch.testing.assert_close(single[0], pipe.transformer(**rows[0])[0][0].double(), rtol=1e-5, atol=1e-6)
-        negative, positive = pipe.transformer(**rows[1])[0].double()
+        torch.testing.assert_close(single[0], pipe.transformer(**first)[0][0].double(), rtol=1e-5, atol=1e-6)
+        negative, positive = pipe.transformer(**second)[0].double()
     torch.testing.assert_close(double[0], negative + 2 * (positive - negative), rtol=1e-5, atol=1e-6)
 
 

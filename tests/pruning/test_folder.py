@@ -119,7 +119,7 @@ def test_shrunk_weights_never_load_into_a_wrong_shape(pipe, prompts, tmp_path):
     with pytest.raises(ValueError, match="ignore_mismatched_sizes"):
         type(pipe.transformer).from_pretrained(folder, ignore_mismatched_sizes=True)
     config = json.loads((folder / "config.json").read_text())
-    config["shrunk"]["layers"]["transformer_blocks.1.ff.net.2"] = [16, 40]
+    config["shrunk"]["tensors"]["transformer_blocks.1.ff.net.2.weight"] = [16, 40]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(obsdiff.UserError, match="cannot load"):
         obsdiff.load_pipeline(tmp_path / "out")

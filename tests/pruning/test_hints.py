@@ -52,7 +52,7 @@ def other_layer(found):
 )
 def test_the_cause_is_named(method, damage, cause):
     torch.manual_seed(0)
-    graph = Graph(nn.ModuleDict({"layer": nn.Linear(8, 4)}), SD3, (Site(("layer",), False, 0),), (), 1)
+    graph = Graph(nn.ModuleDict({"layer": nn.Linear(8, 4)}), SD3, (), {"layer": 0}, (Site(("layer",)),), ())
     found = SiteStatistics.empty(8)
     found.add(torch.randn(1, 50, 8), 1.0)
     damage(found)

@@ -68,7 +68,7 @@ def test_probing(pair, prompts):
     outputs = []
     for pipe in pair:
         call = call_arguments(pipe)
-        probe = record_probe(pipe, encode_prompts(pipe, prompts[:2], call), Settings(call), 4)
+        probe = record_probe(subject_of(pipe), encode_prompts(pipe, prompts[:2], call), Settings(call), 4)
         restart = Restart(subject_of(pipe).graph, probe)
         restart.advance(1)
         assert restart.error() == pytest.approx(0.0, abs=1e-12)

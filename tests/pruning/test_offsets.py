@@ -6,7 +6,7 @@ from torch import nn
 
 from obsdiff.criteria import METHODS
 from obsdiff.models.families import SD3
-from obsdiff.models.graph import Graph, Group, Site
+from obsdiff.models.graph import Graph, Group, Site, Slices
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.pattern import Structured, parse_pattern
 from obsdiff.pruning.solve import SolveOptions, solve_groups, solve_site
@@ -57,20 +57,20 @@ def true_error(layer, x, result, channels=slice(None)):
 
 
 def solved(layer, x, method, pattern, **options):
-    graph = Graph(nn.ModuleDict({"layer": layer}), SD3, (Site(("layer",), False, 0),), (), 1)
+    graph = Graph(nn.ModuleDict({"layer": layer}), SD3, (), {"layer": 0}, (Site(("layer",)),), ())
     options = SolveOptions(method, **options)
     return solve_site(graph, ["layer"], [parse_pattern(pattern)], statistics_of(x), options)["layer"]
 
 
 def cut(layer, x, method, **options):
     """Half the neurons, or half the heads of 4 channels, of a module whose consumer is ``layer``."""
-    graph = Graph(nn.ModuleDict({"up": nn.Linear(6, COLUMNS), "layer": layer}), SD3, (), (), 1)
     size = options.pop("size")
-    kind = "ffn" if size == 1 else "heads"
-    groups = Group("module", kind, ("up",), ("layer",), COLUMNS // size, size, 1, 0)
-    pattern = Structured(0.5, 0.5)
-    kept, results = solve_groups(graph, groups, pattern, {"layer": statistics_of(x)}, SolveOptions(method, **options))
-    return kept, results["layer"]
+    kind, up, down = "ffn" if size == 1 else "heads", Slices("up", (0,), size), Slices("layer", (0,), size)
+    group = Group("module", kind, COLUMNS // size, 0, (up,), (down,))
+    graph = Graph(nn.ModuleDict({"up": nn.Linear(6, COLUMNS), "layer": layer}), SD3, (), {}, (), (group,))
+    bundle, statistics = {"module": Structured(0.5, 0.5)}, {"layer": statistics_of(x)}
+    kept, results = solve_groups(graph, bundle, statistics, SolveOptions(method, **options))
+    return kept["module"], results["layer"]
 
 
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "2:4"])

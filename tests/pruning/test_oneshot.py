@@ -61,18 +61,18 @@ def test_shrunk_model_equals_masked_model(prompts, images, method):
     report = obsdiff.prune(shrunk, "structured:0.5", method=method, statistics=obsdiff.calibrate(shrunk, prompts))
     graph = subject_of(masked).graph
     with torch.no_grad():
-        for groups in graph.groups:
-            if groups.name in report.masks:
-                channels = report.masks[groups.name].repeat_interleave(groups.size)
-                for name in groups.consumers:
-                    weight = masked.transformer.get_submodule(name).weight
-                    weight.zero_()
-                    weight[:, channels] = shrunk.transformer.get_submodule(name).weight
-                    masked.transformer.get_submodule(name).bias.copy_(shrunk.transformer.get_submodule(name).bias)
-                for name in groups.producers:
-                    layer = masked.transformer.get_submodule(name)
-                    layer.weight[~channels] = 0
-                    layer.bias[~channels] = 0
+        for name, mask in report.masks.items():
+            group = graph.group_of[name]
+            for slices in group.consumers:
+                layer = masked.transformer.get_submodule(slices.layer)
+                cut = shrunk.transformer.get_submodule(slices.layer)
+                layer.weight.zero_()
+                layer.weight[:, slices.entries(mask)] = cut.weight
+                layer.bias.copy_(cut.bias)
+            for slices in group.producers:
+                layer = masked.transformer.get_submodule(slices.layer)
+                layer.weight[slices.entries(~mask)] = 0
+                layer.bias[slices.entries(~mask)] = 0
     torch.testing.assert_close(images(shrunk), images(masked), rtol=1e-4, atol=1e-5)
 
 
@@ -224,12 +224,11 @@ def test_structured_twice_describes_all_shapes(prompts, images, tmp_path):
     assert torch.equal(images(obsdiff.load_pipeline(tmp_path / "out")), images(pipe))
 
 
-def test_unsupported_denoisers_are_named():
+def test_what_has_no_denoiser_is_named(pipe):
     from types import SimpleNamespace
 
-    from torch import nn
-
-    with pytest.raises(obsdiff.UserError, match="Identity is not supported; supported: SD3Transformer2DModel"):
-        obsdiff.prune(SimpleNamespace(transformer=nn.Identity()), "2:4", method="magnitude")
-    with pytest.raises(obsdiff.UserError, match="neither a transformer nor a unet"):
+    with pytest.raises(obsdiff.UserError, match="a SimpleNamespace is no pipeline"):
         obsdiff.prune(SimpleNamespace(), "2:4", method="magnitude")
+    pipe.transformer = None
+    with pytest.raises(obsdiff.UserError, match="neither a transformer nor a unet"):
+        obsdiff.prune(pipe, "2:4", method="magnitude")

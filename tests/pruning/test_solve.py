@@ -20,7 +20,7 @@ def measured(layer, x):
 
 
 def solved(layer, x, method, **options):
-    graph = Graph(nn.ModuleDict({"layer": layer}), SD3, (Site(("layer",), False, 0),), (), 1)
+    graph = Graph(nn.ModuleDict({"layer": layer}), SD3, (), {"layer": 0}, (Site(("layer",)),), ())
     options = SolveOptions(method, **options)
     return solve_site(graph, ["layer"], [Unstructured(0.5)], measured(layer, x), options)["layer"]
 

@@ -103,7 +103,7 @@ def test_damaged_mask_files(run, damage):
 
 def test_a_manifest_with_nothing_shrunk(run):
     folder = run("structured:0.5")
-    edit_manifest(folder, lambda m: m.update(shrunk={"layers": {}, "attributes": {}}))
+    edit_manifest(folder, lambda m: m.update(shrunk={"tensors": {}, "attributes": {}}))
     assert "does not describe the shrunk layer" in refused(folder)
 
 
@@ -117,7 +117,7 @@ def test_shapes_and_head_counts_that_differ(run):
     folder = run("structured:0.5")
 
     def narrower(manifest):
-        manifest["shrunk"]["layers"][first(manifest["shrunk"]["layers"])][0] += 1
+        manifest["shrunk"]["tensors"][first(manifest["shrunk"]["tensors"])][0] += 1
 
     edit_manifest(folder, narrower)
     assert "not shrunk as the manifest says" in refused(folder)
@@ -145,8 +145,8 @@ ODD = {
     "share above one": lambda m: m["sparsity_per_layer"].update({first(m["plan"]): 1.5}),
     "another share": lambda m: m["sparsity_per_layer"].update({first(m["plan"]): 0.25}),
     "shrunk as list": put("shrunk", []),
-    "shrunk without layers": put("shrunk", {"attributes": {}}),
-    "shrunk with text": put("shrunk", {"layers": {"a": "b"}, "attributes": {}}),
+    "shrunk without attributes": put("shrunk", {"tensors": {}}),
+    "shrunk with text": put("shrunk", {"tensors": {"a": "b"}, "attributes": {}}),
     "parameters as number": put("parameters", 3),
     "dtype int8": put("dtype", "int8"),
     "format as text": put("format", "one"),

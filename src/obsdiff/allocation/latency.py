@@ -151,12 +151,9 @@ def _smaller(module: nn.Module, shapes: Mapping[str, Any]) -> nn.Module:
     """A copy whose layers are smaller and hold the corner of their dense weights."""
     smaller: Any = copy.deepcopy(module)
     apply_shapes(smaller, shapes)
-    for name, (rows, columns) in shapes["layers"].items():
-        dense: Any = module.get_submodule(name)
-        layer = smaller.get_submodule(name)
-        layer.weight.copy_(dense.weight[:rows, :columns])
-        if dense.bias is not None:
-            layer.bias.copy_(dense.bias[:rows])
+    for name, shape in shapes["tensors"].items():
+        corner = tuple(slice(size) for size in shape)
+        smaller.get_parameter(name).copy_(module.get_parameter(name)[corner])
     return smaller
 
 

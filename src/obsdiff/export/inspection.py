@@ -61,14 +61,18 @@ def _plan(source: str | Path) -> str:
 
 
 def _table(manifest: dict[str, Any]) -> list[str]:
-    shapes = (manifest["shrunk"] or {}).get("layers", {})
+    shrunk = manifest["shrunk"] or {}
+    weights = {
+        name.removesuffix(".weight"): shape for name, shape in shrunk.get("tensors", {}).items() if len(shape) > 1
+    }
+    shapes = {**shrunk.get("layers", {}), **weights}
     rows = [("name", "pattern", "removed", "error", "shape")]
     for name, pattern in manifest["plan"].items():
         removed = f"{manifest['sparsity_per_layer'][name]:.2%}"
         rows.append((name, pattern, removed, _error(manifest, name), ""))
         for layer, shape in shapes.items():
             if layer.startswith(name + "."):
-                rows.append(("  " + layer, "", "", _error(manifest, layer), f"{shape[0]} x {shape[1]}"))
+                rows.append(("  " + layer, "", "", _error(manifest, layer), " x ".join(map(str, shape))))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

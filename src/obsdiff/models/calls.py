@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import UserError
-from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.denoisers import denoisers_of, dtype_of
 from obsdiff.models.families import Family, find_family
 from obsdiff.models.info import call_arguments
@@ -47,6 +47,9 @@ def record_call(
     Raises:
         UserError: The pipeline cannot be run so.
     """
+    check_plain_pipeline(pipe)
+    if getattr(pipe, "scheduler", None) is None:
+        raise UserError(f"this {type(pipe).__name__} has no scheduler, so it cannot be run; give it one")
     found: dict[str, dict[str, Any]] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,7 +66,8 @@ def record_call(
     ]
     try:
         with eval_mode(pipe), torch.no_grad():
-            told = empty_conditioning(family) if conditioning is None else conditioning
+            example = "0" if family.input == "class_labels" else ""
+            told = encode_prompts(pipe, [example], call) if conditioning is None else conditioning
             arguments = {**call, **told[:1].arguments(pipe._execution_device)}
             pipe(**arguments, generator=torch.Generator().manual_seed(0))
     except _Recorded:
@@ -109,10 +113,28 @@ def remembered_call(
     return here
 
 
-def empty_conditioning(family: Family) -> Conditioning:
-    """What a user gives who wants any image."""
-    given: dict[str, dict[str, Any]] = {"prompt": {"prompt": [""]}, "class_labels": {"class_labels": [0]}}
-    return Conditioning(given.get(family.input, {}), count=1)
+def check_plain_pipeline(pipe: Any) -> None:
+    """Refuse pipelines that need an image beside the prompt, or that perturb the attention of extra rows.
+
+    Raises:
+        UserError: Saying which to use.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    images = [name for name in ("image", "control_image", "mask_image") if name in parameters]
+    perturbs = hasattr(pipe, "pag_attn_processors")
+    # image-to-video pipelines have no other class to go through
+    if perturbs or (images and not {"num_frames", "image_embeds"} & parameters.keys() and _needed(parameters, images)):
+        raise UserError(
+            f"a {type(pipe).__name__} asks its denoiser about more than prompts; measure and prune with the family's "
+            "plain pipeline, made of the same parts: AutoPipelineForText2Image.from_pipe(pipe"
+            + (", enable_pag=False)" if perturbs else ")")
+        )
+
+
+def _needed(parameters: Mapping[str, inspect.Parameter], names: Sequence[str]) -> bool:
+    """Whether a pipeline works on an image: it has a strength, a mask or a control."""
+    controls = {"strength", "mask_image", "control_image", "controlnet_conditioning_scale"}
+    return bool(controls & parameters.keys()) and bool(names)
 
 
 def small_call(pipe: Any, denoisers: int) -> dict[str, Any]:

@@ -17,6 +17,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     Raises:
         UserError: It has none, or a compiled one.
     """
+    if not hasattr(pipe, "components"):
+        raise UserError(f"a {type(pipe).__name__} is no pipeline; give a diffusers pipeline")
     found = {}
     for name in ("transformer", "unet", "transformer_2"):
         denoiser = getattr(pipe, name, None)

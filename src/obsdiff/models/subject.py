@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from obsdiff.errors import UserError
 from obsdiff.models.calls import remembered_call
 from obsdiff.models.checks import check_in_memory, check_layers, check_plain
 from obsdiff.models.conditioning import Conditioning
-from obsdiff.models.denoisers import denoisers_of, joined
+from obsdiff.models.denoisers import denoisers_of, dtype_of, joined
 from obsdiff.models.families import Family, find_family
 from obsdiff.models.graph import Graph, Group, Site, prunable, stages_of, walk
 from obsdiff.models.parts import groups_of
@@ -67,9 +68,25 @@ def subject_of(pipe: Any, conditioning: Conditioning | None = None) -> Subject:
         check_in_memory(part)
     family = find_family(*components.values())
     named = remembered_call(pipe, conditioning=conditioning)
+    for name, model in components.items():
+        _check_dtype(model, named[name][family.sample])
     call = named if len(named) > 1 else {"": next(iter(named.values()))}
-    found = trace(denoiser, call)
+    try:
+        found = trace(denoiser, call)
+    except UserError:
+        for part in components.values():  # an odd layer says more than the failure it leads to
+            check_plain(part, [name for _, name, module in walk(stages_of(part), part) if prunable(module)])
+        raise
     return Subject(pipe, family, denoiser, components, call, graph_of(denoiser, family, found), found.times)
+
+
+def _check_dtype(model: nn.Module, sample: Any) -> None:
+    given, own = (sample[0] if isinstance(sample, list) else sample).dtype, dtype_of(model)
+    if given != own:
+        raise UserError(
+            f"the denoiser is {own}, but its latents (of the prompts' dtype) are {given}; bring all parts of the "
+            "pipeline to one dtype, such as pipe.to(torch.bfloat16)"
+        )
 
 
 def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | None = None) -> Graph:

@@ -85,7 +85,7 @@ def calibrate(
     chosen = [site for site in graph.sites if sites is None or site.name in sites]
     if unknown := sorted(set(sites or ()) - {site.name for site in chosen}):
         raise UserError(f"there is no site {unknown[0]}; sites are named after the first layer that reads them")
-    subject.check([layer for site in chosen for layer in site.layers])
+    subject.check(list(graph.layers) if sites is None else [layer for site in chosen for layer in site.layers])
     fingerprint = fingerprint_of(pipe, prompts, settings)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0})
     partial_store = None

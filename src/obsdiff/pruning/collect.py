@@ -91,7 +91,9 @@ class Collector:
     def _choose(self, tokens: tuple[str, ...], sequences: int, length: int) -> Tensor | None:
         mask, text = None, TEXT in tokens
         padding = self._padding(sequences) if text else None
-        if padding is not None:
+        if padding is not None and self.told_mask is not None and padding.shape[1] >= length:
+            mask = padding[:, :length]  # what the denoiser is told may go on over the image
+        elif padding is not None:
             others = length - padding.shape[1]
             if others < 0 or (others == 0) != (tokens == (TEXT,)):
                 raise UserError(

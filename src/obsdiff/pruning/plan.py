@@ -124,7 +124,7 @@ def check_fit(graph: Graph, plan: Plan) -> None:
     for group in plan.groups(graph) if plan.structured else ():
         pattern = plan.entries[group.name]
         assert isinstance(pattern, Structured)
-        multiple = pattern.multiple_of or 1 if group.kind == "ffn" else 1
+        multiple = (pattern.multiple_of or 1) if group.kind == "ffn" else 1
         if pattern.share(group.kind) > 0 and multiple > group.count:
             raise UserError(
                 f"multiple_of {multiple} does not fit {group.name}: it has {group.count} neurons; choose a smaller "

@@ -7,9 +7,40 @@ import inspect
 from torch import nn
 
 from obsdiff.models.families.base import Family, TextSegment
+from obsdiff.models.families.chroma import CHROMA
+from obsdiff.models.families.cogvideox import COGVIDEOX
+from obsdiff.models.families.dit import DIT
+from obsdiff.models.families.flux import FLUX
+from obsdiff.models.families.flux2 import FLUX2
+from obsdiff.models.families.hunyuan_video import HUNYUAN_VIDEO
+from obsdiff.models.families.ltx import LTX
+from obsdiff.models.families.lumina2 import LUMINA2
+from obsdiff.models.families.pixart import PIXART
+from obsdiff.models.families.qwen_image import QWEN_IMAGE
+from obsdiff.models.families.sana import SANA
 from obsdiff.models.families.sd3 import SD3
+from obsdiff.models.families.unets import UNET, UNET_CONDITION
+from obsdiff.models.families.wan import WAN
+from obsdiff.models.families.z_image import Z_IMAGE
 
-FAMILIES: tuple[Family, ...] = (SD3,)
+FAMILIES: tuple[Family, ...] = (
+    SD3,
+    FLUX,
+    CHROMA,
+    FLUX2,
+    QWEN_IMAGE,
+    UNET_CONDITION,
+    UNET,
+    DIT,
+    PIXART,
+    SANA,
+    LUMINA2,
+    Z_IMAGE,
+    WAN,
+    LTX,
+    COGVIDEOX,
+    HUNYUAN_VIDEO,
+)
 
 SAMPLES, TIMES = ("hidden_states", "sample", "x"), ("timestep", "timesteps", "t")  # what diffusers calls them
 

@@ -1,0 +1,17 @@
+"""Flux.1: double blocks of two streams, then single blocks of [text, image]; padding is attended (families.md 3.3)."""
+
+from obsdiff.models.families.base import IMAGE, TEXT, Family, TextSegment
+
+FLUX = Family(
+    denoiser="FluxTransformer2DModel",
+    title="Flux.1",
+    time_scale=1 / 1000,
+    guidance="calls",
+    text=(TextSegment(("tokenizer_2",), length_argument="max_sequence_length", default_length=512),),
+    tokens=(
+        ("single_transformer_blocks.*", (TEXT, IMAGE)),
+        ("*.attn.add_?_proj", (TEXT,)),
+        ("*.attn.to_add_out", (TEXT,)),
+        ("*.ff_context.*", (TEXT,)),
+    ),
+)

@@ -1,0 +1,10 @@
+"""Sana 1.0, 1.5 and Sprint: linear attention, cross-attention on masked text, gated convolutions."""
+
+from obsdiff.models.families.base import TEXT, Family
+
+SANA = Family(
+    denoiser="SanaTransformer2DModel",
+    title="Sana, Sana 1.5, Sana Sprint",
+    mask="encoder_attention_mask",
+    tokens=(("*.attn2.to_[kv]", (TEXT,)),),
+)

@@ -1,0 +1,15 @@
+"""Z-Image: lists of latents and texts, time backwards, a negated output; its learned filler tokens are attended."""
+
+from obsdiff.models.families.base import Family
+
+Z_IMAGE = Family(
+    denoiser="ZImageTransformer2DModel",
+    title="Z-Image",
+    sample="x",
+    time="t",
+    time_scale=-1 / 1000,
+    time_offset=1.0,
+    sign=-1,
+    listed=True,
+    guidance="last",
+)
