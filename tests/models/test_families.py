@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from obsdiff.evaluation.bench import PRESETS
+from obsdiff.bench.workloads import PRESETS
 from obsdiff.evaluation.flops import example_inputs
 from obsdiff.models.families import FAMILIES, find_family
 from obsdiff.models.wiring import wire

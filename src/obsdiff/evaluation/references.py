@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
+from obsdiff.evaluation.alignment import find_reader
+from obsdiff.evaluation.measures import fidelity
 from obsdiff.evaluation.sampling import check_finite, sample
 from obsdiff.files import whole_file
 from obsdiff.ranks import from_all, rank, wait_for_all, world_size
@@ -42,7 +43,7 @@ class References:
     Attributes:
         prompts, seeds: One per image.
         dense, pruned: The images of the dense and of the freshly pruned pipeline.
-        alignment: "digits", or None.
+        alignment: The name of what reads the images, or None.
     """
 
     prompts: list[str]
@@ -112,7 +113,7 @@ def references(
         key: What they depend on besides prompts and seeds.
         prompts, seeds: One per image.
         batch_size: Images per pipeline call.
-        alignment: "digits", or None.
+        alignment: The name of what reads the images, or None.
         dense: Loads the dense pipeline.
         pruned: The freshly pruned pipeline.
     """
@@ -145,16 +146,17 @@ def measure(refs: References, images: Images) -> dict[str, Any]:
 
     All are None if a pixel is not finite.
     """
+    reader = find_reader(refs.alignment)
     if not all(bool(torch.isfinite(tensor).all()) for part in (refs.dense, images) for tensor in vars(part).values()):
-        figures = ["alignment"] * (refs.alignment == "digits")
+        figures = ["alignment"] * (reader is not None)
         figures += ["frechet", "alignment_unguided", "frechet_unguided"] * (len(figures) and len(refs.prompts) > 1)
         return {"fidelity": dict.fromkeys(("mse", "mse_interval", "psnr", "ssim")), **dict.fromkeys(figures)}
     measured: dict[str, Any] = {"fidelity": fidelity(refs.dense.guided, images.guided)}
-    if refs.alignment == "digits":
-        measured["alignment"] = float(digit_hits(images.guided, refs.prompts).mean())
+    if reader is not None:
+        measured["alignment"] = float(reader.hits(images.guided, refs.prompts).mean())
         if len(refs.prompts) > 1:
-            measured["frechet"] = digit_frechet(images.guided)
+            measured["frechet"] = reader.frechet(images.guided)
             if len(images.unguided):
-                measured["alignment_unguided"] = float(digit_hits(images.unguided, refs.prompts).mean())
-                measured["frechet_unguided"] = digit_frechet(images.unguided)
+                measured["alignment_unguided"] = float(reader.hits(images.unguided, refs.prompts).mean())
+                measured["frechet_unguided"] = reader.frechet(images.unguided)
     return measured

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
+from obsdiff.evaluation.alignment import check_measurable
 from obsdiff.evaluation.flops import latent_size
-from obsdiff.evaluation.measures import check_measurable
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.models.content import DECODING, component_hashes
 from obsdiff.models.info import call_arguments, info_of

@@ -2,8 +2,9 @@
 
 import pytest
 
+from obsdiff.embedded.pretrain_sd3 import DigitsSD3Pretraining
+from obsdiff.embedded.train_classifier import DigitClassifierTraining
 from obsdiff.errors import UserError
-from obsdiff.training.pretrain import DigitClassifierTraining, DigitsSD3Pretraining
 
 
 @pytest.mark.parametrize("kind", [DigitsSD3Pretraining, DigitClassifierTraining])
