@@ -1,6 +1,7 @@
 """Reading images: whether they show what was asked for, and how far they are from real ones.
 
 A pipeline's information names its reader (``PipelineInfo.alignment``); one without a reader has none of these figures.
+Images of a pipeline that takes no prompts, whose prompts are empty, have no alignment but a Fréchet distance.
 """
 
 from __future__ import annotations
@@ -76,11 +77,11 @@ def check_measurable(prompts: Sequence[str], alignment: str | None) -> None:
     """See, before there are images, that they will be measurable.
 
     Args:
-        prompts: Of the evaluation.
+        prompts: Of the evaluation; all empty where the pipeline takes none.
         alignment: The name of a reader, or None where nothing reads the images.
 
     Raises:
         UserError: A prompt asks for nothing that the reader can tell.
     """
-    if (reader := find_reader(alignment)) is not None:
+    if (reader := find_reader(alignment)) is not None and any(prompts):
         reader.wanted(prompts)

@@ -214,11 +214,12 @@ def _report(
         sampled = {"n": len(images.prompts), "seed": options.evaluation.seed}
         report["fidelity"] = {**fidelity(images.dense, images.pruned), **sampled}
         if (reader := find_reader(info.alignment)) is not None:
-            hits = {
-                name: float(reader.hits(pictures, images.prompts).mean())
-                for name, pictures in (("dense", images.dense), ("pruned", images.pruned))
-            }
-            report["alignment"] = {"measure": reader.measure, **hits, **sampled}
+            if any(images.prompts):
+                hits = {
+                    name: float(reader.hits(pictures, images.prompts).mean())
+                    for name, pictures in (("dense", images.dense), ("pruned", images.pruned))
+                }
+                report["alignment"] = {"measure": reader.measure, **hits, **sampled}
             if len(images.prompts) > 1:
                 report["frechet"] = {
                     "features": reader.space,
