@@ -1,11 +1,11 @@
-"""Lightning data module of the handwritten digits (:mod:`obsdiff.evaluation.digits`)."""
+"""Lightning data module of the handwritten digits (:mod:`obsdiff.embedded.digits`)."""
 
 from __future__ import annotations
 
 from torch.utils.data import DataLoader, Dataset
 
 from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
-from obsdiff.evaluation.digits import DIGIT_WORDS, HELD_OUT_WORDINGS, IMAGE_SIZE, TRAIN_WORDINGS, load_digits
+from obsdiff.embedded.digits import DIGIT_WORDS, HELD_OUT_WORDINGS, IMAGE_SIZE, TRAIN_WORDINGS, load_digits
 
 NAME = "the digits"
 

@@ -11,9 +11,9 @@ import torch
 
 from obsdiff.data.captionfiles import KINDS, read_captions
 from obsdiff.data.captions import MAX_LENGTH, captions_in, check_text, choose_column
+from obsdiff.embedded.digits import HELD_OUT_WORDINGS, TRAIN_WORDINGS, digit_prompts
 from obsdiff.errors import UserError
-from obsdiff.evaluation.digits import HELD_OUT_WORDINGS, TRAIN_WORDINGS, digit_prompts
-from obsdiff.models.info import EMBEDDED_PROMPTS
+from obsdiff.names import EMBEDDED_PROMPTS
 from obsdiff.numbers import check_seed, check_whole
 
 EMBEDDED = dict(zip(EMBEDDED_PROMPTS, (TRAIN_WORDINGS, HELD_OUT_WORDINGS), strict=True))

@@ -7,9 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network
 import pytest
 import torch
 
-from obsdiff.evaluation.digits import digit_prompts
+from obsdiff.embedded.digits import digit_prompts
+from obsdiff.embedded.tiny_sd3 import TinySD3, build_tiny_sd3
 from obsdiff.models.info import PipelineInfo, attach_info
-from obsdiff.models.tiny_sd3 import TinySD3, build_tiny_sd3
 
 SIZES = TinySD3(blocks=3, heads=4, head_dim=4, vae_channels=(8, 8), clip_width=8, t5_width=16, text_length=10)
 CALL = {"num_inference_steps": 3, "guidance_scale": 2.0, "height": 16, "width": 16, "max_sequence_length": 10}

@@ -21,11 +21,11 @@ def test_rank_correlation():
 def test_bench_scan_prints_one_json_line(capsys, monkeypatch):
     from dataclasses import replace
 
-    from obsdiff.evaluation import bench
+    from obsdiff.bench import workloads
 
-    tiny = bench.PRESETS["sd3-tiny-cpu"]
+    tiny = workloads.PRESETS["sd3-tiny-cpu"]
     small = {**tiny.transformer, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
-    monkeypatch.setitem(bench.PRESETS, "sd3-tiny-cpu", replace(tiny, transformer=small, num_prompts=2, steps=2))
+    monkeypatch.setitem(workloads.PRESETS, "sd3-tiny-cpu", replace(tiny, transformer=small, num_prompts=2, steps=2))
     capsys.readouterr()
     main(["bench", "scan", "--triples", "3", "--plans", "8", "--method", "magnitude"])
     [line] = capsys.readouterr().out.splitlines()

@@ -290,11 +290,11 @@ def test_killed_half_way_leaves_no_output(pipe_folder, tmp_path):
 def test_bench_prints_one_json_line(capsys, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from obsdiff.evaluation import bench
+    from obsdiff.bench import workloads
 
-    tiny = bench.PRESETS["sd3-tiny-cpu"]
+    tiny = workloads.PRESETS["sd3-tiny-cpu"]
     small = {**tiny.transformer, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
-    monkeypatch.setitem(bench.PRESETS, "sd3-tiny-cpu", replace(tiny, transformer=small, num_prompts=2, steps=2))
+    monkeypatch.setitem(workloads.PRESETS, "sd3-tiny-cpu", replace(tiny, transformer=small, num_prompts=2, steps=2))
     for more in (
         [],
         ["--statistics", str(tmp_path / "s")],

@@ -13,7 +13,8 @@ from obsdiff.data.captionfiles import KINDS
 from obsdiff.data.pixels import Undecodable, decode
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
-from obsdiff.models.info import CALL_ARGUMENTS, EMBEDDED_PROMPTS, read_info
+from obsdiff.models.info import CALL_ARGUMENTS, read_info
+from obsdiff.names import EMBEDDED_PROMPTS
 
 fuzz = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

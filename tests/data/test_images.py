@@ -6,8 +6,8 @@ from PIL import Image
 
 from obsdiff.data.digits import DigitsDataModule
 from obsdiff.data.images import ImageCaptionDataModule
+from obsdiff.embedded.digits import DIGIT_WORDS, load_digits
 from obsdiff.errors import UserError
-from obsdiff.evaluation.digits import DIGIT_WORDS, load_digits
 
 
 def make_folder(folder, count=5):

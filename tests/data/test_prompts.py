@@ -5,8 +5,8 @@ import pyarrow.parquet
 import pytest
 
 from obsdiff.data.prompts import load_prompts
+from obsdiff.embedded.digits import DIGIT_WORDS, HELD_OUT_WORDINGS, TRAIN_WORDINGS, digit_of_prompt
 from obsdiff.errors import UserError
-from obsdiff.evaluation.digits import DIGIT_WORDS, HELD_OUT_WORDINGS, TRAIN_WORDINGS, digit_of_prompt
 
 
 def test_embedded_sets_are_disjoint_and_balanced():

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from obsdiff.diffusion.frechet import frechet_distance
+from obsdiff.embedded.digits import digit_of_prompt, digit_prompts
 from obsdiff.errors import UserError
-from obsdiff.evaluation.digits import digit_of_prompt, digit_prompts
-from obsdiff.evaluation.measures import check_measurable, digit_frechet, digit_hits, fidelity
+from obsdiff.evaluation.alignment import READERS, check_measurable
+from obsdiff.evaluation.measures import fidelity
 
+DIGITS = READERS["digits"]
 IMAGES = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 NAN, INF = float("nan"), float("inf")
 
@@ -26,7 +28,7 @@ def test_images_that_are_not_finite_have_no_fidelity(value):
     nothing = {"mse": None, "mse_interval": None, "psnr": None, "ssim": None, "not_finite": 1}
     assert fidelity(IMAGES, spoilt(value)) == fidelity(spoilt(value), IMAGES) == nothing
     assert fidelity(spoilt(value, 0), spoilt(value, 1))["not_finite"] == 2
-    assert digit_frechet(spoilt(value)) is None
+    assert DIGITS.frechet(spoilt(value)) is None
 
 
 def test_fidelity_of_few_and_small_images():
@@ -46,14 +48,14 @@ def test_fidelity_of_few_and_small_images():
 def test_an_image_that_is_not_finite_shows_no_digit():
     prompts = digit_prompts()[:10]
     images = torch.full((10, 1, 16, 16), NAN)
-    assert digit_hits(images, prompts).tolist() == [0.0] * 10  # whatever class the classifier falls on
+    assert DIGITS.hits(images, prompts).tolist() == [0.0] * 10  # whatever class the classifier falls on
 
 
 def test_frechet_distance_needs_two_images():
-    assert digit_frechet(IMAGES[:0]) is None and digit_frechet(IMAGES[:1]) is None
-    assert math.isfinite(digit_frechet(IMAGES[:2]))
+    assert DIGITS.frechet(IMAGES[:0]) is None and DIGITS.frechet(IMAGES[:1]) is None
+    assert math.isfinite(DIGITS.frechet(IMAGES[:2]))
     same = IMAGES[:1].expand(5, -1, -1, -1)
-    assert math.isfinite(digit_frechet(same))
+    assert math.isfinite(DIGITS.frechet(same))
     flat = torch.ones(5, 64)
     assert frechet_distance(flat, flat) == 0
 

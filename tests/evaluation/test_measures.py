@@ -8,11 +8,12 @@ import torch
 import obsdiff
 from obsdiff.diffusion.flow import add_noise, loss_per_sample, sample_sigmas
 from obsdiff.diffusion.frechet import frechet_distance
+from obsdiff.embedded.classifier import load_classifier
+from obsdiff.embedded.digits import load_digits
 from obsdiff.errors import UserError
-from obsdiff.evaluation.classifier import load_classifier
-from obsdiff.evaluation.digits import load_digits
+from obsdiff.evaluation.alignment import READERS
 from obsdiff.evaluation.flops import denoiser_flops
-from obsdiff.evaluation.measures import bootstrap_interval, digit_frechet, digit_hits, fidelity
+from obsdiff.evaluation.measures import bootstrap_interval, fidelity
 from obsdiff.evaluation.sampling import cycle_prompts, sample
 from tests.conftest import CALL, make_pipe
 
@@ -61,15 +62,15 @@ def test_classifier_reads_the_held_out_scans():
 
 def test_digit_hits_and_frechet():
     images, labels = load_digits("test")
-    from obsdiff.evaluation.digits import DIGIT_WORDS
+    from obsdiff.embedded.digits import DIGIT_WORDS
 
     prompts = [f"a picture of the digit {DIGIT_WORDS[label]}" for label in labels]
     unit = (images + 1) / 2
-    assert float(digit_hits(unit, prompts).mean()) >= 0.97
-    assert float(digit_hits(unit, prompts[1:] + prompts[:1]).mean()) < 0.3
-    assert digit_frechet(unit) < 1e-6 < digit_frechet(torch.rand_like(unit))
+    assert float(READERS["digits"].hits(unit, prompts).mean()) >= 0.97
+    assert float(READERS["digits"].hits(unit, prompts[1:] + prompts[:1]).mean()) < 0.3
+    assert READERS["digits"].frechet(unit) < 1e-6 < READERS["digits"].frechet(torch.rand_like(unit))
     with pytest.raises(UserError, match="names no digit"):
-        digit_hits(unit[:1], ["a horse"])
+        READERS["digits"].hits(unit[:1], ["a horse"])
 
 
 def test_flow_matching_reaches_data_and_noise():

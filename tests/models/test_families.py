@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from obsdiff.evaluation.bench import PRESETS
+from obsdiff.bench.workloads import PRESETS
 from obsdiff.models.families import FAMILIES, find_family
 from obsdiff.models.graph import units_parameters
 from obsdiff.models.subject import graph_of, subject_of

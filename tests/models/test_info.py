@@ -9,7 +9,8 @@ import pytest
 import obsdiff
 from obsdiff.data.prompts import EMBEDDED, load_prompts
 from obsdiff.errors import UserError
-from obsdiff.models.info import EMBEDDED_PROMPTS, PipelineInfo, attach_info, info_of, read_info, write_info
+from obsdiff.models.info import PipelineInfo, attach_info, info_of, read_info, write_info
+from obsdiff.names import EMBEDDED_PROMPTS
 from obsdiff.pruning.folder import load_pipeline
 
 

@@ -33,6 +33,7 @@ RANKS = [
     },
     {"obs", "criteria", "diffusion"},
     {"models"},
+    {"embedded"},
     {"pruning", "evaluation"},
     {"data"},
     {"allocation"},
@@ -40,6 +41,7 @@ RANKS = [
     {"callbacks"},
     {"training"},
     {"compare"},
+    {"bench"},
     {"cli"},
 ]
 NUMERICS = RANKS[1]

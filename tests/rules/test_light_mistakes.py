@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 
@@ -62,8 +63,9 @@ def test_mistakes_import_neither_torch_nor_diffusers(tmp_path):
 def test_light_names_match_the_tables():
     from obsdiff import names
     from obsdiff.allocation import request
+    from obsdiff.bench.workloads import PRESETS
     from obsdiff.criteria import METHODS
-    from obsdiff.evaluation.bench import PRESETS
+    from obsdiff.evaluation.alignment import READERS
     from obsdiff.obs.structured import FUSIONS
 
     assert tuple(METHODS) == names.METHODS
@@ -71,6 +73,8 @@ def test_light_names_match_the_tables():
     assert {method.allocation for method in METHODS.values()} <= set(names.ALLOCATIONS)
     assert names.FUSIONS == FUSIONS
     assert tuple(PRESETS) == names.PRESETS
+    assert tuple(READERS) == names.ALIGNMENTS
+    assert all(files("obsdiff.data.assets").joinpath(name, "model_index.json").is_file() for name in names.EMBEDDED)
     assert {preset.dtype for preset in PRESETS.values()} <= set(names.DTYPES)
     assert set(request.KINDS) == {"sparsity", "parameters", "flops", "latency"}
 

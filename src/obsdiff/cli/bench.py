@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
         options = parse_options(BenchOptions, "obsdiff bench prune", args[1:])
         check_bench(options)
 
-        from obsdiff.evaluation.bench import bench_prune
+        from obsdiff.bench.prune import bench_prune
 
         preset = _preset(options, options.preset)
         print(
@@ -52,8 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def _train(args: Sequence[str]) -> None:
     with clear_errors("obsdiff bench train"):
         options = parse_options(BenchTrainOptions, "obsdiff bench train", args)
+        from obsdiff.bench.train import bench_train
         from obsdiff.data.trajectories import TrajectoryDataModule
-        from obsdiff.training.bench import bench_train
 
         def data(pipeline: str, folder: Any, batch_size: int) -> TrajectoryDataModule:
             return TrajectoryDataModule(
@@ -69,10 +69,10 @@ def _scan(args: Sequence[str]) -> None:
         options = parse_options(BenchScanOptions, "obsdiff bench scan", args)
         check_bench(options)
 
-        from obsdiff.allocation.bench import bench_scan, workload_of
+        from obsdiff.bench.scan import bench_scan
+        from obsdiff.bench.workloads import build, workload_of
         from obsdiff.devices import choose_device
         from obsdiff.errors import UserError
-        from obsdiff.evaluation.bench import build
 
         if options.plans < 0 or (options.triples is not None and options.triples < 1):
             raise UserError("plans must be at least 0 and triples at least 1")
@@ -95,8 +95,8 @@ def _preset(options: BenchOptions | BenchScanOptions, name: str) -> Any:
     """The preset with what the options change."""
     from dataclasses import replace
 
+    from obsdiff.bench.workloads import find_preset
     from obsdiff.devices import choose_device
-    from obsdiff.evaluation.bench import find_preset
 
     preset = replace(find_preset(name), **_given(options))
     choose_device(preset.device)

@@ -15,6 +15,7 @@ from obsdiff.obs.pattern import parse_pattern
 from obsdiff.paths import new_folder, user_path
 from obsdiff.pruning.options import PruneOptions
 
+MOST_IMAGES = 10**6
 PROMPT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -41,14 +42,18 @@ def checked_prune(options: PruneOptions) -> PruneOptions:
 
 
 def checked_sample(options: SampleOptions) -> SampleOptions:
-    """The options with ``~`` filled in, and the prompts as a list.
+    """The options with ``~`` filled in, and the prompts as a list, empty ones where only a number was given.
 
     Raises:
         UserError: A value is wrong, or a file is missing.
     """
-    prompts = [options.prompt] if isinstance(options.prompt, str) else list(options.prompt)
-    if not prompts:
-        raise UserError("no prompt given; pass --prompt TEXT")
+    if options.num_images is not None:
+        check_whole("num_images", options.num_images, 1, MOST_IMAGES)
+        if options.prompt is not None:
+            raise UserError("give --prompt or --num_images, not both: there is one image per prompt")
+    prompts = [options.prompt] if isinstance(options.prompt, str) else list(options.prompt or ())
+    if not prompts and options.num_images is None:
+        raise UserError("no prompt given; pass --prompt TEXT, or --num_images for a pipeline that takes none")
     if isinstance(options.prompt, str) and options.prompt.startswith("[") and options.prompt.endswith("]"):
         raise UserError(
             f"--prompt {options.prompt[:60]} is no list of texts; quote what could be a number or a word of "
@@ -63,6 +68,7 @@ def checked_sample(options: SampleOptions) -> SampleOptions:
         check_number("guidance_scale", options.guidance_scale, 0.0)
     check_loading(options.dtype, options.device)
     output = user_path(options.output, "output")
+    prompts = prompts or [""] * (options.num_images or 0)
     return replace(options, pipeline=check_source(options.pipeline), prompt=prompts, output=str(output))
 
 

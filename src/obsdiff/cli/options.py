@@ -12,7 +12,8 @@ class SampleOptions:
     Args:
         pipeline: A prune run's folder, an embedded pipeline, any diffusers folder, or a hub id.
         prompt: What to draw; a YAML list for several images.
-        output: PNG file (one prompt) or folder (several).
+        num_images: How many to draw without a prompt, in place of ``prompt``.
+        output: PNG file (one image) or folder (several).
         seed: Noise seed of the first image; the others count up.
         steps: Denoising steps; default: the pipeline's own.
         guidance_scale: Classifier-free guidance; default: the pipeline's own.
@@ -22,7 +23,8 @@ class SampleOptions:
     """
 
     pipeline: str
-    prompt: list[str] | str
+    prompt: list[str] | str | None = None
+    num_images: int | None = None
     output: str = "sample.png"
     seed: int = 0
     steps: int | None = None

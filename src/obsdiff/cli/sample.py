@@ -11,7 +11,7 @@ from obsdiff.cli.parse import clear_errors, parse_options
 
 PROGRAM = "obsdiff sample"
 EXAMPLE = """example: obsdiff sample outputs/digits --prompt "a digit seven" --output seven.png
-required: the pipeline (a name, folder or hub id) and --prompt"""
+required: the pipeline (a name, folder or hub id) and --prompt, or --num_images for a pipeline that takes no prompt"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
         from obsdiff.export.summary import images_summary, seeds_text
         from obsdiff.pruning.folder import load_pipeline
 
-        prompts = list(options.prompt)
+        prompts = list(options.prompt or ())
         files = image_files(options.output, len(prompts), options.overwrite)
         seeds = list(range(options.seed, options.seed + len(files)))
         call = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}

@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from obsdiff.evaluation.measures import digit_frechet, digit_hits, fidelity
+from obsdiff.evaluation.alignment import find_reader
+from obsdiff.evaluation.measures import fidelity
 from obsdiff.evaluation.sampling import check_finite, sample
 from obsdiff.files import whole_file
+from obsdiff.models.info import call_arguments
 from obsdiff.ranks import from_all, rank, wait_for_all, world_size
 
 UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0}
@@ -42,7 +44,7 @@ class References:
     Attributes:
         prompts, seeds: One per image.
         dense, pruned: The images of the dense and of the freshly pruned pipeline.
-        alignment: "digits", or None.
+        alignment: The name of what reads the images, or None.
     """
 
     prompts: list[str]
@@ -87,10 +89,10 @@ def draw(
     alignment: str | None,
     allow_nonfinite: bool = False,
 ) -> Images:
-    """The images of one pipeline, without guidance too where they can be measured."""
+    """The images of one pipeline, without guidance too where it has any and they can be measured."""
     quiet = rank() > 0
     guided = sample_shared(pipe, prompts, seeds, batch_size, quiet, allow_nonfinite)
-    if not alignment:
+    if not alignment or not UNGUIDED.keys() <= call_arguments(pipe).keys():
         return Images(guided, guided[:0])
     return Images(guided, sample_shared(pipe, prompts, seeds, batch_size, quiet, allow_nonfinite, **UNGUIDED))
 
@@ -112,7 +114,7 @@ def references(
         key: What they depend on besides prompts and seeds.
         prompts, seeds: One per image.
         batch_size: Images per pipeline call.
-        alignment: "digits", or None.
+        alignment: The name of what reads the images, or None.
         dense: Loads the dense pipeline.
         pruned: The freshly pruned pipeline.
     """
@@ -145,16 +147,14 @@ def measure(refs: References, images: Images) -> dict[str, Any]:
 
     All are None if a pixel is not finite.
     """
-    if not all(bool(torch.isfinite(tensor).all()) for part in (refs.dense, images) for tensor in vars(part).values()):
-        figures = ["alignment"] * (refs.alignment == "digits")
-        figures += ["frechet", "alignment_unguided", "frechet_unguided"] * (len(figures) and len(refs.prompts) > 1)
-        return {"fidelity": dict.fromkeys(("mse", "mse_interval", "psnr", "ssim")), **dict.fromkeys(figures)}
-    measured: dict[str, Any] = {"fidelity": fidelity(refs.dense.guided, images.guided)}
-    if refs.alignment == "digits":
-        measured["alignment"] = float(digit_hits(images.guided, refs.prompts).mean())
-        if len(refs.prompts) > 1:
-            measured["frechet"] = digit_frechet(images.guided)
-            if len(images.unguided):
-                measured["alignment_unguided"] = float(digit_hits(images.unguided, refs.prompts).mean())
-                measured["frechet_unguided"] = digit_frechet(images.unguided)
+    finite = all(bool(torch.isfinite(tensor).all()) for part in (refs.dense, images) for tensor in vars(part).values())
+    nothing = dict.fromkeys(("mse", "mse_interval", "psnr", "ssim"))
+    measured: dict[str, Any] = {"fidelity": fidelity(refs.dense.guided, images.guided) if finite else nothing}
+    reader, several = find_reader(refs.alignment), len(refs.prompts) > 1
+    if reader is not None:
+        for suffix, drawn in {"": images.guided, **({"_unguided": images.unguided} if several else {})}.items():
+            if len(drawn) and any(refs.prompts):
+                measured[f"alignment{suffix}"] = float(reader.hits(drawn, refs.prompts).mean()) if finite else None
+            if len(drawn) and several:
+                measured[f"frechet{suffix}"] = reader.frechet(drawn) if finite else None
     return measured

@@ -37,7 +37,7 @@ def sample(
 
     Args:
         pipe: The pipeline.
-        prompts: One per image.
+        prompts: One per image; empty ones for a pipeline that takes none.
         seeds: One per image; an image depends on its own seed only, not on the batch.
         batch_size: Images per pipeline call.
         call: Call arguments over the pipeline's own defaults (steps, guidance, size).
@@ -48,8 +48,12 @@ def sample(
         UserError: An argument is out of range, the pipeline refuses it, or an image has pixels that are not finite.
     """
     check_request(prompts, seeds, batch_size, call)
-    if foreign := sorted((call or {}).keys() - inspect.signature(type(pipe).__call__).parameters.keys()):
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    if foreign := sorted(name for name, value in (call or {}).items() if value is not None and name not in accepted):
         raise UserError(f"a call of {type(pipe).__name__} takes no {foreign[0]}; leave it out")
+    takes_prompts = "prompt" in accepted
+    if not takes_prompts and any(prompts):
+        raise UserError(f"{info_of(pipe).source} draws without prompts; leave {next(filter(None, prompts))!r} out")
     arguments = call_arguments(pipe, **(call or {}))
     starts = range(0, len(prompts), batch_size)
     images = []
@@ -58,7 +62,8 @@ def sample(
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             try:
-                result = pipe(prompt=list(prompts[part]), generator=generators, output_type="pt", **arguments)
+                asked = {"prompt": list(prompts[part])} if takes_prompts else {"batch_size": len(generators)}
+                result = pipe(**asked, generator=generators, output_type="pt", **arguments)
             except UserError:
                 raise
             except ValueError as error:  # how diffusers refuses sizes and lengths

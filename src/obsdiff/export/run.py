@@ -15,8 +15,9 @@ from obsdiff.allocation.planning import check_options
 from obsdiff.allocation.stage import announce, calibration_prompts, prepare, prune_stage
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
+from obsdiff.evaluation.alignment import check_measurable, find_reader
 from obsdiff.evaluation.flops import denoiser_flops
-from obsdiff.evaluation.measures import check_measurable, digit_frechet, digit_hits, fidelity, finite_images
+from obsdiff.evaluation.measures import fidelity, finite_images
 from obsdiff.evaluation.references import sample_shared
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.export.heatmap import draw_ratios
@@ -212,17 +213,18 @@ def _report(
     if images is not None:
         sampled = {"n": len(images.prompts), "seed": options.evaluation.seed}
         report["fidelity"] = {**fidelity(images.dense, images.pruned), **sampled}
-        if info.alignment == "digits":
-            hits = {
-                name: float(digit_hits(pictures, images.prompts).mean())
-                for name, pictures in (("dense", images.dense), ("pruned", images.pruned))
-            }
-            report["alignment"] = {"measure": "embedded digit classifier", **hits, **sampled}
+        if (reader := find_reader(info.alignment)) is not None:
+            if any(images.prompts):
+                hits = {
+                    name: float(reader.hits(pictures, images.prompts).mean())
+                    for name, pictures in (("dense", images.dense), ("pruned", images.pruned))
+                }
+                report["alignment"] = {"measure": reader.measure, **hits, **sampled}
             if len(images.prompts) > 1:
                 report["frechet"] = {
-                    "features": "embedded digit classifier, 64 features, against 360 held-out scans",
-                    "dense": digit_frechet(images.dense),
-                    "pruned": digit_frechet(images.pruned),
+                    "features": reader.space,
+                    "dense": reader.frechet(images.dense),
+                    "pruned": reader.frechet(images.pruned),
                     **sampled,
                 }
     return report

@@ -12,12 +12,11 @@ from typing import Any
 
 from obsdiff.errors import UserError
 from obsdiff.files import FILES, read_json, write_json
+from obsdiff.names import ALIGNMENTS, EMBEDDED_PROMPTS
 
 INFO_FILE = "obsdiff.json"
 CALL_ARGUMENTS = ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length")
 MOST = 2**16  # more of any of them is a slip, and would fill memory or never end
-EMBEDDED_PROMPTS = ("digits-train", "digits-heldout")
-ALIGNMENTS = (None, "digits")
 PROMPT_SETS = ("calibration", "evaluation")
 
 
@@ -28,7 +27,7 @@ class PipelineInfo:
     Attributes:
         source: What the user called it: an embedded name, a folder, a hub id.
         call: The pipeline's own call defaults (``obsdiff.json`` beside the weights), over diffusers' defaults.
-        alignment: "digits" where the embedded classifier can read its images, or None.
+        alignment: What can read its images ("digits": the embedded classifier), or None.
         prompts: Default prompt sets, "calibration" and "evaluation": names of embedded ones, or files.
         manifest: ``pruning.json`` if it came out of a prune run.
     """
@@ -74,8 +73,8 @@ def read_info(folder: Path) -> dict[str, Any]:
         for name, value in _checked(known["call"], CALL_ARGUMENTS, path, "call").items():
             _check_argument(name, value, path)
     alignment = known.get("alignment")
-    if alignment is not None and alignment not in ALIGNMENTS[1:]:
-        raise UserError(f"{path}: alignment is {_short(alignment)}; it must be null or {ALIGNMENTS[1]}")
+    if alignment is not None and alignment not in ALIGNMENTS:
+        raise UserError(f"{path}: alignment is {_short(alignment)}; it must be null or {' or '.join(ALIGNMENTS)}")
     if "prompts" in known:
         named = _checked(known["prompts"], PROMPT_SETS, path, "prompts")
         for key, value in named.items():

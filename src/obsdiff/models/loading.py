@@ -16,10 +16,8 @@ from obsdiff.errors import UserError
 from obsdiff.files import read_json
 from obsdiff.models.info import INFO_FILE, PipelineInfo, attach_info, read_info
 from obsdiff.models.register import register
-from obsdiff.names import DTYPES
+from obsdiff.names import DTYPES, EMBEDDED
 from obsdiff.paths import user_path
-
-EMBEDDED = ("digits-sd3",)
 
 
 def open_pipeline(

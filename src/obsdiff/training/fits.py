@@ -9,7 +9,7 @@ from torch import Tensor
 
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
-from obsdiff.evaluation.measures import check_measurable
+from obsdiff.evaluation.alignment import check_measurable
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.models.calls import remembered_call
 from obsdiff.models.content import DECODING, component_hashes

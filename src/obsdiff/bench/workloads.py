@@ -1,27 +1,24 @@
-"""Speed of pruning, on models with random weights: how much a prune costs over the bare forward passes it needs."""
+"""What benchmarks run: presets with random weights or a real pipeline, and the bare denoiser calls to compare with."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from obsdiff.allocation.stage import calibration_prompts
 from obsdiff.errors import UserError
-from obsdiff.memory import peak_memory_bytes
-from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import PipelineInfo, attach_info, call_arguments
 from obsdiff.models.loading import to_device
 from obsdiff.names import DTYPES
-from obsdiff.pruning.calibrate import calibrate
-from obsdiff.pruning.oneshot import prune
-from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.folder import load_pipeline
+from obsdiff.pruning.options import CalibrationOptions, PruningOptions
 from obsdiff.pruning.trajectories import noise_seeds, run_trajectories
-from obsdiff.versions import versions
 
 
 @dataclass(frozen=True)
@@ -154,56 +151,37 @@ def _checked(device: str) -> torch.device:
     return torch.device(device)
 
 
-def bench_prune(
-    name: str, preset: Preset, pattern: str, method: str, packages: int, store: str | None
-) -> dict[str, Any]:
-    """Time the bare denoiser calls of one calibration pass, then a whole prune, in this process.
+def workload_of(
+    pipeline: str,
+    num_prompts: int = 100,
+    steps: int | None = None,
+    batch_size: int = 4,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> tuple[Any, Conditioning, Preset]:
+    """A real pipeline with its own prompts, in place of a preset: the pipeline, encoded prompts, and what is run.
 
-    Returns:
-        ``forward_only_s, calibrate_s, solve_s, total_s, ratio`` (total / forward_only), ``peak_memory_bytes, device,
-        preset, packages`` and what else the figures depend on.
+    Raises:
+        UserError: It cannot be loaded, or has no prompts of its own.
     """
-    pipe, conditioning = build(preset)
-    forward_s = forward_only(pipe, conditioning, preset)
-    started = time.perf_counter()
-
-    def measure(sites: set[str]) -> Statistics:
-        return calibrate(
-            pipe,
-            conditioning,
-            steps=preset.steps,
-            guidance_scale=preset.guidance_scale,
-            batch_size=preset.batch_size,
-            store=store,
-            sites=None if store is not None else sites,
-        )
-
-    reused = store is not None and (Path(store) / "statistics.json").exists()
-    statistics = measure(set()) if store is not None and packages == 1 else measure
-    report = prune(pipe, pattern, method=method, statistics=statistics, packages=packages)
-    total_s = time.perf_counter() - started
-    return {
-        "forward_only_s": round(forward_s, 3),
-        "calibrate_s": round(0.0 if reused else report.time_s["calibrate"], 3),
-        "solve_s": round(report.time_s["solve"], 3),
-        "total_s": round(total_s, 3),
-        "ratio": round(total_s / forward_s, 3),
-        "peak_memory_bytes": peak_memory_bytes(pipe.device),
-        "device": torch.cuda.get_device_name() if pipe.device.type == "cuda" else "cpu",
-        "preset": name,
-        "packages": packages,
-        "statistics_reused": reused,
-        "pattern": pattern,
-        "method": method,
-        "sparsity": report.sparsity,
-        "mean_layer_error": report.mean_layer_error,
-        "num_prompts": preset.num_prompts,
-        "steps": preset.steps,
-        "batch_size": preset.batch_size,
-        "dtype": preset.dtype,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
+    pipe = load_pipeline(pipeline, dtype=dtype, device=device)
+    call = call_arguments(pipe, num_inference_steps=steps)
+    prompts = calibration_prompts(pipe, PruningOptions(calibration=CalibrationOptions(num_prompts=num_prompts)))
+    denoiser: Any = denoiser_of(pipe)
+    return (
+        pipe,
+        encode_prompts(pipe, prompts, call),
+        Preset(
+            dict(denoiser.config),
+            int(call.get("max_sequence_length") or 0),
+            num_prompts,
+            int(call["num_inference_steps"]),
+            batch_size,
+            float(call.get("guidance_scale") or 1.0),
+            device,
+            str(denoiser.dtype).removeprefix("torch."),
+        ),
+    )
 
 
 def forward_only(pipe: Any, conditioning: Conditioning, preset: Preset) -> float:

@@ -2,11 +2,13 @@
 
 import pytest
 
+from obsdiff.embedded.pretrain_ddpm import DigitsDDPMPretraining
+from obsdiff.embedded.pretrain_sd3 import DigitsSD3Pretraining
+from obsdiff.embedded.train_classifier import DigitClassifierTraining
 from obsdiff.errors import UserError
-from obsdiff.training.pretrain import DigitClassifierTraining, DigitsSD3Pretraining
 
 
-@pytest.mark.parametrize("kind", [DigitsSD3Pretraining, DigitClassifierTraining])
+@pytest.mark.parametrize("kind", [DigitsSD3Pretraining, DigitsDDPMPretraining, DigitClassifierTraining])
 def test_a_users_folder_is_refused_before_training(tmp_path, kind):
     (tmp_path / "README.md").write_text("mine")
     module = kind(str(tmp_path))

@@ -11,54 +11,17 @@ from obsdiff.allocation.additivity import check_additivity
 from obsdiff.allocation.allocate import default_budget, probe_for, settings_of
 from obsdiff.allocation.budget import costs_of
 from obsdiff.allocation.scan import scan
-from obsdiff.allocation.stage import calibration_prompts
 from obsdiff.allocation.units import make_units
-from obsdiff.evaluation.bench import Preset, forward_only
-from obsdiff.models.conditioning import Conditioning, encode_prompts
-from obsdiff.models.denoisers import denoiser_of
-from obsdiff.models.info import call_arguments
+from obsdiff.bench.workloads import Preset, forward_only
+from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.fingerprint import conditioning_hash
-from obsdiff.pruning.folder import load_pipeline
-from obsdiff.pruning.options import CalibrationOptions, Limits, PruningOptions, ScanOptions
+from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import make_plan
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.versions import versions
-
-
-def workload_of(
-    pipeline: str,
-    num_prompts: int = 100,
-    steps: int | None = None,
-    batch_size: int = 4,
-    device: str = "cpu",
-    dtype: str | None = None,
-) -> tuple[Any, Conditioning, Preset]:
-    """A real pipeline with its own prompts, in place of a preset: the pipeline, encoded prompts, and what is run.
-
-    Raises:
-        UserError: It cannot be loaded, or has no prompts of its own.
-    """
-    pipe = load_pipeline(pipeline, dtype=dtype, device=device)
-    call = call_arguments(pipe, num_inference_steps=steps)
-    prompts = calibration_prompts(pipe, PruningOptions(calibration=CalibrationOptions(num_prompts=num_prompts)))
-    denoiser: Any = denoiser_of(pipe)
-    return (
-        pipe,
-        encode_prompts(pipe, prompts, call),
-        Preset(
-            dict(denoiser.config),
-            int(call.get("max_sequence_length") or 0),
-            num_prompts,
-            int(call["num_inference_steps"]),
-            batch_size,
-            float(call.get("guidance_scale") or 1.0),
-            device,
-            str(denoiser.dtype).removeprefix("torch."),
-        ),
-    )
 
 
 def bench_scan(
@@ -75,7 +38,7 @@ def bench_scan(
 
     Args:
         name: Of the preset or pipeline.
-        pipe, conditioning, preset: What to run (:func:`obsdiff.evaluation.bench.build`, :func:`workload_of`).
+        pipe, conditioning, preset: What to run (:mod:`obsdiff.bench.workloads`).
         pattern, method: How layers are pruned.
         triples: Recorded calls; None: as for prune.
         plans: Random plans to compare.
@@ -95,13 +58,14 @@ def bench_scan(
         batch_size=preset.batch_size,
     )
     calibrate_s = time.perf_counter() - started
-    graph = subject_of(pipe).graph
+    subject = subject_of(pipe, conditioning)
+    graph = subject.graph
     base = make_plan(graph, parse_pattern(pattern), spare_blocks=())
     units = make_units(graph, base, Limits())
     options = SolveOptions(method)
     settings = settings_of(statistics, preset.batch_size)
     started = time.perf_counter()
-    probe, bare = probe_for(pipe, graph, units, conditioning, settings, ScanOptions(triples=triples))
+    probe, bare = probe_for(subject, units, conditioning, settings, ScanOptions(triples=triples))
     found = scan(graph, units, statistics, options, probe, conditioning_hash(pipe, conditioning))
     scan_s = time.perf_counter() - started
     costs = costs_of(pipe, graph, units, default_budget(graph, base), settings.call)

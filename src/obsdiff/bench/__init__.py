@@ -1,0 +1,1 @@
+"""Benchmarks: what pruning, scanning and recovering cost."""
