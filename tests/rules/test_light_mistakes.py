@@ -63,13 +63,15 @@ def test_light_names_match_the_tables():
     from obsdiff import names
     from obsdiff.allocation import request
     from obsdiff.criteria import METHODS
+    from obsdiff.criteria.structured import RULES
     from obsdiff.evaluation.bench import PRESETS
     from obsdiff.obs.structured import FUSIONS
 
     assert tuple(METHODS) == names.METHODS
     assert tuple(name for name, method in METHODS.items() if method.structured) == names.STRUCTURED_METHODS
+    assert {method.structured for method in METHODS.values()} - {None} == set(RULES)
     assert {method.allocation for method in METHODS.values()} <= set(names.ALLOCATIONS)
-    assert names.FUSIONS == FUSIONS
+    assert tuple(FUSIONS) == names.FUSIONS
     assert tuple(PRESETS) == names.PRESETS
     assert {preset.dtype for preset in PRESETS.values()} <= set(names.DTYPES)
     assert set(request.KINDS) == {"sparsity", "parameters", "flops", "latency"}

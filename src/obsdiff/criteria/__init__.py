@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from obsdiff.criteria import admm, magnitude, obs, random, sparsegpt, wanda
-from obsdiff.criteria.base import Method, Problem, Solution
+from obsdiff.criteria.base import GroupProblem, Method, Problem, Solution
 from obsdiff.errors import UserError
 
 METHODS: dict[str, Method] = {
@@ -29,4 +29,4 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Method", "Problem", "Solution", "find_method"]
+__all__ = ["METHODS", "GroupProblem", "Method", "Problem", "Solution", "find_method"]

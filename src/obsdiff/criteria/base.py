@@ -9,6 +9,7 @@ from torch import Tensor
 
 from obsdiff.obs.pattern import Pattern
 from obsdiff.obs.refit import STEPS
+from obsdiff.obs.structured import Consumer
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,31 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class GroupProblem:
+    """Heads or neurons of which some have to go.
+
+    Attributes:
+        consumers: Layers whose input columns would go; with Hessians for rules that need statistics.
+        producers: Weights (slabs · count · size, columns) whose output rows would go.
+        count: Groups.
+        size: Channels per group (head_dim, or 1).
+        remove: How many groups go.
+        fusion: How the errors in several consumers become one score, see :func:`obsdiff.obs.structured.fuse`.
+        damping: Relative dampening of the Hessians.
+        seed: For rules that draw.
+    """
+
+    consumers: Sequence[Consumer]
+    producers: Sequence[Tensor]
+    count: int
+    size: int
+    remove: int
+    fusion: str
+    damping: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class Solution:
     """One pruned layer: ``weight`` float32 with exact zeros where ``mask`` (True = kept) is False."""
 
@@ -55,7 +81,8 @@ class Method:
         refit: Whether least squares on the kept weights follows by default.
         refit_steps: Conjugate-gradient steps it needs at least; fewer where the start is already compensated.
         needs_statistics: Whether it cannot do without a calibration.
-        structured: How it chooses heads and neurons ("obs", "magnitude", "random"), or None.
+        structured: How it chooses heads and neurons, a name of :data:`obsdiff.criteria.structured.RULES`; None: it
+            cannot.
         weighting: Timestep weights it asks of a calibration made for it.
         centred: Whether it selects on centred inputs where the refit lets the biases take up the mean.
         allocation: How sparsity is shared out among layers by default: baselines are published with uniform ratios.

@@ -1,50 +1,55 @@
-"""Which heads or neurons to keep, by the method's own rule."""
+"""Which heads or neurons to keep: one function per rule, all with one signature; ``RULES`` is the table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from obsdiff.obs.structured import Consumer, drop_indices, select_groups
+from obsdiff.criteria.base import GroupProblem
+from obsdiff.obs.structured import drop_indices, select_groups
+
+Rule = Callable[[GroupProblem], Tensor]
+"""From the groups of one attention or feed-forward module to bool (count,), True = kept."""
 
 
-def choose_groups(
-    rule: str,
-    consumers: Sequence[Consumer],
-    producers: Sequence[Tensor],
-    count: int,
-    size: int,
-    remove: int,
-    fusion: str,
-    damping: float,
-    seed: int,
-) -> Tensor:
-    """Bool (count,), True = kept.
+def exact_error(problem: GroupProblem) -> Tensor:
+    """Least exact OBS error of deleting a group, one after another (OBS-Diff §4.3-4.4; better than its eq. 7)."""
+    return select_groups(problem.consumers, problem.size, problem.remove, problem.fusion, damping=problem.damping)
 
-    Args:
-        rule: "obs" (exact OBS group error, OBS-Diff §4.3-4.4), "magnitude" (L1 norm of all weights that would go,
-            after Li et al. 1608.08710) or "random".
-        consumers: Layers whose input columns would go; with Hessians for "obs".
-        producers: Weights (slabs · count · size, columns) whose output rows would go.
-        count: Groups.
-        size: Channels per group.
-        remove: How many groups go.
-        fusion: How "obs" ranks over several consumers, see :func:`obsdiff.obs.structured.fuse`.
-        damping: Relative dampening of the Hessians.
-        seed: For "random".
+
+def magnitude(problem: GroupProblem) -> Tensor:
+    """Least L1 norm of all weights that would go (after Li et al. 1608.08710)."""
+    count, size = problem.count, problem.size
+    columns = [consumer.weight.float().abs().sum(0).view(count, size).sum(1) for consumer in problem.consumers]
+    scores = torch.stack(columns).sum(0)
+    for weight in problem.producers:
+        scores = scores + weight.float().abs().sum(1).view(-1, count, size).sum((0, 2))
+    return _lowest_go(scores, problem.remove)
+
+
+def random(problem: GroupProblem) -> Tensor:
+    """Drawn from the module's own seed, the same on every device."""
+    scores = torch.rand(problem.count, generator=torch.Generator().manual_seed(problem.seed))
+    return _lowest_go(scores.to(problem.consumers[0].weight.device), problem.remove)
+
+
+RULES: dict[str, Rule] = {"obs": exact_error, "magnitude": magnitude, "random": random}
+
+
+def choose_groups(rule: str, problem: GroupProblem) -> Tensor:
+    """Bool (count,), True = kept, by the rule of that name.
+
+    Raises:
+        ValueError: There is none.
     """
-    if rule == "obs":
-        return select_groups(consumers, size, remove, fusion, damping=damping)
-    if rule == "magnitude":
-        scores = torch.stack([c.weight.float().abs().sum(0).view(count, size).sum(1) for c in consumers]).sum(0)
-        for weight in producers:
-            scores = scores + weight.float().abs().sum(1).view(-1, count, size).sum((0, 2))
-    elif rule == "random":
-        scores = torch.rand(count, generator=torch.Generator().manual_seed(seed)).to(consumers[0].weight.device)
-    else:
-        raise ValueError(f"unknown rule {rule!r}; there are obs, magnitude and random")
-    kept = torch.ones(count, dtype=torch.bool, device=scores.device)
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
+    return RULES[rule](problem)
+
+
+def _lowest_go(scores: Tensor, remove: int) -> Tensor:
+    kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     kept[drop_indices(scores, remove)] = False
     return kept

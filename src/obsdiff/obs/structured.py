@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from obsdiff.obs.linalg import DAMPING, damped, inverse
 
 RRF_CONSTANT = 60  # k of reciprocal rank fusion, as published
-FUSIONS = ("reciprocal_rank", "relative_error")
 
 
 def group_errors(weight: Tensor, hessian_inverse: Tensor, size: int) -> Tensor:
@@ -29,18 +28,36 @@ def group_errors(weight: Tensor, hessian_inverse: Tensor, size: int) -> Tensor:
     return torch.linalg.solve_triangular(factor, columns, upper=False).square().sum((1, 2))
 
 
+def reciprocal_rank(errors: Sequence[Tensor]) -> Tensor:
+    """OBS-Diff eq. 8, ``Σ 1 / (60 + rank)``, negated so that low means removable; rank 1 is the lowest error."""
+    ranks = torch.stack([error.argsort(stable=True).argsort() for error in errors]) + 1
+    return -(1.0 / (RRF_CONSTANT + ranks)).sum(0)
+
+
+def relative_error(errors: Sequence[Tensor]) -> Tensor:
+    """Each consumer's errors as shares of their sum, added."""
+    return torch.stack([error / error.sum() for error in errors]).sum(0)
+
+
+FUSIONS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+    "reciprocal_rank": reciprocal_rank,
+    "relative_error": relative_error,
+}
+
+
 def fuse(errors: Sequence[Tensor], fusion: str) -> Tensor:
     """One score per group from the errors in several consumers; the lowest score is removed first.
 
-    ``reciprocal_rank`` is OBS-Diff eq. 8, ``Σ 1 / (60 + rank)``, negated so that low means removable; ranks start
-    at 1 with the lowest error. ``relative_error`` adds each consumer's errors as shares of their sum.
+    Args:
+        errors: (groups,) of each consumer; those of a single one are the scores.
+        fusion: A name of :data:`FUSIONS`.
+
+    Raises:
+        ValueError: There is none of that name.
     """
-    if len(errors) == 1:
-        return errors[0]
-    if fusion == "relative_error":
-        return torch.stack([error / error.sum() for error in errors]).sum(0)
-    ranks = torch.stack([error.argsort(stable=True).argsort() for error in errors]) + 1
-    return -(1.0 / (RRF_CONSTANT + ranks)).sum(0)
+    if fusion not in FUSIONS:
+        raise ValueError(f"unknown fusion {fusion!r}; choose one of {', '.join(FUSIONS)}")
+    return errors[0] if len(errors) == 1 else FUSIONS[fusion](errors)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from obsdiff.criteria import METHODS, Problem, Solution
+from obsdiff.criteria import METHODS, GroupProblem, Problem, Solution
 from obsdiff.criteria.structured import choose_groups
 from obsdiff.errors import UserError
 from obsdiff.models.wiring import WiredGroups, Wiring
@@ -260,8 +260,7 @@ def solve_groups(
     rule = METHODS[options.method].structured
     assert rule is not None
     try:
-        kept = choose_groups(
-            rule,
+        problem = GroupProblem(
             consumers,
             [wiring.weight(name).detach() for name in groups.producers],
             groups.count,
@@ -271,6 +270,7 @@ def solve_groups(
             options.damping,
             layer_seed(options.seed, groups.name),
         )
+        kept = choose_groups(rule, problem)
         channels = kept.repeat_interleave(groups.size)
         results = {
             name: _cut(consumer, moments.get(name), channels, wiring.layer(name), options)
