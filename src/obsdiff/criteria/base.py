@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -83,9 +83,14 @@ class Method:
         needs_statistics: Whether it cannot do without a calibration.
         structured: How it chooses heads and neurons, a name of :data:`obsdiff.criteria.structured.RULES`; None: it
             cannot.
+        compensates: Whether what stays of heads and neurons is solved for even without a refit.
         weighting: Timestep weights it asks of a calibration made for it.
         centred: Whether it selects on centred inputs where the refit lets the biases take up the mean.
         allocation: How sparsity is shared out among layers by default: baselines are published with uniform ratios.
+        packages: Calibration passes by default, where it can be calibrated anew.
+        multiple_of: Kept FFN widths of a uniform plan are multiples of this by default; None: what is fast.
+        spares: Blocks that structured plans leave alone by default, by the denoiser's class; others as in
+            :func:`obsdiff.pruning.plan.make_plan`.
     """
 
     solve: Callable[[Problem], list[Solution]]
@@ -93,6 +98,10 @@ class Method:
     refit_steps: int = STEPS
     needs_statistics: bool = True
     structured: str | None = None
+    compensates: bool = False
     weighting: str = "log_decrease"
     centred: bool = False
     allocation: str = "uniform"
+    packages: int = 1
+    multiple_of: int | None = None
+    spares: Mapping[str, Sequence[int]] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from obsdiff.criteria import obs_diff
 from obsdiff.criteria.base import GroupProblem
 from obsdiff.obs.structured import drop_indices, select_groups
 
@@ -15,7 +16,7 @@ Rule = Callable[[GroupProblem], Tensor]
 
 
 def exact_error(problem: GroupProblem) -> Tensor:
-    """Least exact OBS error of deleting a group, one after another (OBS-Diff §4.3-4.4; better than its eq. 7)."""
+    """Least exact OBS error of deleting a group, one after another: ours, where OBS-Diff approximates (its eq. 7)."""
     return select_groups(problem.consumers, problem.size, problem.remove, problem.fusion, damping=problem.damping)
 
 
@@ -35,7 +36,12 @@ def random(problem: GroupProblem) -> Tensor:
     return _lowest_go(scores.to(problem.consumers[0].weight.device), problem.remove)
 
 
-RULES: dict[str, Rule] = {"obs": exact_error, "magnitude": magnitude, "random": random}
+RULES: dict[str, Rule] = {
+    "obs": exact_error,
+    "obs-diff": obs_diff.choose,
+    "magnitude": magnitude,
+    "random": random,
+}
 
 
 def choose_groups(rule: str, problem: GroupProblem) -> Tensor:

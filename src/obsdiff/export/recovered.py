@@ -103,6 +103,7 @@ def recovered_report(
         "device": str(module.device),
         "versions": versions(),
         "calibration": manifest.get("statistics"),
+        "notes": manifest.get("notes", []),
         "sparsity": {
             "achieved": _sparsity(denoiser, manifest, counts),
             "per_layer": manifest.get("sparsity_per_layer"),
@@ -154,6 +155,7 @@ def render_recovery(report: Mapping[str, Any]) -> str:
         f"| steps | {recovery['steps']:,}, objective {terms} |",
         f"| denoiser parameters | {parameters['dense']:,} -> {parameters['pruned']:,}, "
         f"{parameters['nonzero']:,} of them not zero |",
+        *(f"| note | {note} |" for note in report["notes"]),
         f"| versions | {', '.join(f'{key} {value}' for key, value in report['versions'].items())} |",
     ]
     if "fidelity_after" in recovery:

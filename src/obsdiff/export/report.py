@@ -23,6 +23,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         ("FLOPs per denoiser call", f"{flops['dense'] / 1e9:.4g} G -> {flops['pruned'] / 1e9:.4g} G"),
         ("mean layer error", _number(report["layer_error"]["mean"])),
     ]
+    rows += [("note", note) for note in report["notes"]]
     fidelity, alignment, frechet = report["fidelity"], report["alignment"], report["frechet"]
     if fidelity is not None:
         figures = mse_with_interval(fidelity, "95 % ")

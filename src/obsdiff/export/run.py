@@ -196,6 +196,7 @@ def _report(
             "reused": reused,
         },
         "allocation": done.allocation,
+        "notes": done.notes,
         "sparsity": {
             "requested": _requested(done.plan),
             "achieved": done.sparsity,

@@ -13,6 +13,29 @@ from obsdiff.obs.linalg import DAMPING, damped, inverse
 RRF_CONSTANT = 60  # k of reciprocal rank fusion, as published
 
 
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """The blocks of ``size`` on the diagonal of (groups · size, groups · size), a view (groups, size, size)."""
+    count = len(matrix) // size
+    return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def without_columns(weight: Tensor, hessian_inverse: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and inverse Hessian of what stays, compensated for what goes.
+
+    ``W_S − W_R (H⁻¹_RR)⁻¹ H⁻¹_RS`` is the least-squares weight on the kept columns, and
+    ``H⁻¹_SS − H⁻¹_SR (H⁻¹_RR)⁻¹ H⁻¹_RS`` the inverse of H_SS: a downdate of the rank that goes, exact.
+
+    Args:
+        weight: (rows, columns).
+        hessian_inverse: (columns, columns).
+        kept: Bool (columns,).
+    """
+    gone = ~kept
+    solved = torch.linalg.solve(hessian_inverse[gone][:, gone], hessian_inverse[gone][:, kept])
+    left = hessian_inverse[kept]
+    return weight[:, kept] - weight[:, gone] @ solved, left[:, kept] - left[:, gone] @ solved
+
+
 def group_errors(weight: Tensor, hessian_inverse: Tensor, size: int) -> Tensor:
     """The exact error of deleting each group of ``size`` consecutive columns with optimal compensation.
 
@@ -20,7 +43,7 @@ def group_errors(weight: Tensor, hessian_inverse: Tensor, size: int) -> Tensor:
     factor 2; for heads it replaces the approximation of eq. 7.
     """
     count = weight.shape[1] // size
-    blocks = hessian_inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = diagonal_blocks(hessian_inverse, size)
     columns = weight.view(len(weight), count, size).permute(1, 2, 0)  # (groups, size, rows)
     if size == 1:
         return columns.square().sum((1, 2)) / blocks.reshape(-1)

@@ -62,6 +62,7 @@ class Manifest(BaseModel):
     time_s: dict[str, FiniteFloat]
     statistics: _Calibration | None = None
     shrunk: _Shrunk | None
+    notes: list[str] = []
 
 
 def manifest_of(report: PruneReport, source: str, component: str, denoiser: str) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "time_s": report.time_s,
         "statistics": report.fingerprint,
         "shrunk": report.shrunk,
+        "notes": report.notes,
         "versions": versions(),
     }
 

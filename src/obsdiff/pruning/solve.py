@@ -50,6 +50,11 @@ class SolveOptions:
     def refits(self) -> bool:
         return METHODS[self.method].refit if self.refit is None else self.refit
 
+    @property
+    def compensates(self) -> bool:
+        """Whether what stays of heads and neurons is solved for."""
+        return self.refits or METHODS[self.method].compensates
+
 
 @dataclass(frozen=True)
 class LayerResult:
@@ -294,7 +299,8 @@ def _cut(
     if moments is None or hessian is None:
         return LayerResult(dense[:, channels], None, None)
     new = torch.zeros_like(dense)
-    new[:, channels] = compensate(dense, hessian, channels, options.damping) if options.refits else dense[:, channels]
+    solved = options.compensates
+    new[:, channels] = compensate(dense, hessian, channels, options.damping) if solved else dense[:, channels]
     biases = _biases(layer, 1) if options.refits else None
     dtype = layer.weight.dtype
     assert isinstance(dtype, torch.dtype)
