@@ -13,7 +13,7 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.references import Images, References, measure
 from obsdiff.export.heatmap import draw_ratios
 from obsdiff.export.places import finite, write_or_rescue
-from obsdiff.export.report import draw_samples, mse_with_interval
+from obsdiff.export.report import draw_samples, mse_with_interval, steps_taken
 from obsdiff.files import FILES, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.wiring import denoiser_of, wire
@@ -111,6 +111,7 @@ def recovered_report(
         "parameters": counts,
         "flops": {"dense": dense_flops, "pruned": flops},
         "layer_error": {"mean": sum(errors.values()) / len(errors) if errors else None, "per_layer": errors},
+        "refit_steps": steps_taken(manifest.get("refit_steps", {})),
         "time_s": manifest.get("time_s"),
         "peak_memory_bytes": peak_memory_bytes(module.device),
         "objective": module.weights,

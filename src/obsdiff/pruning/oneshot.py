@@ -55,6 +55,8 @@ class PruneReport:
         sparsity_per_layer: Share of zeros by layer, or share of heads or neurons removed by module.
         parameters: Of the denoiser: "dense", "pruned" (what is left), "nonzero".
         layer_error: Relative weighted output error by layer; empty if nothing was measured.
+        refit_steps: Conjugate-gradient steps of the refit by layer; empty without one (what stays of heads and neurons
+            is solved for in closed form).
         time_s: Seconds: "calibrate", "forward_only", "allocate", "solve", "total".
         fingerprint: Of the statistics, or None.
         shrunk: New shapes, or None.
@@ -74,6 +76,7 @@ class PruneReport:
     sparsity_per_layer: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     layer_error: dict[str, float] = field(default_factory=dict)
+    refit_steps: dict[str, int] = field(default_factory=dict)
     time_s: dict[str, float] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] | None = None
     shrunk: Mapping[str, Any] | None = None
@@ -263,6 +266,8 @@ def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
             report.sparsity_per_layer[name] = 1 - float(result.mask.sum()) / result.mask.numel()
             if result.error is not None:
                 report.layer_error[name] = result.error
+            if result.refit_steps is not None:
+                report.refit_steps[name] = result.refit_steps
 
 
 def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:

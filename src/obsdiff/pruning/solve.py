@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +65,14 @@ class LayerResult:
         mask: True = kept; None if the layer was shrunk.
         error: Output error over the variance of the dense output; None if nothing measured it.
         bias_shift: What the refit adds to the bias, float32 (rows,); None if it leaves it.
+        refit_steps: Conjugate-gradient steps that were taken (of the groups of a convolution, the most); None without.
     """
 
     weight: Tensor
     mask: Tensor | None
     error: float | None
     bias_shift: Tensor | None = None
+    refit_steps: int | None = None
 
 
 def portable(results: dict[str, LayerResult]) -> dict[str, LayerResult]:
@@ -82,7 +84,8 @@ def portable(results: dict[str, LayerResult]) -> dict[str, LayerResult]:
         return None if tensor is None else tensor.cpu()
 
     return {
-        name: LayerResult(r.weight.cpu(), moved(r.mask), r.error, moved(r.bias_shift)) for name, r in results.items()
+        name: replace(r, weight=r.weight.cpu(), mask=moved(r.mask), bias_shift=moved(r.bias_shift))
+        for name, r in results.items()
     }
 
 
@@ -139,13 +142,15 @@ def solve_layers(
 
 @dataclass(frozen=True)
 class _Part:
-    """One group of a layer: what is written, its output error, and the dense output's variance and squared mean."""
+    """One group of a layer: what is written, its output error, the dense output's variance and squared mean, and the
+    steps of its refit."""
 
     weight: Tensor
     mask: Tensor | None
     error: float | None = None
     output: tuple[float, float] = (0.0, 0.0)
     bias_shift: Tensor | None = None
+    refit_steps: int | None = None
 
 
 def _biases(layer: nn.Module, groups: int) -> Tensor | None:
@@ -195,9 +200,10 @@ def _finished(
     least = METHODS[options.method].refit_steps
     steps = max(least, min(STEPS, int(REFIT_SHARE * moments.num_tokens / (2 * len(dense)))))
     hessian = moments.seen(bias is not None)
-    new, error = refit(solution.weight, dense, solution.mask, hessian, steps)
-    spread = error if hessian is moments.centred else None
-    return _measured(new, solution.mask, dense, bias, moments, dtype, spread)
+    found = refit(solution.weight, dense, solution.mask, hessian, steps)
+    spread = found.error if hessian is moments.centred else None
+    part = _measured(found.weight, solution.mask, dense, bias, moments, dtype, spread)
+    return replace(part, refit_steps=found.steps)
 
 
 def _measured(
@@ -231,7 +237,9 @@ def _joined(shape: torch.Size, parts: list[_Part]) -> LayerResult:
     weight = torch.stack([part.weight for part in parts]).view(shape)
     mask = torch.stack([part.mask for part in parts if part.mask is not None]).view(shape)
     shifts = [part.bias_shift for part in parts if part.bias_shift is not None]
-    return LayerResult(weight, mask, _relative(parts), torch.cat(shifts) if shifts else None)
+    steps = [part.refit_steps for part in parts if part.refit_steps is not None]
+    shift = torch.cat(shifts) if shifts else None
+    return LayerResult(weight, mask, _relative(parts), shift, max(steps, default=None))
 
 
 def _relative(parts: Sequence[_Part]) -> float | None:
