@@ -3,8 +3,8 @@
 A rule test compares them with the tables of the code.
 """
 
-METHODS = ("obs", "admm", "sparsegpt", "wanda", "magnitude", "random")
-STRUCTURED_METHODS = ("obs", "magnitude", "random")
+METHODS = ("obs", "obs-diff", "admm", "sparsegpt", "wanda", "magnitude", "random")
+STRUCTURED_METHODS = ("obs", "obs-diff", "magnitude", "random")
 FUSIONS = ("reciprocal_rank", "relative_error")
 ALLOCATIONS = ("uniform", "measured", "owl")
 DTYPES = ("float32", "bfloat16", "float16")

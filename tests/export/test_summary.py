@@ -37,6 +37,12 @@ def test_a_prune_in_six_lines():
     ]
 
 
+def test_notes_are_lines_of_their_own():
+    report = {**REPORT, "notes": ["sparsegpt asks for uniform timestep weights; the statistics have log_decrease"]}
+    lines = prune_summary(report, "out").splitlines()
+    assert lines[3] == "note        sparsegpt asks for uniform timestep weights; the statistics have log_decrease"
+
+
 def test_a_prune_without_evaluation_says_so(tmp_path):
     (tmp_path / "report.md").touch()
     report = {**REPORT, "rule": "uniform", "budget": None, "fidelity": None, "alignment": None, "frechet": None}

@@ -28,7 +28,7 @@ def exact(dense, mask, hessian):
 
 def test_converges_to_row_wise_least_squares():
     dense, hessian, mask = problem(6, 24, 200, 0)
-    found, error = refit(dense * mask, dense, mask, hessian, steps=200, tolerance=0.0)
+    found, error, _ = refit(dense * mask, dense, mask, hessian, steps=200, tolerance=0.0)
     torch.testing.assert_close(found.double(), exact(dense, mask, hessian), rtol=2e-2, atol=2e-3)
     best = quadratic_error(exact(dense, mask, hessian) - dense.double(), hessian.double())
     assert error == pytest.approx(best, rel=1e-3)
@@ -46,7 +46,7 @@ def test_converges_to_row_wise_least_squares():
 def test_never_increases_the_error_and_keeps_the_mask(rows, columns, samples, steps, seed):
     dense, hessian, mask = problem(rows, columns, samples, seed)
     start = dense * mask
-    found, error = refit(start, dense, mask, hessian, steps=steps)
+    found, error, _ = refit(start, dense, mask, hessian, steps=steps)
     before = quadratic_error(start - dense, hessian)
     assert quadratic_error(found - dense, hessian) <= before * (1 + 1e-4) + 1e-5 * quadratic_error(dense, hessian)
     power = quadratic_error(dense, hessian)
@@ -58,7 +58,7 @@ def test_never_increases_the_error_and_keeps_the_mask(rows, columns, samples, st
 def test_a_full_mask_returns_the_dense_weight():
     dense, hessian, _ = problem(4, 10, 50, 1)
     full = torch.ones_like(dense, dtype=torch.bool)
-    found, error = refit(dense, dense, full, hessian)
+    found, error, _ = refit(dense, dense, full, hessian)
     assert torch.equal(found, dense) and error == 0
 
 
@@ -66,7 +66,7 @@ def test_a_singular_hessian_is_solved_and_measured_rightly():
     """Five samples for twelve columns: most rows are solved within the steps, and further steps must not stray."""
     for seed in range(200):
         dense, hessian, mask = problem(7, 12, 5, seed)
-        found, error = refit(dense * mask, dense, mask, hessian, steps=40, tolerance=0.0)
+        found, error, _ = refit(dense * mask, dense, mask, hessian, steps=40, tolerance=0.0)
         power = quadratic_error(dense, hessian)
         assert error == pytest.approx(quadratic_error(found - dense, hessian), rel=1e-2, abs=1e-3 * power)
         best = quadratic_error(exact_lstsq(dense, mask, hessian) - dense.double(), hessian.double())
@@ -81,3 +81,16 @@ def exact_lstsq(dense, mask, hessian):
             target = dense[row].double() @ hessian[:, s].double()
             result[row, s] = torch.linalg.pinv(hessian[s][:, s].double(), hermitian=True, rtol=1e-6) @ target
     return result
+
+
+def test_the_steps_that_were_taken_are_counted():
+    """Two eigenvalues are solved in two steps (on all columns, columns scaled alike), so the third settles it."""
+    dense, _, _ = problem(5, 8, 50, 2)
+    mask = torch.ones_like(dense, dtype=torch.bool)
+    hessian = torch.diag(torch.ones(8)) + 0.5 * torch.ones(8, 8)  # eigenvalues 1 (seven times) and 5
+    start = 0.5 * dense
+    assert refit(start, dense, mask, hessian, steps=0).steps == 0
+    assert refit(start, dense, mask, hessian, steps=1).steps == 1
+    found = refit(start, dense, mask, hessian, steps=20, tolerance=0.004)
+    assert found.steps in (2, 3) and found.error < 1e-6 * quadratic_error(dense, hessian)
+    assert refit(start, dense, mask, hessian, steps=20, tolerance=0.0).steps <= 20

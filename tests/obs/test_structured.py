@@ -70,6 +70,12 @@ def test_relative_error_fusion_weighs_by_size():
     torch.testing.assert_close(fuse([a, b], "relative_error"), torch.tensor([0.75, 1.25]))
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_an_unknown_fusion_is_an_error(streams):
+    with pytest.raises(ValueError, match="unknown fusion 'recipocal_rank'"):
+        fuse([torch.rand(4)] * streams, "recipocal_rank")
+
+
 def test_joint_selection_removes_the_same_heads_from_both_streams():
     (wa, ha), (wb, hb) = problem(seed=1), problem(seed=2)
     kept = select_groups([Consumer(wa, ha), Consumer(wb, hb)], 4, 2)

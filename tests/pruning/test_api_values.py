@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.criteria.structured import Choice, choose_units
+from obsdiff.criteria import GroupProblem
+from obsdiff.criteria.structured import choose_groups
 from obsdiff.obs.structured import Consumer
 from obsdiff.pruning.options import ScanOptions
 from obsdiff.pruning.planfile import parse_plan
@@ -177,9 +178,9 @@ def test_packages_calibrate_the_weights_as_they_are(pipe, prompts):
 
 
 def test_an_unknown_rule_for_groups_is_an_error():
-    weight = torch.randn(4, 8)
+    groups = GroupProblem([Consumer(torch.randn(4, 8))], [], 8, 1, 2, "reciprocal_rank", 0.01, 0)
     with pytest.raises(ValueError, match="unknown rule 'magnitde'"):
-        choose_units("magnitde", Choice([Consumer(weight)], [], 8, 1, 2, "reciprocal_rank", 0.01, 0))
+        choose_groups("magnitde", groups)
 
 
 PLAN = "format: 1\npattern: 2:4\nlayers:\n  a.to_q: 2:4\n  a.to_k: {}\n"

@@ -65,13 +65,15 @@ def test_light_names_match_the_tables():
     from obsdiff.allocation import request
     from obsdiff.bench.workloads import PRESETS
     from obsdiff.criteria import METHODS
+    from obsdiff.criteria.structured import RULES
     from obsdiff.evaluation.alignment import READERS
     from obsdiff.obs.structured import FUSIONS
 
     assert tuple(METHODS) == names.METHODS
     assert tuple(name for name, method in METHODS.items() if method.structured) == names.STRUCTURED_METHODS
+    assert {method.structured for method in METHODS.values()} - {None} == set(RULES)
     assert {method.allocation for method in METHODS.values()} <= set(names.ALLOCATIONS)
-    assert names.FUSIONS == FUSIONS
+    assert tuple(FUSIONS) == names.FUSIONS
     assert tuple(PRESETS) == names.PRESETS
     assert tuple(READERS) == names.ALIGNMENTS
     assert all(files("obsdiff.data.assets").joinpath(name, "model_index.json").is_file() for name in names.EMBEDDED)

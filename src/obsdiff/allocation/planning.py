@@ -13,6 +13,7 @@ from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import NM, parse_pattern
+from obsdiff.pruning.defaults import pattern_by, spared_by
 from obsdiff.pruning.oneshot import check_solving
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan, make_plan
@@ -27,7 +28,8 @@ def rule_of(options: PruningOptions) -> str:
     """
     if options.allocation is not None:
         return options.allocation
-    if options.plan is not None or options.calibration.packages > 1 or isinstance(parse_pattern(options.pattern), NM):
+    passes = options.calibration.packages or 1
+    if options.plan is not None or passes > 1 or isinstance(parse_pattern(options.pattern), NM):
         return "uniform"
     return find_method(options.method).allocation
 
@@ -42,6 +44,13 @@ def allocates(options: PruningOptions) -> bool:
     return rule_of(options) != "uniform" or options.budget is not None
 
 
+def packages_for(options: PruningOptions, statistics: Path | None) -> int:
+    """Calibration passes: as asked, else the method's own where it can be calibrated anew, else one."""
+    if options.calibration.packages is not None:
+        return options.calibration.packages
+    return 1 if statistics is not None or allocates(options) else find_method(options.method).packages
+
+
 def check_options(options: PruningOptions, statistics: Path | None = None, sensitivity: Path | None = None) -> None:
     """Refuse what needs no pipeline to refuse: contradictions, unknown names, unreadable files.
 
@@ -54,8 +63,9 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
     """
     check_values(options)
     pattern = parse_pattern(options.pattern) if options.plan is None else parse_plan(options.plan)[0].pattern
-    check_solving(pattern, solve_options(options), options.calibration.packages)
-    rule, packages = rule_of(options), options.calibration.packages
+    packages = packages_for(options, statistics)
+    check_solving(pattern, solve_options(options), packages)
+    rule = rule_of(options)
     check_request(rule, options.scan)
     if packages > 1 and statistics is not None:
         raise UserError(
@@ -85,9 +95,14 @@ def first_plan(graph: Graph, options: PruningOptions) -> Plan:
     """
     if options.plan is not None:
         return read_plan(options.plan, graph)
-    measured = rule_of(options) == "measured"
-    spared: Any = () if measured and options.spare_blocks is None else options.spare_blocks
-    return make_plan(graph, parse_pattern(options.pattern), options.include, options.exclude, spared)
+    pattern = parse_pattern(options.pattern)
+    spared: Any = options.spare_blocks
+    if not allocates(options):  # otherwise the shares decide, and widths come in steps that are fast
+        pattern = pattern_by(options.method, pattern)
+        spared = spared_by(options.method, pattern, graph.denoiser) if spared is None else spared
+    elif rule_of(options) == "measured" and spared is None:
+        spared = ()
+    return make_plan(graph, pattern, options.include, options.exclude, spared)
 
 
 def describe_scan(graph: Graph, plan: Plan, options: PruningOptions, prompts: int, steps: int) -> str:

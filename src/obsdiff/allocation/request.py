@@ -30,6 +30,10 @@ class Budget:
     kind: str
     share: float
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"unknown kind of budget {self.kind!r}; {_SYNTAX}")
+
     def __str__(self) -> str:
         return f"{self.kind}:{self.share:.10g}"
 

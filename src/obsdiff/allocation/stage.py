@@ -11,7 +11,15 @@ from typing import Any
 from obsdiff.allocation.allocate import allocate
 from obsdiff.allocation.clock import PROCESS_S
 from obsdiff.allocation.latency import LEAST_PROCESSES
-from obsdiff.allocation.planning import allocates, check_options, describe_scan, first_plan, rule_of, solve_options
+from obsdiff.allocation.planning import (
+    allocates,
+    check_options,
+    describe_scan,
+    first_plan,
+    packages_for,
+    rule_of,
+    solve_options,
+)
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
@@ -20,6 +28,7 @@ from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.pruning.calibrate import calibrate
+from obsdiff.pruning.defaults import departures
 from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.plan import Plan, describe, packages_of
@@ -138,7 +147,7 @@ def prune_stage(
         method=options.method,
         statistics=found,
         refit=options.refit,
-        packages=settings.packages,
+        packages=packages_for(options, statistics),
         seed=options.seed,
         damping=settings.damping,
         fusion=options.fusion,
@@ -179,11 +188,13 @@ def announce(
     call = call_arguments(pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
     steps = int(call.get("num_inference_steps") or 1)
     if measures(options, statistics):
-        passes = len(packages_of(graph, plan, settings.packages))
+        packages = packages_for(options, statistics)
+        passes = len(packages_of(graph, plan, packages))
         lines.append(
             f"calibration: {num_prompts} prompts x {steps} steps, guidance {call.get('guidance_scale')}, "
             f"{passes} pass{'es' if passes > 1 else ''}; Hessians take {hessians / passes / 2**20:,.0f} MiB"
         )
+        lines += departures(options.method, {"weighting": weighting_of(options, statistics)}, packages)
     if rule_of(options) == "measured":
         lines.append(describe_scan(graph, plan, options, num_prompts, steps))
     if (options.budget or "").startswith("latency:"):

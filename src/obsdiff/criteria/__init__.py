@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from obsdiff.criteria import admm, magnitude, obs, random, sparsegpt, wanda
-from obsdiff.criteria.base import Method, Problem, Solution
+from obsdiff.criteria import admm, magnitude, obs, obs_diff, random, sparsegpt, wanda
+from obsdiff.criteria.base import GroupProblem, Method, Problem, Solution
 from obsdiff.errors import UserError
 
 METHODS: dict[str, Method] = {
     "obs": Method(
         obs.solve, refit=True, refit_steps=obs.REFIT_STEPS, structured="obs", centred=True, allocation="measured"
+    ),
+    "obs-diff": Method(
+        obs_diff.solve,
+        structured="obs-diff",
+        compensates=True,
+        packages=4,
+        multiple_of=1,
+        spares={"SD3Transformer2DModel": (0, -1), "UNet2DConditionModel": ()},  # tables 3, 4 and 9
     ),
     "admm": Method(admm.solve, refit=True, centred=True, allocation="measured"),
     "sparsegpt": Method(sparsegpt.solve, weighting="uniform"),
@@ -29,4 +37,4 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Method", "Problem", "Solution", "find_method"]
+__all__ = ["METHODS", "GroupProblem", "Method", "Problem", "Solution", "find_method"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from obsdiff.obs.pattern import Pattern
 from obsdiff.obs.refit import STEPS
+from obsdiff.obs.structured import Consumer
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,31 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class GroupProblem:
+    """Units (heads, neurons, channel groups) of which some have to go.
+
+    Attributes:
+        consumers: Layers whose input columns would go; with Hessians for rules that need statistics.
+        producers: Weights whose output rows would go, unit by unit: (slabs, count, rows, columns).
+        count: Units.
+        size: Columns per unit in the consumers (head_dim, or 1).
+        remove: How many units go.
+        fusion: How the errors in several consumers become one score, see :func:`obsdiff.obs.structured.fuse`.
+        damping: Relative dampening of the Hessians.
+        seed: For rules that draw.
+    """
+
+    consumers: Sequence[Consumer]
+    producers: Sequence[Tensor]
+    count: int
+    size: int
+    remove: int
+    fusion: str
+    damping: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class Solution:
     """One pruned layer: ``weight`` float32 with exact zeros where ``mask`` (True = kept) is False."""
 
@@ -55,10 +81,16 @@ class Method:
         refit: Whether least squares on the kept weights follows by default.
         refit_steps: Conjugate-gradient steps it needs at least; fewer where the start is already compensated.
         needs_statistics: Whether it cannot do without a calibration.
-        structured: How it chooses heads and neurons ("obs", "magnitude", "random"), or None.
+        structured: How it chooses heads and neurons, a name of :data:`obsdiff.criteria.structured.RULES`; None: it
+            cannot.
+        compensates: Whether what stays of heads and neurons is solved for even without a refit.
         weighting: Timestep weights it asks of a calibration made for it.
         centred: Whether it selects on centred inputs where the refit lets the biases take up the mean.
         allocation: How sparsity is shared out among layers by default: baselines are published with uniform ratios.
+        packages: Calibration passes by default, where it can be calibrated anew.
+        multiple_of: Kept FFN widths of a uniform plan are multiples of this by default; None: what is fast.
+        spares: Blocks that structured plans leave alone by default, by the denoiser's class; others as in
+            :func:`obsdiff.pruning.plan.make_plan`.
     """
 
     solve: Callable[[Problem], list[Solution]]
@@ -66,6 +98,10 @@ class Method:
     refit_steps: int = STEPS
     needs_statistics: bool = True
     structured: str | None = None
+    compensates: bool = False
     weighting: str = "log_decrease"
     centred: bool = False
     allocation: str = "uniform"
+    packages: int = 1
+    multiple_of: int | None = None
+    spares: Mapping[str, Sequence[int]] = field(default_factory=dict)

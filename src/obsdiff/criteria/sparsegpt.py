@@ -1,9 +1,10 @@
 """SparseGPT (2301.00774): the published sweep, by default on uniformly weighted statistics and without a refit."""
 
-from obsdiff.criteria import obs
 from obsdiff.criteria.base import Problem, Solution
-from obsdiff.obs.sweep import BLOCK
+from obsdiff.obs.linalg import upper_factor
+from obsdiff.obs.sweep import BLOCK, sweep
 
 
 def solve(problem: Problem) -> list[Solution]:
-    return obs.solve(problem, compared=BLOCK, even=True)
+    factor, _ = upper_factor(problem.measured, problem.damping)
+    return [Solution(w, mask) for w, mask in sweep(problem.weights, factor, problem.patterns, BLOCK, even=True)]

@@ -77,6 +77,10 @@ class DiffusionNoising:
     alphas_cumprod: Tensor
     prediction: str = "epsilon"
 
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTION_TYPES:
+            raise ValueError(f"prediction type {self.prediction!r} is not one of {', '.join(PREDICTION_TYPES)}")
+
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randint(len(self.alphas_cumprod), (n,), generator=generator).float()
 
@@ -134,7 +138,4 @@ def noising_of(scheduler: Mapping[str, Any], alphas_cumprod: Tensor | None) -> N
     """
     if alphas_cumprod is None:
         return FlowNoising(float(scheduler.get("shift") or 1.0))
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        raise ValueError(f"prediction type {kind!r} is not one of flow, {', '.join(PREDICTION_TYPES)}")
-    return DiffusionNoising(alphas_cumprod.float(), kind)
+    return DiffusionNoising(alphas_cumprod.float(), scheduler.get("prediction_type", "epsilon"))

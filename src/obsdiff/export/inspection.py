@@ -46,6 +46,7 @@ def _run(folder: Path, manifest: dict[str, Any]) -> str:
             f"calibrated on {statistics['num_prompts']} prompts, {statistics['steps']} steps, guidance "
             f"{statistics['guidance_scale']}, {statistics['weighting']} weights, {manifest['packages']} pass(es)"
         )
+    header += [f"note: {note}" for note in manifest.get("notes", [])]
     if manifest.get("rule", "uniform") != "uniform":
         header.append(f"allocation {manifest['rule']}, budget {manifest['budget']}")
     return "\n".join([*header, "", *_table(manifest)])

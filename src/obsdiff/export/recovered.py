@@ -13,7 +13,7 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.references import Images, References, measure
 from obsdiff.export.heatmap import draw_ratios
 from obsdiff.export.places import finite, write_or_rescue
-from obsdiff.export.report import draw_samples, mse_with_interval
+from obsdiff.export.report import draw_samples, mse_with_interval, steps_taken
 from obsdiff.files import FILES, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.denoisers import denoiser_of
@@ -104,6 +104,7 @@ def recovered_report(
         "device": str(module.device),
         "versions": versions(),
         "calibration": manifest.get("statistics"),
+        "notes": manifest.get("notes", []),
         "sparsity": {
             "achieved": _sparsity(denoiser, manifest, counts),
             "per_layer": manifest.get("sparsity_per_layer"),
@@ -111,6 +112,7 @@ def recovered_report(
         "parameters": counts,
         "flops": {"dense": dense_flops, "pruned": flops},
         "layer_error": {"mean": sum(errors.values()) / len(errors) if errors else None, "per_layer": errors},
+        "refit_steps": steps_taken(manifest.get("refit_steps", {})),
         "time_s": manifest.get("time_s"),
         "peak_memory_bytes": peak_memory_bytes(module.device),
         "objective": module.weights,
@@ -155,6 +157,7 @@ def render_recovery(report: Mapping[str, Any]) -> str:
         f"| steps | {recovery['steps']:,}, objective {terms} |",
         f"| denoiser parameters | {parameters['dense']:,} -> {parameters['pruned']:,}, "
         f"{parameters['nonzero']:,} of them not zero |",
+        *(f"| note | {note} |" for note in report["notes"]),
         f"| versions | {', '.join(f'{key} {value}' for key, value in report['versions'].items())} |",
     ]
     if "fidelity_after" in recovery:

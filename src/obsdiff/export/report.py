@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,9 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         ("FLOPs per denoiser call", f"{flops['dense'] / 1e9:.4g} G -> {flops['pruned'] / 1e9:.4g} G"),
         ("mean layer error", _number(report["layer_error"]["mean"])),
     ]
+    if (steps := report["refit_steps"]) is not None:
+        rows.append(("refit steps by layer", f"{steps['min']} to {steps['max']}, median {steps['median']:g}"))
+    rows += [("note", note) for note in report["notes"]]
     fidelity, alignment, frechet = report["fidelity"], report["alignment"], report["frechet"]
     if fidelity is not None:
         figures = mse_with_interval(fidelity, "95 % ")
@@ -61,6 +65,14 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     if fidelity is not None:
         lines += ["", "![dense and pruned, same prompts and seeds](samples.png)"]
     return "\n".join(lines) + "\n"
+
+
+def steps_taken(by_layer: Mapping[str, int]) -> dict[str, Any] | None:
+    """The steps of the refits for a report: min, median, max and by layer; None without any."""
+    if not by_layer:
+        return None
+    steps = list(by_layer.values())
+    return {"min": min(steps), "median": median(steps), "max": max(steps), "per_layer": dict(by_layer)}
 
 
 def _in_new_processes(record: Mapping[str, Any]) -> str:

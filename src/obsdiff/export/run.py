@@ -22,7 +22,7 @@ from obsdiff.evaluation.references import sample_shared
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.export.heatmap import draw_ratios
 from obsdiff.export.places import check_places, finite, pipeline_bytes, write_or_rescue
-from obsdiff.export.report import draw_samples, render_markdown
+from obsdiff.export.report import draw_samples, render_markdown, steps_taken
 from obsdiff.files import check_space, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.graph import Graph
@@ -197,6 +197,7 @@ def _report(
             "reused": reused,
         },
         "allocation": done.allocation,
+        "notes": done.notes,
         "sparsity": {
             "requested": _requested(done.plan),
             "achieved": done.sparsity,
@@ -204,6 +205,7 @@ def _report(
         },
         "parameters": done.parameters,
         "flops": {"dense": flops_dense, "pruned": denoiser_flops(pipe, call_arguments(pipe))},
+        "refit_steps": steps_taken(done.refit_steps),
         "layer_error": {"mean": done.mean_layer_error, "per_layer": done.layer_error},
         "time_s": {key: done.time_s.get(key, 0.0) for key in ("calibrate", "forward_only", "allocate", "solve")},
         "fidelity": None,

@@ -60,6 +60,7 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
         ("pruned", f"{report['pipeline']}: {_done(report)}"),
         ("parameters", _parameters(report)),
         *_allocation(report),
+        *(("note", note) for note in report.get("notes", ())),
     ]
     figures = []
     if (fidelity := report["fidelity"]) is not None:
@@ -87,6 +88,7 @@ def recovery_summary(report: Mapping[str, Any], output: str | Path, total_s: flo
     recovery, dense = report["recovery"], report.get("dense", {})
     steps = f"{recovery['steps']:,} step{'s' * (recovery['steps'] != 1)}"
     rows = [("recovered", f"{report['pipeline']}: {_done(report)}, {steps}"), ("parameters", _parameters(report))]
+    rows += [("note", note) for note in report.get("notes", ())]
     if "fidelity_after" in recovery:
         before, after = recovery["fidelity_before"], recovery["fidelity_after"]
         figures = f"{_shown('{:.3g}', before['mse'])} -> {_interval(after)}"

@@ -102,7 +102,7 @@ class Structured:
     def kept_neurons(self, width: int) -> int:
         """FFN neurons that stay of ``width``, at least one multiple."""
         multiple = self.width_step(width)
-        if self.ffn == 0 or width < multiple:
+        if self.ffn == 0 or width < multiple or multiple == 1:
             return width if self.ffn == 0 else max(1, width - round(width * self.ffn))
         return min(width, max(multiple, round(width * (1 - self.ffn) / multiple) * multiple))
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 STEPS = 8
 TOLERANCE = 0.004  # stop when a step lowers the error by less than this share of it
 SOLVED = 1e-8  # a row whose squared residual fell to this share of its start is near float32 rounding
+
+
+class Refitted(NamedTuple):
+    """What a refit gives.
+
+    Attributes:
+        weight: Float32 (rows, columns), exactly zero off the mask.
+        error: ``tr((W − W₀) H (W − W₀)ᵀ)``.
+        steps: Conjugate-gradient steps that were taken.
+    """
+
+    weight: Tensor
+    error: float
+    steps: int
 
 
 def refit(
@@ -17,7 +33,7 @@ def refit(
     hessian: Tensor,
     steps: int = STEPS,
     tolerance: float = TOLERANCE,
-) -> tuple[Tensor, float]:
+) -> Refitted:
     """``min tr((W − W₀) H (W − W₀)ᵀ)  s.t.  W = M ∘ W`` by conjugate gradients, all rows at once.
 
     Each row is its own problem with its own step sizes; diag(H) preconditions. Started from ``weight``, the error never
@@ -30,9 +46,6 @@ def refit(
         hessian: Undamped H.
         steps: At most this many steps.
         tolerance: Relative decrease at which the refit is settled; 0 runs all steps.
-
-    Returns:
-        The refitted weight, exactly zero off the mask, and its error ``tr((W − W₀) H (W − W₀)ᵀ)``.
     """
     kept = mask.to(weight.dtype)
     diagonal = hessian.diagonal()
@@ -46,7 +59,9 @@ def refit(
     direction = preconditioned.clone()
     product = _row_products(residual, preconditioned)
     solved = SOLVED * product
-    for _ in range(steps):
+    taken = 0
+    while taken < steps:
+        taken += 1
         curved = direction @ hessian
         curvature = _row_products(direction, curved)
         # A solved row stays: what is left of its residual is rounding, and H may be singular along it.
@@ -63,7 +78,7 @@ def refit(
         product = updated
     result.mul_(kept)
     error = -_row_products(residual, torch.sub(result, dense, out=delta)).sum(dtype=torch.float64)
-    return result, max(float(error), 0.0)
+    return Refitted(result, max(float(error), 0.0), taken)
 
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:

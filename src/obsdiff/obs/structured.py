@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,29 @@ from torch import Tensor
 from obsdiff.obs.linalg import DAMPING, damped, inverse
 
 RRF_CONSTANT = 60  # k of reciprocal rank fusion, as published
-FUSIONS = ("reciprocal_rank", "relative_error")
+
+
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """The blocks of ``size`` on the diagonal of (groups · size, groups · size), (groups, size, size)."""
+    count = len(matrix) // size
+    return matrix.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def without_columns(weight: Tensor, hessian_inverse: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and inverse Hessian of what stays, compensated for what goes.
+
+    ``W_S − W_R (H⁻¹_RR)⁻¹ H⁻¹_RS`` is the least-squares weight on the kept columns, and
+    ``H⁻¹_SS − H⁻¹_SR (H⁻¹_RR)⁻¹ H⁻¹_RS`` the inverse of H_SS: a downdate of the rank that goes, exact.
+
+    Args:
+        weight: (rows, columns).
+        hessian_inverse: (columns, columns).
+        kept: Bool (columns,).
+    """
+    gone = ~kept
+    solved = torch.linalg.solve(hessian_inverse[gone][:, gone], hessian_inverse[gone][:, kept])
+    left = hessian_inverse[kept]
+    return weight[:, kept] - weight[:, gone] @ solved, left[:, kept] - left[:, gone] @ solved
 
 
 def group_errors(weight: Tensor, hessian_inverse: Tensor, size: int) -> Tensor:
@@ -21,7 +43,7 @@ def group_errors(weight: Tensor, hessian_inverse: Tensor, size: int) -> Tensor:
     factor 2; for heads it replaces the approximation of eq. 7.
     """
     count = weight.shape[1] // size
-    blocks = hessian_inverse.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = diagonal_blocks(hessian_inverse, size)
     columns = weight.reshape(len(weight), count, size).permute(1, 2, 0)  # (groups, size, rows)
     if size == 1:
         return columns.square().sum((1, 2)) / blocks.reshape(-1)
@@ -29,18 +51,36 @@ def group_errors(weight: Tensor, hessian_inverse: Tensor, size: int) -> Tensor:
     return torch.linalg.solve_triangular(factor, columns, upper=False).square().sum((1, 2))
 
 
+def reciprocal_rank(errors: Sequence[Tensor]) -> Tensor:
+    """OBS-Diff eq. 8, ``Σ 1 / (60 + rank)``, negated so that low means removable; rank 1 is the lowest error."""
+    ranks = torch.stack([error.argsort(stable=True).argsort() for error in errors]) + 1
+    return -(1.0 / (RRF_CONSTANT + ranks)).sum(0)
+
+
+def relative_error(errors: Sequence[Tensor]) -> Tensor:
+    """Each consumer's errors as shares of their sum, added."""
+    return torch.stack([error / error.sum() for error in errors]).sum(0)
+
+
+FUSIONS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+    "reciprocal_rank": reciprocal_rank,
+    "relative_error": relative_error,
+}
+
+
 def fuse(errors: Sequence[Tensor], fusion: str) -> Tensor:
     """One score per group from the errors in several consumers; the lowest score is removed first.
 
-    ``reciprocal_rank`` is OBS-Diff eq. 8, ``Σ 1 / (60 + rank)``, negated so that low means removable; ranks start
-    at 1 with the lowest error. ``relative_error`` adds each consumer's errors as shares of their sum.
+    Args:
+        errors: (groups,) of each consumer; those of a single one are the scores.
+        fusion: A name of :data:`FUSIONS`.
+
+    Raises:
+        ValueError: There is none of that name.
     """
-    if len(errors) == 1:
-        return errors[0]
-    if fusion == "relative_error":
-        return torch.stack([error / error.sum() for error in errors]).sum(0)
-    ranks = torch.stack([error.argsort(stable=True).argsort() for error in errors]) + 1
-    return -(1.0 / (RRF_CONSTANT + ranks)).sum(0)
+    if fusion not in FUSIONS:
+        raise ValueError(f"unknown fusion {fusion!r}; choose one of {', '.join(FUSIONS)}")
+    return errors[0] if len(errors) == 1 else FUSIONS[fusion](errors)
 
 
 @dataclass(frozen=True)
@@ -48,29 +88,18 @@ class Consumer:
     """A layer whose input channels are removed.
 
     Attributes:
-        weight: (rows, columns).
+        weight: (rows, columns); the units' columns come first, unit by unit.
         hessian: Of its input (columns, columns); None if nothing was measured.
-        columns: Where the units' channels lie, unit by unit, int64 (count · size,); None: they are all columns. What
-            else the layer reads is not up for removal, but compensates like the rest.
+        others: Columns behind those of the units: not up for removal, but they compensate like the rest.
     """
 
     weight: Tensor
     hessian: Tensor | None = None
-    columns: Tensor | None = None
+    others: int = 0
 
-    def units_first(self, matrix: Tensor, both: bool = False) -> Tensor:
-        """The columns (and rows) of a matrix with those of the units in front, in their order."""
-        if self.columns is None:
-            return matrix
-        others = torch.ones(matrix.shape[-1], dtype=torch.bool, device=matrix.device)
-        others[self.columns] = False
-        order = torch.cat([self.columns, others.nonzero().flatten()])
-        return matrix[:, order][order] if both else matrix[:, order]
-
-    @property
-    def channels(self) -> int:
-        """Channels of all units together."""
-        return self.weight.shape[1] if self.columns is None else len(self.columns)
+    def columns(self, stays: Tensor) -> Tensor:
+        """Bool (columns,) from bool over the units' columns: the others stay."""
+        return torch.cat([stays, stays.new_ones(self.others)]) if self.others else stays
 
 
 def select_groups(
@@ -97,29 +126,23 @@ def select_groups(
     Returns:
         Bool (groups,), True = kept.
     """
-    weights = [c.units_first(c.weight.float().clone()) for c in consumers]
-    inverses = [c.units_first(inverse(c.hessian, damping)[0], both=True) for c in consumers if c.hessian is not None]
-    rest = [c.weight.shape[1] - c.channels for c in consumers]  # columns of other things, behind the units'
-    alive = torch.arange(consumers[0].channels // size, device=weights[0].device)
+    weights = [consumer.weight.float().clone() for consumer in consumers]
+    inverses = [inverse(c.hessian, damping)[0] for c in consumers if c.hessian is not None]
+    alive = torch.arange((weights[0].shape[1] - consumers[0].others) // size, device=weights[0].device)
     kept = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
     chunk = chunk or (1 if size > 1 else max(1, remove // 16))
     while remove > 0:
         now = min(chunk, remove)
         n = len(alive) * size
-        scores = fuse(
-            [group_errors(w[:, :n], inv[:n, :n], size) for w, inv in zip(weights, inverses, strict=True)], fusion
-        )
+        errors = [group_errors(w[:, :n], inv[:n, :n], size) for w, inv in zip(weights, inverses, strict=True)]
+        scores = fuse(errors, fusion)
         gone = drop_indices(scores, now)
         kept[alive[gone]] = False
         remaining = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
         remaining[gone] = False
         stays = remaining.repeat_interleave(size)
-        for k, (w, inv) in enumerate(zip(weights, inverses, strict=True)):
-            s = torch.cat([stays, stays.new_ones(rest[k])])
-            r = ~s
-            solved = torch.linalg.solve(inv[r][:, r], inv[r][:, s])  # (H⁻¹_RR)⁻¹ H⁻¹_RS
-            weights[k] = w[:, s] - w[:, r] @ solved
-            inverses[k] = inv[s][:, s] - inv[s][:, r] @ solved
+        for k, consumer in enumerate(consumers):
+            weights[k], inverses[k] = without_columns(weights[k], inverses[k], consumer.columns(stays))
         alive = alive[remaining]
         remove -= now
     return kept

@@ -59,10 +59,12 @@ class Manifest(BaseModel):
     sparsity: Share
     sparsity_per_layer: dict[str, Share]
     layer_error: dict[str, FiniteFloat]
+    refit_steps: dict[str, Size] = {}
     parameters: _Parameters
     time_s: dict[str, FiniteFloat]
     statistics: _Calibration | None = None
     shrunk: _Shrunk | None
+    notes: list[str] = []
 
 
 def manifest_of(report: PruneReport, source: str, component: str, denoiser: str) -> dict[str, Any]:
@@ -93,10 +95,12 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "sparsity": report.sparsity,
         "sparsity_per_layer": report.sparsity_per_layer,
         "layer_error": report.layer_error,
+        "refit_steps": report.refit_steps,
         "parameters": report.parameters,
         "time_s": report.time_s,
         "statistics": report.fingerprint,
         "shrunk": report.shrunk,
+        "notes": report.notes,
         "versions": versions(),
     }
 

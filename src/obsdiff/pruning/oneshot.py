@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obsdiff.criteria import find_method
+from obsdiff.criteria import METHODS, find_method
 from obsdiff.errors import UserError
 from obsdiff.models.content import model_hash
 from obsdiff.models.denoisers import parts_of, shrunk_of
@@ -22,6 +22,7 @@ from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
+from obsdiff.pruning.defaults import departures, pattern_by, spared_by
 from obsdiff.pruning.plan import Plan, make_plan, packages_of
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.solve import LayerResult, SolveOptions, portable, solve_groups, solve_site
@@ -55,12 +56,15 @@ class PruneReport:
         sparsity_per_layer: Share of zeros by layer, or share of heads or neurons removed by module.
         parameters: Of the denoiser: "dense", "pruned" (what is left), "nonzero".
         layer_error: Relative weighted output error by layer; empty if nothing was measured.
+        refit_steps: Conjugate-gradient steps of the refit by layer; empty without one (what stays of heads and neurons
+            is solved for in closed form).
         time_s: Seconds: "calibrate", "forward_only", "allocate", "solve", "total".
         fingerprint: Of the statistics, or None.
         shrunk: New shapes, or None.
         packages: Calibration passes.
         model: Hash of the dense denoiser.
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
+        notes: For people: where the calibration was another than the method asks for.
     """
 
     pattern: Pattern
@@ -73,12 +77,14 @@ class PruneReport:
     sparsity_per_layer: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     layer_error: dict[str, float] = field(default_factory=dict)
+    refit_steps: dict[str, int] = field(default_factory=dict)
     time_s: dict[str, float] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] | None = None
     shrunk: Mapping[str, Any] | None = None
     packages: int = 1
     model: str | None = None
     allocation: Mapping[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def mean_layer_error(self) -> float | None:
@@ -96,7 +102,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     spare_blocks: Sequence[int] | None = None,
-    packages: int = 1,
+    packages: int | None = None,
     seed: int = 0,
     damping: float = DAMPING,
     fusion: str = "reciprocal_rank",
@@ -116,7 +122,7 @@ def prune(
         refit: Least squares on what is kept; None takes the method's default (on for obs and admm).
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`.
         packages: Calibration passes; later layers are calibrated with earlier ones pruned (OBS-Diff §4.2). Needs a
-            function as ``statistics``.
+            function as ``statistics``. None takes the method's default (4 for obs-diff) with a function, else 1.
         seed: For methods that draw.
         damping: Dampening relative to mean diag(H).
         fusion: "reciprocal_rank" (as published) or "relative_error", for heads of joint attention.
@@ -133,12 +139,19 @@ def prune(
     given = pattern if isinstance(pattern, Plan) else None
     pattern = pattern.pattern if isinstance(pattern, Plan) else parse_pattern(pattern)
     options = SolveOptions(method, refit, seed, damping, fusion)
+    if packages is None:
+        packages = find_method(method).packages if callable(statistics) else 1
     _check(pattern, options, statistics, packages)
     if given is not None and (include or exclude or spare_blocks is not None):
         raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
     subject = subject_of(pipe)
     graph = subject.graph
-    plan = make_plan(graph, pattern, include, exclude, spare_blocks) if given is None else fitted_plan(given, graph)
+    if given is None:
+        pattern = pattern_by(method, pattern)
+        spared = spared_by(method, pattern, graph.denoiser) if spare_blocks is None else spare_blocks
+        plan = make_plan(graph, pattern, include, exclude, spared)
+    else:
+        plan = fitted_plan(given, graph)
     subject.check(plan.layers(graph))
     if not prune_again:
         refuse_pruned(graph)
@@ -164,6 +177,7 @@ def prune(
             report.shrunk = shrunk_config(graph, plan.entries)
             become_shrunk(edits, graph.denoiser, report.shrunk)
         _count(graph, report)
+    report.notes = departures(method, report.fingerprint, packages)
     report.time_s["total"] = time.perf_counter() - started
     return report
 
@@ -196,9 +210,9 @@ def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) ->
     """
     method = find_method(options.method)
     if isinstance(pattern, Structured) and method.structured is None:
-        raise UserError(
-            f"method {options.method} cannot prune heads and neurons; use obs, magnitude or random with {pattern}"
-        )
+        *some, last = (name for name, other in METHODS.items() if other.structured is not None)
+        others = f"{', '.join(some)} or {last}"
+        raise UserError(f"method {options.method} cannot prune heads and neurons; use {others} with {pattern}")
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     check_number("calibration.damping", options.damping, 0.0)
@@ -255,6 +269,8 @@ def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
             report.sparsity_per_layer[name] = 1 - float(result.mask.sum()) / result.mask.numel()
             if result.error is not None:
                 report.layer_error[name] = result.error
+            if result.refit_steps is not None:
+                report.refit_steps[name] = result.refit_steps
 
 
 def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:

@@ -19,7 +19,8 @@ class CalibrationOptions:
         steps: Denoising steps; default: the pipeline's own.
         guidance_scale: Classifier-free guidance; default: the pipeline's own.
         batch_size: Prompts per pipeline call; changes speed and memory only.
-        packages: Calibration passes; later layers are measured with earlier ones pruned.
+        packages: Calibration passes; later layers are measured with earlier ones pruned. Default: 4 for obs-diff as
+            published, unless statistics are kept or an allocation needs one calibration; 1 for the others.
         tokens: Tokens drawn of each sequence at each call; default: all.
         weighting: Timestep weights: log_decrease, log_increase, linear_decrease, linear_increase or uniform.
             Default: that of the stored statistics, else the method's own (uniform for sparsegpt, log_decrease for
@@ -33,7 +34,7 @@ class CalibrationOptions:
     steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int = 4
-    packages: int = 1
+    packages: int | None = None
     tokens: int | None = None
     weighting: str | None = None
     damping: float = 0.01
@@ -96,7 +97,7 @@ class PruningOptions:
 
     Args:
         pattern: unstructured:RATIO, N:M, structured:RATIO, or structured:heads=R,ffn=R[,multiple_of=W].
-        method: obs, admm, sparsegpt, wanda, magnitude or random.
+        method: obs (ours), obs-diff (as published), admm, sparsegpt, wanda, magnitude or random.
         plan: YAML file with a pattern by layer, such as an earlier run's plan.yaml; stands in place of pattern.
         allocation: uniform (every layer the same), measured (by a sensitivity scan, where it hurts least) or owl (by
             outliers of each block). Default: measured for obs and admm, but uniform for N:M, for several packages and

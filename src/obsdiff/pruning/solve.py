@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from obsdiff.criteria import METHODS, Problem, Solution
-from obsdiff.criteria.structured import Choice, choose_units
+from obsdiff.criteria import METHODS, GroupProblem, Problem, Solution
+from obsdiff.criteria.structured import choose_groups
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph, Group
 from obsdiff.obs.hessian import SiteStatistics, weight_matrices
@@ -50,6 +50,11 @@ class SolveOptions:
     def refits(self) -> bool:
         return METHODS[self.method].refit if self.refit is None else self.refit
 
+    @property
+    def compensates(self) -> bool:
+        """Whether what stays of heads and neurons is solved for."""
+        return self.refits or METHODS[self.method].compensates
+
 
 @dataclass(frozen=True)
 class LayerResult:
@@ -60,12 +65,14 @@ class LayerResult:
         mask: True = kept; None if the layer was shrunk.
         error: Output error over the variance of the dense output; None if nothing measured it.
         bias_shift: What the refit adds to the bias, float32 (rows,); None if it leaves it.
+        refit_steps: Conjugate-gradient steps that were taken (of the groups of a convolution, the most); None without.
     """
 
     weight: Tensor
     mask: Tensor | None
     error: float | None
     bias_shift: Tensor | None = None
+    refit_steps: int | None = None
 
 
 def portable(results: dict[str, LayerResult]) -> dict[str, LayerResult]:
@@ -77,7 +84,8 @@ def portable(results: dict[str, LayerResult]) -> dict[str, LayerResult]:
         return None if tensor is None else tensor.cpu()
 
     return {
-        name: LayerResult(r.weight.cpu(), moved(r.mask), r.error, moved(r.bias_shift)) for name, r in results.items()
+        name: replace(r, weight=r.weight.cpu(), mask=moved(r.mask), bias_shift=moved(r.bias_shift))
+        for name, r in results.items()
     }
 
 
@@ -134,13 +142,15 @@ def solve_layers(
 
 @dataclass(frozen=True)
 class _Part:
-    """One group of a layer: what is written, its output error, and the dense output's variance and squared mean."""
+    """One group of a layer: what is written, its output error, the dense output's variance and squared mean, and the
+    steps of its refit."""
 
     weight: Tensor
     mask: Tensor | None
     error: float | None = None
     output: tuple[float, float] = (0.0, 0.0)
     bias_shift: Tensor | None = None
+    refit_steps: int | None = None
 
 
 def _biases(layer: nn.Module, groups: int) -> Tensor | None:
@@ -190,9 +200,10 @@ def _finished(
     least = METHODS[options.method].refit_steps
     steps = max(least, min(STEPS, int(REFIT_SHARE * moments.num_tokens / (2 * len(dense)))))
     hessian = moments.seen(bias is not None)
-    new, error = refit(solution.weight, dense, solution.mask, hessian, steps)
-    spread = error if hessian is moments.centred else None
-    return _measured(new, solution.mask, dense, bias, moments, dtype, spread)
+    found = refit(solution.weight, dense, solution.mask, hessian, steps)
+    spread = found.error if hessian is moments.centred else None
+    part = _measured(found.weight, solution.mask, dense, bias, moments, dtype, spread)
+    return replace(part, refit_steps=found.steps)
 
 
 def _measured(
@@ -226,7 +237,9 @@ def _joined(shape: torch.Size, parts: list[_Part]) -> LayerResult:
     weight = torch.stack([part.weight for part in parts]).view(shape)
     mask = torch.stack([part.mask for part in parts if part.mask is not None]).view(shape)
     shifts = [part.bias_shift for part in parts if part.bias_shift is not None]
-    return LayerResult(weight, mask, _relative(parts), torch.cat(shifts) if shifts else None)
+    steps = [part.refit_steps for part in parts if part.refit_steps is not None]
+    shift = torch.cat(shifts) if shifts else None
+    return LayerResult(weight, mask, _relative(parts), shift, max(steps, default=None))
 
 
 def _relative(parts: Sequence[_Part]) -> float | None:
@@ -298,19 +311,17 @@ def _choose(
     everything = torch.ones(group.count, dtype=torch.bool)
     consumers, sizes = [], set()
     for s in group.consumers:
-        layer, weight = graph.layer(s.layer), dense[s.layer]
-        columns = _unfolded(s.entries(everything), layer).to(weight.device)
-        whole = len(columns) == weight.shape[1] and bool((columns[1:] > columns[:-1]).all())
-        consumers.append(Consumer(weight, seen[s.layer], None if whole else columns))
+        columns = _unfolded(s.entries(everything), graph.layer(s.layer))
+        consumers.append(_units_first(dense[s.layer], seen[s.layer], columns))
         sizes.add(len(columns) // group.count)
     producers = [
         graph.weight(s.layer).detach().flatten(1)[s.entries(everything)].view(len(s.starts), group.count, s.size, -1)
         for s in group.producers
     ]
     assert len(sizes) == 1, f"{group.name} has units of {sizes} channels"
-    return choose_units(
+    return choose_groups(
         rule,
-        Choice(
+        GroupProblem(
             consumers,
             producers,
             group.count,
@@ -321,6 +332,17 @@ def _choose(
             layer_seed(options.seed, group.name),
         ),
     )
+
+
+def _units_first(weight: Tensor, hessian: Tensor | None, columns: Tensor) -> Consumer:
+    """A consumer with the units' ``columns`` in front."""
+    width = weight.shape[1]
+    if torch.equal(columns, torch.arange(width)):
+        return Consumer(weight, hessian)
+    others = torch.ones(width, dtype=torch.bool)
+    others[columns] = False
+    order = torch.cat([columns, others.nonzero().flatten()]).to(weight.device)
+    return Consumer(weight[:, order], None if hessian is None else hessian[:, order][order], int(others.sum()))
 
 
 def _unfolded(channels: Tensor, layer: nn.Module) -> Tensor:
@@ -352,7 +374,8 @@ def _cut(
     if moments is None or hessian is None:
         return LayerResult(dense[:, columns].view(shape), None, None)
     new = torch.zeros_like(dense)
-    new[:, columns] = compensate(dense, hessian, columns, options.damping) if options.refits else dense[:, columns]
+    solved = options.compensates
+    new[:, columns] = compensate(dense, hessian, columns, options.damping) if solved else dense[:, columns]
     biases = _biases(layer, 1) if options.refits else None
     part = _measured(new, None, dense, None if biases is None else biases[0], moments, weight.dtype)
     return LayerResult(part.weight[:, columns].view(shape), None, _relative([part]), part.bias_shift)

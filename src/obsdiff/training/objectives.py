@@ -17,6 +17,7 @@ from obsdiff.models.graph import stages_of
 from obsdiff.models.told import Told
 
 TEACHER_TERMS = ("distill_output", "distill_features", "distill_jacobian")
+TERMS = ("denoise", *TEACHER_TERMS)
 
 
 def loss_terms(
@@ -36,7 +37,13 @@ def loss_terms(
         told: What both are given.
         target: What the denoiser should answer, for ``denoise``; None if the batch holds no images.
         generator: For the directions of ``distill_jacobian``.
+
+    Raises:
+        UserError: ``denoise`` without a target.
+        ValueError: A term that there is not.
     """
+    if unknown := set(weights) - set(TERMS):
+        raise ValueError(f"unknown terms {sorted(unknown)}; there are {', '.join(TERMS)}")
     second_order = "distill_jacobian" in weights
     features = "distill_features" in weights
     latents = told.latents.detach().requires_grad_(second_order)

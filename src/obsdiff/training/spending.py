@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from obsdiff.allocation.planning import packages_for
 from obsdiff.allocation.stage import measures
 from obsdiff.costs import Cost, calibration_cost, recording_cost
 from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
@@ -40,7 +41,7 @@ def expected_costs(dense: Any, options: PruningOptions | None, recording: Trajec
             "guidance_scale": call.get("guidance_scale"),
         }
         flops = denoiser_flops(dense, call_arguments(dense))
-        costs = calibration_cost({"packages": settings.packages, "statistics": request}, flops, world_size())
+        costs = calibration_cost({"packages": packages_for(options, None), "statistics": request}, flops, world_size())
     return costs | ({} if recording is None else {"recording": _recorded(dense, recording)})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from obsdiff.allocation.planning import rule_of
+from obsdiff.allocation.planning import packages_for, rule_of
 from obsdiff.allocation.stage import announce, calibration_prompts, measures, prepare, prune_stage
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
@@ -85,6 +85,7 @@ def start_from(
     if given is not None:
         raise UserError(f"{pipeline} is pruned already; leave out --model.pruning, or name a dense pipeline")
     folder = output / PRUNED
+    options = replace(options, calibration=replace(options.calibration, packages=packages_for(options, None)))
     wanted: dict[str, Any] = {"pipeline": pipeline, **asdict(options)}
     found = read_manifest(folder).get("request") or {} if (folder / FILE).exists() else None
     if check is None:

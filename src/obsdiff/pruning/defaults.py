@@ -1,0 +1,46 @@
+"""What a method's row fills in where the request says nothing, and what a prune did otherwise than the row says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from obsdiff.criteria import find_method
+from obsdiff.obs.pattern import Pattern, Structured
+
+
+def pattern_by(method: str, pattern: Pattern) -> Pattern:
+    """The pattern with the method's own rounding of FFN widths, unless it has one."""
+    if isinstance(pattern, Structured) and pattern.multiple_of is None:
+        return replace(pattern, multiple_of=find_method(method).multiple_of)
+    return pattern
+
+
+def spared_by(method: str, pattern: Pattern, denoiser: nn.Module) -> Sequence[int] | None:
+    """Blocks that the method leaves alone in a denoiser of this class; None: as for any other method."""
+    if not isinstance(pattern, Structured):
+        return None
+    spares = find_method(method).spares
+    return next((spares[base.__name__] for base in type(denoiser).__mro__ if base.__name__ in spares), None)
+
+
+def departures(method: str, measured: Mapping[str, Any] | None, packages: int) -> list[str]:
+    """For people: how a calibration differs from the one that the method asks for.
+
+    Args:
+        method: Its name.
+        measured: Fingerprint of the statistics; None: nothing was measured.
+        packages: Calibration passes.
+    """
+    row = find_method(method)
+    if measured is None or not row.needs_statistics:
+        return []
+    found = []
+    if (weighting := measured.get("weighting")) != row.weighting:
+        found.append(f"{method} asks for {row.weighting} timestep weights; the statistics have {weighting}")
+    if packages < row.packages:
+        found.append(f"{method} asks for {row.packages} calibration passes; there was {packages}")
+    return found
