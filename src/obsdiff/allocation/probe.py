@@ -134,7 +134,7 @@ def record_probe(subject: Subject, conditioning: Conditioning, settings: Setting
         prompts = now.stop - now.start
         total = checked.each * prompts
         for path, value in flattened(given).items():
-            if path in paths and len(value) != total:
+            if path in paths and value is not None and len(value) != total:
                 raise UserError(
                     f"the denoiser's {'.'.join(path)} has {len(value)} rows in a call of {total}; the scan needs one "
                     "each"

@@ -15,14 +15,20 @@ from obsdiff.models.modes import eval_mode
 
 
 class _Given(nn.Module):
-    """Stands where stages were; returns what they would."""
+    """Stands where a stage was and returns what it would; whoever reaches into the stage still finds its parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: nn.Module, values: list[Any]) -> None:
         super().__init__()
-        self.value: Any = None
+        self.hidden = [stage, values]  # in a list, so that its parts are not registered twice
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.hidden[0], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return self.value
+        return self.hidden[1][0]
 
 
 class Restart:
@@ -72,19 +78,20 @@ class Restart:
         self.stages_run += len(self.graph.stages) - self.first
         with self._shortened() as given:
             for i, arguments in enumerate(self.arguments):
-                given.value = self._given[i] if self._given else None
+                given[:] = [self._given[i] if self._given else None]
                 model = self.graph.layer(self.names[i])
                 yield self.probe.guided(model(**arguments)[0], len(self.weights[i]))
 
     @contextmanager
-    def _shortened(self) -> Iterator[_Given]:
-        """The denoiser with the blocks in front of ``first`` replaced; as before afterwards."""
-        given, replaced = _Given(), []
+    def _shortened(self) -> Iterator[list[Any]]:
+        """The denoiser with the stages in front of ``first`` replaced by what the list gives; as before afterwards."""
+        given: list[Any] = [None]
+        replaced = []
         for name in self.graph.stages[: self.first]:
             owner, _, child = name.rpartition(".")
             parent = self.graph.layer(owner)
             replaced.append((parent, child, getattr(parent, child)))
-            setattr(parent, child, given)
+            setattr(parent, child, _Given(getattr(parent, child), given))
         try:
             with eval_mode(self.graph.denoiser):
                 yield given

@@ -143,7 +143,7 @@ def small_call(pipe: Any, denoisers: int) -> dict[str, Any]:
     wanted = call_arguments(pipe)
     small = {"height": SIDE, "width": SIDE, "num_frames": FRAMES}
     sizes = {key: min(wanted.get(key, value), value) for key, value in small.items()}
-    steps = {"num_inference_steps": 1 if denoisers == 1 else STEPS}
+    steps = {} if denoisers == 1 else {"num_inference_steps": STEPS}  # of one, the first call is all that is made
     extra = {"use_resolution_binning": False}
     return {key: value for key, value in {**wanted, **sizes, **steps, **extra}.items() if key in accepted}
 

@@ -24,7 +24,7 @@ class Conditioning:
 
     Attributes:
         embeds: The pipeline's call arguments that replace the prompts (or hold them): tensors whose first dimension is
-            prompts, or lists with one entry each.
+            prompts, or lists with one entry each; anything else goes to all of them.
         text_mask: Bool (prompts, text tokens), True = a real token; None if padding is unknown.
         negative_text_mask: The same for the negative prompt (bool (text tokens,)).
         count: Prompts, where ``embeds`` is empty: images of a pipeline that is told nothing.
@@ -56,12 +56,13 @@ class Conditioning:
             )
 
     def __len__(self) -> int:
-        return len(next(iter(self.embeds.values()))) if self.embeds else int(self.count or 0)
+        rows = (len(value) for value in self.embeds.values() if _by_row(value))
+        return next(rows, int(self.count or 0))
 
     def __getitem__(self, part: slice) -> Conditioning:
         """Some of the prompts."""
         return Conditioning(
-            {name: value[part] for name, value in self.embeds.items()},
+            {name: value[part] if _by_row(value) else value for name, value in self.embeds.items()},
             None if self.text_mask is None else self.text_mask[part],
             self.negative_text_mask,
             len(range(*part.indices(len(self)))),
@@ -70,6 +71,10 @@ class Conditioning:
     def arguments(self, device: Any) -> dict[str, Any]:
         """The pipeline's call arguments for all prompts, tensors on ``device``."""
         return {name: _on(value, device) for name, value in self.embeds.items()} or {"batch_size": len(self)}
+
+
+def _by_row(value: Any) -> bool:
+    return isinstance(value, Tensor | list)
 
 
 def _on(value: Any, device: Any) -> Any:

@@ -15,7 +15,10 @@ from obsdiff.files import FILES, read_json, write_json
 from obsdiff.names import ALIGNMENTS, EMBEDDED_PROMPTS
 
 INFO_FILE = "obsdiff.json"
-CALL_ARGUMENTS = ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length")
+WHOLE = ("num_inference_steps", "height", "width", "max_sequence_length", "num_frames")
+NUMBERS = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "frame_rate")
+SWITCHES = ("use_resolution_binning",)
+CALL_ARGUMENTS = (*WHOLE, *NUMBERS, *SWITCHES)
 MOST = 2**16  # more of any of them is a slip, and would fill memory or never end
 PROMPT_SETS = ("calibration", "evaluation")
 
@@ -95,7 +98,10 @@ def _checked(value: Any, keys: tuple[str, ...], path: Path, what: str) -> dict[s
 
 def _check_argument(name: str, value: Any, path: Path) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name == "guidance_scale":
+    if name in SWITCHES:
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: call.{name} is {_short(value)}; it must be true or false")
+    elif name in NUMBERS:
         if not number or not -MOST <= value <= MOST:
             raise UserError(f"{path}: call.{name} is {_short(value)}; it must be a number from {-MOST} to {MOST}")
     elif not number or not isinstance(value, int) or not 1 <= value <= MOST:

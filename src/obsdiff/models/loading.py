@@ -50,7 +50,7 @@ def open_pipeline(
     register()
     try:
         with _missing_weights() as missing:
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **absent(folder))
     except Exception as error:  # diffusers, hub client and safetensors raise a dozen kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load pipeline {source}: {type(error).__name__}: {reason}") from error
@@ -72,6 +72,13 @@ def open_pipeline(
     attach_info(pipe, PipelineInfo(name or str(source), **info, manifest=manifest))
     pipe.set_progress_bar_config(disable=True)
     return to_device(pipe, device)
+
+
+def absent(folder: str | Path) -> dict[str, None]:
+    """Components that a saved pipeline went without (text encoders, say), which diffusers wants to be told of."""
+    path = Path(folder) / "model_index.json"
+    index = read_json(path, "a pipeline's index") if path.is_file() else {}
+    return {name: None for name, value in index.items() if value == [None, None]}
 
 
 def check_loading(dtype: str | None, device: str | None) -> None:

@@ -117,7 +117,8 @@ def _equal(now: Any, before: Any, prompts: int) -> bool:
 def row_paths(arguments: Mapping[str, Any], rows: int) -> frozenset[Path]:
     """Which arguments of a call have an entry for each of its rows, by name (and key, in a dictionary).
 
-    Seen in a call of one or two rows, where nothing else is as short: sequences, sizes and tables are longer.
+    Seen in a call of one or two rows, where nothing else is as short: sequences, sizes and tables are longer. What is
+    None there (the mask of a prompt without padding) counts too: it may have entries in other calls.
     """
     found: set[Path] = set()
 
@@ -125,11 +126,17 @@ def row_paths(arguments: Mapping[str, Any], rows: int) -> frozenset[Path]:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 visit(inner, (*path, key))
-        elif ((isinstance(value, Tensor) and value.dim() > 0) or isinstance(value, list)) and len(value) == rows:
+        elif value is None or (
+            (isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)) and len(value) == rows
+        ):
             found.add(path)
 
     visit(arguments, ())
     return frozenset(found)
+
+
+def _has_length(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
 
 
 def flattened(arguments: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:
@@ -156,6 +163,8 @@ def take_rows(arguments: Mapping[str, Any], paths: frozenset[Path], at: Sequence
     """The arguments of a call of some of the rows."""
 
     def taken(value: Any) -> Any:
+        if value is None:
+            return None
         return value[list(at)] if isinstance(value, Tensor) else [value[i] for i in at]
 
     return nested({path: taken(value) if path in paths else value for path, value in flattened(arguments).items()})
@@ -167,7 +176,7 @@ def join_rows(calls: Sequence[Mapping[str, Any]], paths: frozenset[Path]) -> dic
 
     def joined(path: Path) -> Any:
         values = [arguments[path] for arguments in flat]
-        if path not in paths:
+        if path not in paths or values[0] is None:
             return values[0]
         return torch.cat(values) if isinstance(values[0], Tensor) else [row for value in values for row in value]
 

@@ -13,7 +13,7 @@ from obsdiff.errors import UserError
 from obsdiff.models.calls import remembered_call
 from obsdiff.models.checks import check_in_memory, check_layers, check_plain
 from obsdiff.models.conditioning import Conditioning
-from obsdiff.models.denoisers import denoisers_of, dtype_of, joined
+from obsdiff.models.denoisers import denoisers_of, dtype_of, joined, parts_of
 from obsdiff.models.families import Family, find_family
 from obsdiff.models.graph import Graph, Group, Site, prunable, stages_of, walk
 from obsdiff.models.parts import groups_of
@@ -97,7 +97,7 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
         family: Its row; None looks it up.
         traced: One call of it. None: stages in the order of registration, and no sites.
     """
-    family = family or find_family(denoiser)
+    family = family or find_family(*parts_of(denoiser).values())
     stages = traced.stages if traced is not None else tuple(stages_of(denoiser))
     modules = list(walk(stages, denoiser))
     groups: list[Group] = []

@@ -66,7 +66,7 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
         UserError: The call fails.
     """
     memory, stages = _Memory(), stages_of(denoiser)
-    layers = {name: module for _, name, module in walk(stages, denoiser) if prunable(module)}
+    layers = {n: module for _, n, module in walk(stages, denoiser) if isinstance(module, nn.Linear | nn.Conv2d)}
     reads: dict[int, list[str]] = {}
     vectors: set[str] = set()
     times = dict.fromkeys(layers, 0)
@@ -77,7 +77,7 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
         times[name] += 1
         if isinstance(module, nn.Linear) and x.dim() < 3:
             vectors.add(name)
-        if times[name] == 1:
+        if times[name] == 1 and prunable(module):
             reads.setdefault(memory(x), []).append(name)
 
     def enter(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import Tensor
+
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.content import DECODING, TEXT, component_hashes, model_hash, tensor_bytes
@@ -75,11 +77,26 @@ def prompts_hash(prompts: Sequence[str] | Conditioning) -> str:
         return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     digest = hashlib.sha256()
     masks = {"text_mask": prompts.text_mask, "negative_text_mask": prompts.negative_text_mask}
-    for name, tensor in (*sorted(prompts.embeds.items()), *masks.items()):
-        if tensor is not None:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor_bytes(tensor))
+    for name, value in (*sorted(prompts.embeds.items()), *masks.items()):
+        _add(digest, name, value)
+    if not prompts.embeds:
+        _add(digest, "count", len(prompts))
     return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, value: Any) -> None:
+    """One call argument: a tensor, a list of them, an image, or anything that says what it is."""
+    if isinstance(value, Tensor):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(tensor_bytes(value))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _add(digest, f"{name}.{i}", inner)
+    elif hasattr(value, "tobytes"):
+        digest.update(f"{name} {type(value).__name__} {value.size}\n".encode())
+        digest.update(value.tobytes())
+    elif value is not None:
+        digest.update(f"{name} {value!r}\n".encode())
 
 
 def conditioning_hash(pipe: Any, prompts: Sequence[str] | Conditioning) -> str:

@@ -1,0 +1,140 @@
+"""Every family through the whole house: trace, calibrate, prune, shrunk equals masked, save, load, sample, again."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import obsdiff
+from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.denoisers import denoiser_of
+from obsdiff.models.info import PipelineInfo, attach_info
+from obsdiff.models.loading import absent
+from obsdiff.models.subject import graph_of, subject_of
+from obsdiff.obs.hessian import weight_matrices
+from obsdiff.pruning.options import ScanOptions
+from tests.families.pipelines import PIPELINES
+
+ROWS = 2
+STRUCTURED = "structured:heads=0.5,ffn=0.4,channels=0.5,multiple_of=1"
+
+
+class Case:
+    """One family: its pipeline, what it is told, its statistics."""
+
+    def __init__(self, name):
+        self.row = PIPELINES[name]
+        given = self.row.conditioning(ROWS)
+        self.conditioning = Conditioning({}, count=ROWS) if set(given) <= {"batch_size"} else Conditioning(given)
+        pipe = self.fresh()
+        self.graph = subject_of(pipe, self.conditioning).graph
+        self.statistics = obsdiff.calibrate(pipe, self.conditioning, batch_size=ROWS)
+
+    def fresh(self):
+        pipe = self.row.build(encoders=False)
+        attach_info(
+            pipe, PipelineInfo(self.row.pipeline, {k: v for k, v in self.row.call.items() if k != "output_type"})
+        )
+        return pipe
+
+    def traced(self):
+        pipe = self.fresh()
+        subject_of(pipe, self.conditioning)
+        return pipe
+
+    def sample(self, pipe):
+        return self.row.sample_rows(pipe, self.row.conditioning(ROWS), range(ROWS))
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def case(request):
+    return Case(request.param)
+
+
+def plainly(folder, **options):
+    """What diffusers alone loads."""
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent(folder), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "2:4"])
+def test_masks(case, pattern, tmp_path):
+    """Sparsity to the weight, the layers' errors true, the same images from disk, and nothing dense comes back."""
+    pipe = case.traced()
+    exclude = [name for name in case.graph.layers if weight_matrices(case.graph.layer(name)).shape[-1] % 4]
+    report = obsdiff.prune(pipe, pattern, statistics=case.statistics, exclude=exclude)
+    assert report.masks.keys() == case.graph.layers.keys() - set(exclude)
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
+    assert all(0 <= error < 1.5 for error in report.layer_error.values())
+    obsdiff.save_pipeline(pipe, tmp_path / "out", report)
+    drawn = case.sample(pipe)
+    assert torch.isfinite(drawn).all() and not torch.equal(drawn, case.sample(case.fresh()))
+    close(case.sample(plainly(tmp_path / "out" / "pipeline")), drawn)
+    loaded = obsdiff.load_pipeline(tmp_path / "out")
+    with pytest.raises(obsdiff.UserError, match="pruned already"):
+        subject_of(loaded, case.conditioning)
+        obsdiff.prune(loaded, pattern, method="magnitude")
+
+
+def masked_like(case, pipe, report):
+    """The dense pipeline with the columns of what went zeroed, and the columns that stayed as they came out."""
+    masked = case.fresh()
+    denoiser, cut = denoiser_of(masked), denoiser_of(pipe)
+    keeps = {}
+    for name, mask in report.masks.items():
+        for slices in case.graph.group_of[name].consumers:
+            columns = keeps.setdefault(slices.layer, torch.ones(case.graph.weight(slices.layer).shape[1], dtype=bool))
+            columns[slices.entries(~mask)] = False
+    with torch.no_grad():
+        for layer, columns in keeps.items():
+            old, new = denoiser.get_submodule(layer), cut.get_submodule(layer)
+            old.weight.zero_()
+            old.weight[:, columns] = new.weight
+            if old.bias is not None:
+                old.bias.copy_(new.bias)
+    return masked
+
+
+@pytest.mark.parametrize("allocated", [False, True], ids=["uniform", "measured"])
+def test_structured(case, allocated, tmp_path):
+    """The smaller model is the masked one, comes back from disk with plain diffusers, and can be pruned again."""
+    pipe, pattern, options = case.traced(), STRUCTURED, {"spare_blocks": ()}
+    if allocated:
+        scanning = ScanOptions(triples=4, levels=[0.5])
+        found = obsdiff.allocate(
+            pipe, pattern, case.statistics, case.conditioning, budget="parameters:0.9", scanning=scanning
+        )
+        pattern, options = found.plan, {}
+    dense = sum(p.numel() for p in denoiser_of(pipe).parameters())
+    report = obsdiff.prune(pipe, pattern, statistics=case.statistics, **options)
+    assert report.masks.keys() == case.graph.group_of.keys()
+    assert report.parameters["pruned"] == sum(p.numel() for p in denoiser_of(pipe).parameters()) < dense
+    if allocated:
+        assert report.parameters["pruned"] <= 0.9 * dense
+    drawn = case.sample(pipe)
+    close(drawn, case.sample(masked_like(case, pipe, report)))
+    assert not torch.allclose(drawn, case.sample(case.fresh()), rtol=1e-3)
+    obsdiff.save_pipeline(pipe, tmp_path / "out", report)
+    plain = plainly(tmp_path / "out" / "pipeline", trust_remote_code=True)
+    assert torch.equal(case.sample(plain), drawn)
+    loaded = obsdiff.load_pipeline(tmp_path / "out")
+    subject_of(loaded, case.conditioning)
+    again = obsdiff.prune(loaded, STRUCTURED, method="magnitude", prune_again=True, spare_blocks=())
+    assert again.parameters["pruned"] < report.parameters["pruned"]
+    drawn = case.sample(loaded)
+    assert torch.isfinite(drawn).all()
+    obsdiff.save_pipeline(loaded, tmp_path / "again", again)
+    assert torch.equal(case.sample(obsdiff.load_pipeline(tmp_path / "again")), drawn)
+
+
+def test_groups_survive_copies_and_the_meta_device(case):
+    """Without a call, and without weights, the same groups are found, in some order."""
+    found = graph_of(copy.deepcopy(case.graph.denoiser).to("meta"))
+    assert found.group_of.keys() == case.graph.group_of.keys()
+    assert all(found.group_of[name].count == group.count for name, group in case.graph.group_of.items())
