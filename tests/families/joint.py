@@ -215,6 +215,7 @@ JOINT = {
         pipeline="StableDiffusion3Pipeline",
         denoisers={"transformer": "SD3Transformer2DModel"},
         guidance="negative first",
+        dead=("transformer_blocks.2.attn.add_q_proj",),
     ),
     "sd35": TinyPipeline(
         make=sd35,
@@ -223,6 +224,10 @@ JOINT = {
         pipeline="StableDiffusion3Pipeline",
         denoisers={"transformer": "SD3Transformer2DModel"},
         guidance="negative first",
+        dead=(
+            "transformer_blocks.2.attn.add_q_proj",
+            "transformer_blocks.2.attn.norm_added_q",
+        ),
     ),
     "flux": TinyPipeline(
         make=flux,
@@ -293,5 +298,12 @@ JOINT = {
         time_form="t/1000 (B,)",
         guidance="two calls",
         mask="encoder_hidden_states_mask",
+        dead=(
+            "transformer_blocks.2.attn.add_q_proj",
+            "transformer_blocks.2.attn.norm_added_q",
+            "transformer_blocks.2.attn.to_add_out",
+            "transformer_blocks.2.txt_mlp.net.0.proj",
+            "transformer_blocks.2.txt_mlp.net.2",
+        ),
     ),
 }

@@ -48,6 +48,7 @@ class TinyPipeline:
         mask: Denoiser argument of the text's padding mask; "" where padding is attended like the rest.
         output: What the scheduler is given of the denoiser's output: "as it is", "negated", "first half of the
             channels" (the rest is a learned variance), or "trigonometric" (Sprint: mixed with the latents first).
+        dead: Layers of the (first) denoiser that cannot change what is made: the end of the text path.
         shared: Conditioning arguments that all rows of a call share.
         prompts: Whether ``prompt=[...]`` works, with real text encoders and tokenizers; the others take no text.
         negatives: Whether the pipeline takes ``negative_prompt`` too.
@@ -73,6 +74,7 @@ class TinyPipeline:
     text: str = "encoder_hidden_states"
     mask: str = ""
     output: str = "as it is"
+    dead: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     prompts: bool = True
     negatives: bool = True

@@ -231,6 +231,23 @@ def test_row_says_where_the_negatives_are(family, monkeypatch):
         assert_same(texts[1], negative if row.guidance == "two calls" else positive)
 
 
+def test_row_says_which_layers_are_dead(family, monkeypatch):
+    """All others change the prediction: no row hides a layer's errors behind a zero."""
+    row, pipe = family
+    for name, arguments, _ in record(row, pipe, monkeypatch).calls:
+        denoiser = getattr(pipe, name)
+        denoiser.zero_grad()
+        output = denoiser(**{key: value for key, value in arguments.items() if key != "self"})[0]
+        output = torch.stack(output) if isinstance(output, list) else output
+        output.square().sum().backward()
+        silent = {
+            parameter.rpartition(".")[0]
+            for parameter, weights in denoiser.named_parameters()
+            if weights.grad is None or not weights.grad.any()
+        }
+        assert silent == set(row.dead)
+
+
 def test_row_says_what_the_scheduler_is_given(family, monkeypatch):
     row, pipe = family
     recorded = record(row, pipe, monkeypatch, **row.unguided)
