@@ -11,7 +11,12 @@ from tests.families.autoencoders import (
     shifted_autoencoder,
 )
 from tests.families.making import TEXT_LENGTH, TEXT_WIDTH, TinyPipeline, embeddings, masks
+from tests.families.text import gemma2, pair, qwen3, t5
 
+LUMINA2_SYSTEM = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start>"
+)
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 12}
 
 
@@ -53,8 +58,7 @@ def pixart_alpha(encoders: bool) -> Any:
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
     return PixArtAlphaPipeline(
-        tokenizer=None,
-        text_encoder=None,
+        **pair(encoders, t5),
         vae=image_autoencoder(),
         transformer=_pixart_transformer(128),
         scheduler=DPMSolverMultistepScheduler(),
@@ -65,8 +69,7 @@ def pixart_sigma(encoders: bool) -> Any:
     from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
 
     return PixArtSigmaPipeline(
-        tokenizer=None,
-        text_encoder=None,
+        **pair(encoders, t5),
         vae=image_autoencoder(),
         transformer=_pixart_transformer(8),
         scheduler=DPMSolverMultistepScheduler(),
@@ -96,8 +99,7 @@ def sana(encoders: bool, qk_norm: str | None = None) -> Any:
     from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 
     return SanaPipeline(
-        tokenizer=None,
-        text_encoder=None,
+        **pair(encoders, gemma2),
         vae=deep_compression_autoencoder(),
         transformer=_sana_transformer(qk_norm=qk_norm),
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
@@ -114,8 +116,7 @@ def sana_sprint(encoders: bool) -> Any:
     from diffusers import SanaSprintPipeline, SCMScheduler
 
     return SanaSprintPipeline(
-        tokenizer=None,
-        text_encoder=None,
+        **pair(encoders, gemma2),
         vae=deep_compression_autoencoder(),
         transformer=_sana_transformer(
             qk_norm="rms_norm_across_heads", guidance_embeds=True, guidance_embeds_scale=0.1, timestep_scale=1000.0
@@ -145,8 +146,7 @@ def lumina2(encoders: bool) -> Any:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=shifted_autoencoder(4),
-        text_encoder=None,
-        tokenizer=None,
+        **pair(encoders, lambda: gemma2(LUMINA2_SYSTEM)),
     )
 
 
@@ -167,8 +167,7 @@ def z_image(encoders: bool) -> Any:
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=shifted_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
+        **pair(encoders, qwen3),
         transformer=transformer,
     )
 
@@ -201,8 +200,9 @@ def _listed_text(rows: int) -> dict[str, Any]:
 
 
 CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
-UNBINNED = {**CALL, "use_resolution_binning": False}
-SANA = {**UNBINNED, "height": 32, "width": 32}  # whatever the autoencoder, sides are multiples of 32
+PIXART = {**CALL, "use_resolution_binning": False, "clean_caption": False, "max_sequence_length": TEXT_LENGTH}
+# Whatever the autoencoder, sides are multiples of 32; by default several hundred words stand before each prompt.
+SANA = {**PIXART, "height": 32, "width": 32, "complex_human_instruction": None}
 
 DITS = {
     "dit": TinyPipeline(
@@ -216,26 +216,30 @@ DITS = {
         result_form="BHWC",
         guidance="positive first",
         text="class_labels",
+        prompts=False,
+        negatives=False,
         output="first half of the channels",
         notes="Any output_type but 'pil' gives numpy of decoded images; the negative rows are class 1000.",
     ),
     "pixart-alpha": TinyPipeline(
         make=pixart_alpha,
         conditioning=_guided_text,
-        call=UNBINNED,
+        call=PIXART,
         pipeline="PixArtAlphaPipeline",
         denoisers={"transformer": "PixArtTransformer2DModel"},
         guidance="negative first",
         output="first half of the channels",
+        mask="encoder_attention_mask",
     ),
     "pixart-sigma": TinyPipeline(
         make=pixart_sigma,
         conditioning=_guided_text,
-        call=UNBINNED,
+        call=PIXART,
         pipeline="PixArtSigmaPipeline",
         denoisers={"transformer": "PixArtTransformer2DModel"},
         guidance="negative first",
         output="first half of the channels",
+        mask="encoder_attention_mask",
     ),
     "sana": TinyPipeline(
         make=sana,
@@ -244,6 +248,7 @@ DITS = {
         pipeline="SanaPipeline",
         denoisers={"transformer": "SanaTransformer2DModel"},
         guidance="negative first",
+        mask="encoder_attention_mask",
     ),
     "sana15": TinyPipeline(
         make=sana15,
@@ -252,6 +257,7 @@ DITS = {
         pipeline="SanaPipeline",
         denoisers={"transformer": "SanaTransformer2DModel"},
         guidance="negative first",
+        mask="encoder_attention_mask",
     ),
     "sana-sprint": TinyPipeline(
         make=sana_sprint,
@@ -263,21 +269,24 @@ DITS = {
         guidance="embedded",
         unguided={},
         output="trigonometric",
+        negatives=False,
+        mask="encoder_attention_mask",
     ),
     "lumina2": TinyPipeline(
         make=lumina2,
         conditioning=_guided_text,
-        call={**CALL, "height": 64, "width": 64},
+        call={**CALL, "height": 64, "width": 64, "max_sequence_length": 48},
         pipeline="Lumina2Pipeline",
         denoisers={"transformer": "Lumina2Transformer2DModel"},
         time_form="1 - t/1000 (B,)",
         guidance="two calls",
         output="negated",
+        mask="encoder_attention_mask",
     ),
     "z-image": TinyPipeline(
         make=z_image,
         conditioning=_listed_text,
-        call=CALL,
+        call={**CALL, "max_sequence_length": 32},
         pipeline="ZImagePipeline",
         denoisers={"transformer": "ZImageTransformer2DModel"},
         sample="x",
@@ -289,6 +298,6 @@ DITS = {
         unguided={"guidance_scale": 0.0},
         text="cap_feats",
         output="negated",
-        notes="The scale adds to one: positive + scale * (positive - negative).",
+        notes="The scale adds to one: positive + scale * (positive - negative). A list of prompts is overwritten.",
     ),
 }

@@ -11,8 +11,13 @@ from tests.families.autoencoders import (
     shifted_autoencoder,
 )
 from tests.families.making import TEXT_LENGTH, TEXT_WIDTH, TinyPipeline, embeddings, masks
+from tests.families.text import clip, mistral3, pair, qwen3, qwen25_vl, t5
 from tests.families.unets import CLIP_WIDTHS
 
+QWEN_TEMPLATE = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:"
+)
 T5_WIDTH = 48  # of SD3: at least as wide as both CLIP encoders together
 PACKED = 4 * LATENT_CHANNELS  # channels of 2 x 2 latent pixels
 LAYERS = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 8, "num_attention_heads": 4}
@@ -40,12 +45,9 @@ def sd3(encoders: bool, dual_attention_layers: tuple[int, ...] = (), qk_norm: st
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=shifted_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        **pair(encoders, lambda: clip(CLIP_WIDTHS[0], projected=True)),
+        **pair(encoders, lambda: clip(CLIP_WIDTHS[1], projected=True), "_2"),
+        **pair(encoders, lambda: t5(T5_WIDTH), "_3"),
     )
 
 
@@ -68,10 +70,8 @@ def flux(encoders: bool, guidance_embeds: bool = True) -> Any:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=shifted_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        **pair(encoders, lambda: clip(CLIP_WIDTHS[0])),
+        **pair(encoders, t5, "_2"),
         transformer=transformer,
     )
 
@@ -95,8 +95,7 @@ def chroma(encoders: bool) -> Any:
     return ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=shifted_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
+        **pair(encoders, t5),
         transformer=transformer,
     )
 
@@ -117,12 +116,12 @@ def _flux2_transformer(guidance_embeds: bool) -> Any:
 def flux2(encoders: bool) -> Any:
     """Text embeddings are those of three layers of the encoder, side by side."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
     return Flux2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=flux2_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
+        **pair(encoders, lambda: mistral3(SYSTEM_MESSAGE)),
         transformer=_flux2_transformer(True),
     )
 
@@ -134,8 +133,7 @@ def flux2_klein(encoders: bool) -> Any:
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=flux2_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
+        **pair(encoders, lambda: qwen3(with_head=True)),
         transformer=_flux2_transformer(False),
         is_distilled=False,
     )
@@ -157,8 +155,7 @@ def qwen_image(encoders: bool) -> Any:
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
         vae=qwen_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
+        **pair(encoders, lambda: qwen25_vl(QWEN_TEMPLATE)),
         transformer=transformer,
     )
 
@@ -205,8 +202,10 @@ def _qwen_text(rows: int) -> dict[str, Any]:
     }
 
 
-CALL = {"height": 16, "width": 16, "num_inference_steps": 2}
+CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "max_sequence_length": TEXT_LENGTH}
 GUIDED = {**CALL, "guidance_scale": 3.0}
+# Room for the system message and for the templates, and three of the four layers that the tiny encoders have.
+FLUX2 = {**GUIDED, "max_sequence_length": 48, "text_encoder_out_layers": (1, 2, 3)}
 
 JOINT = {
     "sd3": TinyPipeline(
@@ -216,6 +215,7 @@ JOINT = {
         pipeline="StableDiffusion3Pipeline",
         denoisers={"transformer": "SD3Transformer2DModel"},
         guidance="negative first",
+        dead=("transformer_blocks.2.attn.add_q_proj",),
     ),
     "sd35": TinyPipeline(
         make=sd35,
@@ -224,6 +224,10 @@ JOINT = {
         pipeline="StableDiffusion3Pipeline",
         denoisers={"transformer": "SD3Transformer2DModel"},
         guidance="negative first",
+        dead=(
+            "transformer_blocks.2.attn.add_q_proj",
+            "transformer_blocks.2.attn.norm_added_q",
+        ),
     ),
     "flux": TinyPipeline(
         make=flux,
@@ -235,6 +239,7 @@ JOINT = {
         time_form="t/1000 (B,)",
         guidance="embedded",
         unguided={},
+        negatives=False,
     ),
     "flux-schnell": TinyPipeline(
         make=flux_schnell,
@@ -245,6 +250,7 @@ JOINT = {
         sample_form="BTC",
         time_form="t/1000 (B,)",
         unguided={},
+        negatives=False,
     ),
     "chroma": TinyPipeline(
         make=chroma,
@@ -255,28 +261,31 @@ JOINT = {
         sample_form="BTC",
         time_form="t/1000 (B,)",
         guidance="two calls",
+        mask="attention_mask",
     ),
     "flux2": TinyPipeline(
         make=flux2,
         conditioning=_flux2_text,
-        call=GUIDED,
+        call=FLUX2,
         pipeline="Flux2Pipeline",
         denoisers={"transformer": "Flux2Transformer2DModel"},
         sample_form="BTC",
         time_form="t/1000 (B,)",
         guidance="embedded",
         unguided={},
+        negatives=False,
     ),
     "flux2-klein": TinyPipeline(
         make=flux2_klein,
         conditioning=_klein_text,
-        call=GUIDED,
+        call=FLUX2,
         pipeline="Flux2KleinPipeline",
         denoisers={"transformer": "Flux2Transformer2DModel"},
         sample_form="BTC",
         result_form="BCHW",
         time_form="t/1000 (B,)",
         guidance="two calls",
+        negatives=False,
     ),
     "qwen-image": TinyPipeline(
         make=qwen_image,
@@ -288,5 +297,13 @@ JOINT = {
         sample_form="BTC",
         time_form="t/1000 (B,)",
         guidance="two calls",
+        mask="encoder_hidden_states_mask",
+        dead=(
+            "transformer_blocks.2.attn.add_q_proj",
+            "transformer_blocks.2.attn.norm_added_q",
+            "transformer_blocks.2.attn.to_add_out",
+            "transformer_blocks.2.txt_mlp.net.0.proj",
+            "transformer_blocks.2.txt_mlp.net.2",
+        ),
     ),
 }

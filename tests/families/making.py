@@ -45,11 +45,13 @@ class TinyPipeline:
             "two calls" (the positive first); "embedded" where the scale is an argument of the denoiser.
         unguided: Pipeline-call arguments that switch guidance off, as far as it is not embedded.
         text: Denoiser argument of the conditioning that tells positive from negative; "" where there is none.
+        mask: Denoiser argument of the text's padding mask; "" where padding is attended like the rest.
         output: What the scheduler is given of the denoiser's output: "as it is", "negated", "first half of the
             channels" (the rest is a learned variance), or "trigonometric" (Sprint: mixed with the latents first).
+        dead: Layers of the (first) denoiser that cannot change what is made: the end of the text path.
         shared: Conditioning arguments that all rows of a call share.
-        prompts: Whether ``prompt=[...]`` works, with real text encoders and tokenizers; why not is in ``notes``.
-        prompt_call: Further pipeline-call arguments for prompts.
+        prompts: Whether ``prompt=[...]`` works, with real text encoders and tokenizers; the others take no text.
+        negatives: Whether the pipeline takes ``negative_prompt`` too.
         row_error: Largest difference, as a share of the largest number made, that a row may show when sampled alone.
         notes: What a reader should know.
     """
@@ -70,10 +72,12 @@ class TinyPipeline:
     guidance: str = "none"
     unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     text: str = "encoder_hidden_states"
+    mask: str = ""
     output: str = "as it is"
+    dead: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    prompts: bool = False
-    prompt_call: dict[str, Any] = field(default_factory=dict)
+    prompts: bool = True
+    negatives: bool = True
     row_error: float = 1e-4
     notes: str = ""
 
@@ -93,8 +97,15 @@ class TinyPipeline:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def prompting(self, rows: int) -> dict[str, Any]:
+        """Pipeline-call arguments as ``conditioning``, but in words, ``PROMPTS`` in turn; needs ``prompts``."""
+        given: dict[str, Any] = {"prompt": [PROMPTS[row % len(PROMPTS)] for row in range(rows)]}
+        if self.negatives:
+            given["negative_prompt"] = ["snow and a table"] * rows
+        return {**{name: self.conditioning(rows)[name] for name in self.shared}, **given}
+
     def sample_rows(self, pipe: Any, conditioning: dict[str, Any], seeds: Sequence[int], **changes: Any) -> Tensor:
-        """What the pipeline makes of precomputed conditioning, row by row (rows, ...), from one seed each row."""
+        """What the pipeline makes of ``conditioning`` or ``prompting``, (rows, ...), from one seed each row."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         call = {**self.call, "output_type": self.output_type, **conditioning, **changes}
         return torch.as_tensor(getattr(pipe(**call, generator=generators), self.result))

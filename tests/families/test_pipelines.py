@@ -1,7 +1,9 @@
 """Every tiny pipeline: built from a seed, run, saved and loaded, and what its row says of its calls."""
 
+import functools
 import inspect
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from tests.families.pipelines import PIPELINES
+from tests.families.pipelines import PIPELINES, PROMPTS
 
 SEEDS = [3, 4, 5]
 TIMES = {
@@ -48,6 +50,7 @@ def record(row, pipe, monkeypatch, **changes):
         hooks.append(getattr(pipe, name).register_forward_hook(note, with_kwargs=True))
     step = pipe.scheduler.step
 
+    @functools.wraps(step)  # pipelines look at its signature, to know whether it takes generators
     def noted(model_output, *args, **kwargs):
         recorded.stepped.append(model_output)
         return step(model_output, *args, **kwargs)
@@ -79,6 +82,7 @@ def test_is_of_the_true_classes_and_small(family):
         assert sum(parameter.numel() for parameter in denoiser.parameters()) < 1_000_000
         assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
         assert all(layer.in_features % 4 == 0 for layer in linears(denoiser))
+        assert all(module.heads >= 4 for module in denoiser.modules() if hasattr(module, "heads"))
         for norm in denoiser.modules():
             if isinstance(norm, nn.GroupNorm):
                 assert norm.num_groups >= 4 and norm.num_channels >= 2 * norm.num_groups
@@ -129,7 +133,10 @@ def test_rows_of_conditioning_hang_on_their_number_alone(family):
 @pytest.mark.parametrize("encoders", [True, False])
 def test_saves_and_loads_with_plain_diffusers(family, encoders, tmp_path):
     row, pipe = family
-    pipe = pipe if encoders else row.build(encoders=False)
+    if not encoders:
+        made = row.sample_rows(pipe, row.conditioning(2), SEEDS[:2])
+        pipe = row.build(encoders=False)
+        assert torch.equal(row.sample_rows(pipe, row.conditioning(2), SEEDS[:2]), made)
     absent = {name for name, part in pipe.components.items() if part is None}
     pipe.save_pretrained(tmp_path)
     # diffusers asks for a part by name that was None when the pipeline was saved, unless the class calls it optional
@@ -137,9 +144,47 @@ def test_saves_and_loads_with_plain_diffusers(family, encoders, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is type(pipe)
     assert {name for name, part in loaded.components.items() if part is None} == absent
-    conditioning = row.conditioning(2)
-    made = row.sample_rows(pipe, conditioning, SEEDS[:2])
-    assert torch.equal(row.sample_rows(loaded, conditioning, SEEDS[:2]), made)
+    for given in [row.conditioning, row.prompting] if encoders and row.prompts else [row.conditioning]:
+        assert torch.equal(row.sample_rows(loaded, given(2), SEEDS[:2]), row.sample_rows(pipe, given(2), SEEDS[:2]))
+
+
+def test_prompts_decide_what_is_made(family):
+    row, pipe = family
+    if not row.prompts:
+        assert not hasattr(pipe, "encode_prompt") or (row is PIPELINES["wan21-i2v"] and not find_spec("ftfy"))
+        return
+    given, swapped = row.prompting(3), row.take(row.prompting(3), [1, 0, 2])
+    made, other = row.sample_rows(pipe, given, SEEDS), row.sample_rows(pipe, swapped, SEEDS)
+    assert bool(made.isfinite().all())
+    assert [torch.equal(*pair) for pair in zip(made, other, strict=True)] == [False, False, True]
+    if row.negatives:
+        without = row.sample_rows(pipe, {**row.prompting(3), "negative_prompt": ["birds"] * 3}, SEEDS)
+        assert not torch.equal(without, made)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "arguments"), [("qwen-image", 5, {}), ("hunyuan-video", 1, {"max_sequence_length": 12})]
+)
+def test_templates_have_as_many_tokens_as_the_pipeline_crops(name, template, arguments):
+    """What is left is the prompt, word by word, and what stands after it."""
+    pipe = PIPELINES[name].build()
+    *_, mask = pipe.encode_prompt(list(PROMPTS[1:3]), **arguments)
+    assert mask.sum(dim=1).tolist() == [len(prompt.split()) + template for prompt in PROMPTS[1:3]]
+
+
+def test_row_says_which_mask_keeps_padding_out(family, monkeypatch):
+    row, pipe = family
+    _, arguments, _ = record(row, pipe, monkeypatch).calls[0]
+    named = [name for name, value in arguments.items() if "mask" in name and value is not None]
+    assert named == ([row.mask] if row.mask else [])
+    if row.mask:
+        conditioning = row.conditioning(3)
+        (given,) = [name for name in conditioning if "mask" in name and "negative" not in name]
+        padding = conditioning[given] == 0
+        made = row.sample_rows(pipe, conditioning, SEEDS)
+        conditioning["prompt_embeds"][padding] += 3
+        moved = (row.sample_rows(pipe, conditioning, SEEDS) - made).abs().max()
+        assert padding.any() and moved <= row.row_error * made.abs().max()
 
 
 def test_every_output_type_is_taken(family):
@@ -184,6 +229,23 @@ def test_row_says_where_the_negatives_are(family, monkeypatch):
     else:
         assert_same(texts[0], positive)
         assert_same(texts[1], negative if row.guidance == "two calls" else positive)
+
+
+def test_row_says_which_layers_are_dead(family, monkeypatch):
+    """All others change the prediction: no row hides a layer's errors behind a zero."""
+    row, pipe = family
+    for name, arguments, _ in record(row, pipe, monkeypatch).calls:
+        denoiser = getattr(pipe, name)
+        denoiser.zero_grad()
+        output = denoiser(**{key: value for key, value in arguments.items() if key != "self"})[0]
+        output = torch.stack(output) if isinstance(output, list) else output
+        output.square().sum().backward()
+        silent = {
+            parameter.rpartition(".")[0]
+            for parameter, weights in denoiser.named_parameters()
+            if weights.grad is None or not weights.grad.any()
+        }
+        assert silent == set(row.dead)
 
 
 def test_row_says_what_the_scheduler_is_given(family, monkeypatch):

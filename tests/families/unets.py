@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.families.autoencoders import LATENT_CHANNELS, image_autoencoder
 from tests.families.making import TEXT_LENGTH, TEXT_WIDTH, TinyPipeline, embeddings
+from tests.families.text import clip, pair
 
 CLIP_WIDTHS = (16, 24)  # of SDXL's and SD3's two CLIP encoders
 
@@ -25,13 +26,12 @@ def _unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**{**sizes, **changes})
 
 
-def _stable_diffusion(unet: Any, scheduler: Any) -> Any:
+def _stable_diffusion(unet: Any, scheduler: Any, encoders: bool) -> Any:
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
         vae=image_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
+        **pair(encoders, clip),
         unet=unet,
         scheduler=scheduler,
         safety_checker=None,
@@ -49,9 +49,10 @@ def sd15(encoders: bool) -> Any:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=4,
     )
-    return _stable_diffusion(
-        unet, PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    scheduler = PNDMScheduler(
+        beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
     )
+    return _stable_diffusion(unet, scheduler, encoders)
 
 
 def sd21(encoders: bool) -> Any:
@@ -71,7 +72,7 @@ def sd21(encoders: bool) -> Any:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    return _stable_diffusion(unet, scheduler)
+    return _stable_diffusion(unet, scheduler, encoders)
 
 
 def sdxl(encoders: bool) -> Any:
@@ -91,10 +92,8 @@ def sdxl(encoders: bool) -> Any:
     )
     return StableDiffusionXLPipeline(
         vae=image_autoencoder(),
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
+        **pair(encoders, lambda: clip(CLIP_WIDTHS[0])),
+        **pair(encoders, lambda: clip(CLIP_WIDTHS[1], projected=True), "_2"),
         unet=unet,
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"),
         add_watermarker=False,
@@ -180,6 +179,8 @@ UNETS = {
         time_form="t ()",
         unguided={},
         text="",
+        prompts=False,
+        negatives=False,
         notes="Any output_type but 'pil' gives numpy; rows of generators are taken.",
     ),
 }

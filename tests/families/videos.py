@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from tests.families.autoencoders import (
@@ -12,6 +13,7 @@ from tests.families.autoencoders import (
     wan_autoencoder,
 )
 from tests.families.making import TEXT_LENGTH, TEXT_WIDTH, TinyPipeline, embeddings, masks
+from tests.families.text import clip, llama, pair, t5
 from tests.families.unets import CLIP_WIDTHS
 
 WAN_I2V_LENGTH = 512  # the I2V denoiser finds the image tokens by counting 512 text tokens from the end
@@ -35,12 +37,11 @@ def _wan_transformer(**changes: Any) -> Any:
     return WanTransformer3DModel(**{**sizes, **changes})
 
 
-def _wan_parts() -> dict[str, Any]:
+def _wan_parts(encoders: bool) -> dict[str, Any]:
     from diffusers import UniPCMultistepScheduler
 
     return {
-        "tokenizer": None,
-        "text_encoder": None,
+        **pair(encoders, lambda: t5(multilingual=True)),
         "vae": wan_autoencoder(),
         "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         "transformer": _wan_transformer(),
@@ -50,21 +51,21 @@ def _wan_parts() -> dict[str, Any]:
 def wan21(encoders: bool) -> Any:
     from diffusers import WanPipeline
 
-    return WanPipeline(**_wan_parts())
+    return WanPipeline(**_wan_parts(encoders))
 
 
 def wan22(encoders: bool) -> Any:
     """Two denoisers: the first step of two goes to ``transformer``, the second to ``transformer_2``."""
     from diffusers import WanPipeline
 
-    return WanPipeline(**_wan_parts(), transformer_2=_wan_transformer(), boundary_ratio=0.9)
+    return WanPipeline(**_wan_parts(encoders), transformer_2=_wan_transformer(), boundary_ratio=0.9)
 
 
 def wan22_ti2v(encoders: bool) -> Any:
     """A time for each token instead of one for each row."""
     from diffusers import WanPipeline
 
-    return WanPipeline(**_wan_parts(), expand_timesteps=True)
+    return WanPipeline(**_wan_parts(encoders), expand_timesteps=True)
 
 
 def wan21_i2v(encoders: bool) -> Any:
@@ -75,7 +76,7 @@ def wan21_i2v(encoders: bool) -> Any:
     from diffusers import WanImageToVideoPipeline
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    parts = _wan_parts()
+    parts = _wan_parts(encoders)
     parts["transformer"] = _wan_transformer(
         in_channels=2 * LATENT_CHANNELS + 2, image_dim=IMAGE_WIDTH, added_kv_proj_dim=48
     )
@@ -108,8 +109,7 @@ def ltx(encoders: bool) -> Any:
     return LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
         vae=ltx_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
+        **pair(encoders, t5),
         transformer=transformer,
     )
 
@@ -133,8 +133,7 @@ def cogvideox_2b(encoders: bool, rotary: bool = False) -> Any:
         use_rotary_positional_embeddings=rotary,
     )
     return CogVideoXPipeline(
-        tokenizer=None,
-        text_encoder=None,
+        **pair(encoders, t5),
         vae=cogvideox_autoencoder(),
         transformer=transformer,
         scheduler=CogVideoXDDIMScheduler(
@@ -150,6 +149,7 @@ def cogvideox_5b(encoders: bool) -> Any:
 
 def hunyuan_video(encoders: bool) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
     transformer = HunyuanVideoTransformer3DModel(
         in_channels=LATENT_CHANNELS,
@@ -165,13 +165,11 @@ def hunyuan_video(encoders: bool) -> Any:
         rope_axes_dim=(2, 2, 4),
     )
     return HunyuanVideoPipeline(
-        text_encoder=None,
-        tokenizer=None,
+        **pair(encoders, lambda: llama(DEFAULT_PROMPT_TEMPLATE["template"])),
         transformer=transformer,
         vae=hunyuan_autoencoder(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=None,
-        tokenizer_2=None,
+        **pair(encoders, lambda: clip(CLIP_WIDTHS[0], length=77), "_2"),
     )
 
 
@@ -214,6 +212,7 @@ def _call(size: int, frames: int) -> dict[str, Any]:
         "num_frames": frames,
         "num_inference_steps": 2,
         "guidance_scale": 3.0,
+        "max_sequence_length": TEXT_LENGTH,
     }
 
 
@@ -248,8 +247,10 @@ VIDEOS = {
     "wan21-i2v": _wan(
         wan21_i2v,
         conditioning=_text_and_image,
+        call={**_call(16, 5), "max_sequence_length": WAN_I2V_LENGTH},
         pipeline="WanImageToVideoPipeline",
         shared=("image",),
+        prompts=find_spec("ftfy") is not None,  # without it the class fails with a NameError, unlike WanPipeline
         notes="One image serves all rows of a call. Of the denoiser's latents the first channels alone are noisy.",
     ),
     "wan22": _wan(wan22, denoisers={"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel"}),
@@ -263,6 +264,7 @@ VIDEOS = {
         result="frames",
         sample_form="BTC",
         guidance="negative first",
+        mask="encoder_attention_mask",
     ),
     "cogvideox-2b": _cogvideox(cogvideox_2b),
     "cogvideox-5b": _cogvideox(cogvideox_5b),
@@ -276,5 +278,7 @@ VIDEOS = {
         sample_form="BCFHW",
         guidance="embedded",
         unguided={},
+        negatives=False,
+        mask="encoder_attention_mask",
     ),
 }
