@@ -19,7 +19,7 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from obsdiff.allocation.budget import Costs, _costs
+from obsdiff.allocation.budget import Costs, tabulated
 from obsdiff.allocation.clock import Calls, Clock, Trial, new_process, time_calls, write_trial
 from obsdiff.allocation.curves import interpolate
 from obsdiff.allocation.request import Budget
@@ -93,7 +93,7 @@ def latency_costs(
         return sum(interpolate(table_of[n], kept_units(modules[n], pattern)) for n in unit.members)
 
     # modules timed alone may add up to more than the whole; what they save is what counts
-    return _costs(units, cost, dense - whole, dense, budget.share)
+    return tabulated(units, cost, dense - whole, dense, budget.share)
 
 
 def _signature(graph: Graph, groups: Group, inputs: Any) -> Any:
