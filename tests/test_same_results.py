@@ -8,6 +8,7 @@ import hashlib
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.conftest import make_pipe
 
 RECORDED = Path(__file__).parent / "recorded" / "sd3.json"
 PROMPTS = ["the digit two", "a seven", "a handwritten four", "a photo of the number nine"]
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "unstructured": {"pattern": "unstructured:0.5"},
     "n-m": {"pattern": "2:4"},
     "admm": {"pattern": "unstructured:0.7", "method": "admm"},
@@ -52,8 +53,8 @@ def result(pipeline, pattern, allocation=False, packages=1, **options):
     pipe = PIPELINES[pipeline]()
     statistics = calibrated(pipe)
     if allocation:
-        scanning = {"rule": "measured", "scanning": obsdiff.pruning.options.ScanOptions(triples=6)}
-        pattern = obsdiff.allocate(pipe, pattern, statistics, PROMPTS, **scanning).plan
+        scanning = obsdiff.pruning.options.ScanOptions(triples=6)
+        pattern = obsdiff.allocate(pipe, pattern, statistics, PROMPTS, rule="measured", scanning=scanning).plan
     if packages > 1:
         report = obsdiff.prune(pipe, pattern, statistics=lambda sites: calibrated(pipe, sites), packages=packages)
     else:

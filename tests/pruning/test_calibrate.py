@@ -8,7 +8,7 @@ import torch
 
 import obsdiff
 from obsdiff.models.conditioning import encode_prompts, token_mask
-from obsdiff.models.families import SD3
+from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.info import info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.timesteps import timestep_weights

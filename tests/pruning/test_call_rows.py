@@ -9,7 +9,7 @@ import obsdiff
 from obsdiff.allocation.probe import record_probe
 from obsdiff.allocation.restart import Restart
 from obsdiff.models.conditioning import Conditioning, encode_prompts, token_mask
-from obsdiff.models.families import SD3
+from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.info import attach_info, call_arguments, info_of
 from obsdiff.models.rows import CallRows, take_rows
 from obsdiff.models.subject import subject_of

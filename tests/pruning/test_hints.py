@@ -6,7 +6,7 @@ from torch import nn
 
 import obsdiff
 from obsdiff.criteria import METHODS
-from obsdiff.models.families import SD3
+from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.graph import Graph, Site
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.pattern import Unstructured

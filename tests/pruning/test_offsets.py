@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from obsdiff.criteria import METHODS
-from obsdiff.models.families import SD3
+from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.graph import Graph, Group, Site, Slices
 from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.pattern import Structured, parse_pattern

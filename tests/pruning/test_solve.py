@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from obsdiff.criteria import METHODS
-from obsdiff.models.families import SD3
+from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.graph import Graph, Site
 from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
 from obsdiff.obs.pattern import Unstructured

@@ -19,7 +19,7 @@ class _Given(nn.Module):
 
     def __init__(self, stage: nn.Module, values: list[Any]) -> None:
         super().__init__()
-        self.hidden = [stage, values]  # in a list, so that its parts are not registered twice
+        self.hidden: list[Any] = [stage, values]  # in a list, so that its parts are not registered twice
 
     def __getattr__(self, name: str) -> Any:
         try:

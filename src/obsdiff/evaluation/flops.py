@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def shrunk_flops(pipe: Any, call: Mapping[str, Any], shapes: Mapping[str, Any]) 
         apply_shapes(shrunk, own)
         given = moved(arguments, META, dtype_of(model), torch.float32)
         try:
-            counts.append(counted(lambda shrunk=shrunk, given=given: shrunk(**given)))
+            counts.append(counted(partial(shrunk, **given)))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             if any(own.values()):
                 reason = " ".join(str(error).split())[:200]
@@ -54,7 +55,7 @@ def shrunk_flops(pipe: Any, call: Mapping[str, Any], shapes: Mapping[str, Any]) 
                     f"weights ({reason}); give a budget in parameters"
                 ) from error
             with torch.no_grad():
-                counts.append(counted(lambda model=model, arguments=arguments: model(**arguments)))
+                counts.append(counted(partial(model, **arguments)))
     return round(sum(counts) / len(counts))
 
 

@@ -83,7 +83,9 @@ def split_call(
         given: The call's arguments.
         paths: Those with an entry per row (:func:`obsdiff.models.rows.row_paths`).
     """
-    family, conditions, common = rows.family, {}, {}
+    family = rows.family
+    conditions: dict[str, Tensor] = {}
+    common: dict[str, Any] = {}
     own = list(range(rows.own.start, rows.own.stop))
     other = [row for row in range(rows.each * rows.prompts) if row not in set(own)]
     for path, value in flattened(given).items():

@@ -66,7 +66,9 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
         UserError: The call fails.
     """
     memory, stages = _Memory(), stages_of(denoiser)
-    layers = {n: module for _, n, module in walk(stages, denoiser) if isinstance(module, nn.Linear | nn.Conv2d)}
+    layers: dict[str, nn.Module] = {
+        name: module for _, name, module in walk(stages, denoiser) if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     reads: dict[int, list[str]] = {}
     vectors: set[str] = set()
     times = dict.fromkeys(layers, 0)

@@ -127,6 +127,7 @@ def record_trajectories(
     seen: list[tuple[Tensor, Tensor, int]] = []
     told: list[dict[str, Tensor]] = []
     common: dict[str, Any] = {}
+    rows_each = 1
     rows = CallRows(pipe, family, conditioning)
 
     def begin(part: slice) -> None:
@@ -148,7 +149,6 @@ def record_trajectories(
         seen.append((own.cpu(), time.reshape(-1)[:1].float().cpu(), numbers[id(model)]))
 
     latents: list[Tensor] = []
-    rows_each = 1
     times, which = torch.empty(0), torch.empty(0)
     handles = [model.register_forward_pre_hook(see, with_kwargs=True) for model in components.values()]
     try:

@@ -103,7 +103,7 @@ def cut(
         stays = torch.ones(len(graph.weight(layer)), dtype=torch.bool, device=graph.weight(layer).device)
         stays[torch.cat(gone).to(stays.device)] = False
         bias = module.bias
-        edits.set_weight(module, graph.weight(layer).detach()[stays], None if bias is None else bias.detach()[stays])  # type: ignore[index, operator]  # a tensor
+        edits.set_weight(module, graph.weight(layer).detach()[stays], None if bias is None else bias.detach()[stays])  # type: ignore[operator]  # a tensor
         edits.fit_sizes(module)
     for layer, (weight, bias_shift) in consumers.items():
         edits.set_weight(graph.layer(layer), weight)
@@ -115,7 +115,8 @@ def _select(edits: Edits, norm: nn.Module, units: list[int], size: int) -> None:
     """Let a norm over all heads give only the kept ones; of one that does already, some of those."""
     before: Any = getattr(norm, "selected", None)
     if before is None:
-        edits.set(norm, "__class__", selecting_class(type(norm)))
+        kind: Any = type(norm)
+        edits.set(norm, "__class__", selecting_class(kind))
         edits.add(norm, "selected", [units, size])
     else:
         edits.set(norm, "selected", [[before[0][unit] for unit in units], size])

@@ -8,9 +8,10 @@ from obsdiff.allocation.planning import packages_for
 from obsdiff.allocation.stage import measures
 from obsdiff.costs import Cost, calibration_cost, recording_cost
 from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
-from obsdiff.models.calling import NEGATIVE, WHICH
+from obsdiff.models.calling import WHICH
 from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import call_arguments
+from obsdiff.models.rows import NEGATIVE
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.record import Trajectories
 from obsdiff.ranks import world_size
