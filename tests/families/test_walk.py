@@ -17,7 +17,7 @@ from obsdiff.pruning.options import ScanOptions
 from tests.families.pipelines import PIPELINES
 
 ROWS = 2
-STRUCTURED = "structured:heads=0.5,ffn=0.4,channels=0.5,multiple_of=1"
+SHARES = {"heads": 0.5, "ffn": 0.4, "channels": 0.5}
 
 
 class Case:
@@ -29,6 +29,9 @@ class Case:
         self.conditioning = Conditioning({}, count=ROWS) if set(given) <= {"batch_size"} else Conditioning(given)
         pipe = self.fresh()
         self.graph = subject_of(pipe, self.conditioning).graph
+        kinds = {group.kind for group in self.graph.groups}
+        shares = [f"{kind}={share}" for kind, share in SHARES.items() if kind in kinds]
+        self.structured = f"structured:{','.join(shares)},multiple_of=1"
         self.statistics = obsdiff.calibrate(pipe, self.conditioning, batch_size=ROWS)
 
     def fresh(self):
@@ -104,7 +107,7 @@ def masked_like(case, pipe, report):
 @pytest.mark.parametrize("allocated", [False, True], ids=["uniform", "measured"])
 def test_structured(case, allocated, tmp_path):
     """The smaller model is the masked one, comes back from disk with plain diffusers, and can be pruned again."""
-    pipe, pattern, options = case.traced(), STRUCTURED, {"spare_blocks": ()}
+    pipe, pattern, options = case.traced(), case.structured, {"spare_blocks": ()}
     if allocated:
         scanning = ScanOptions(triples=4, levels=[0.5])
         found = obsdiff.allocate(
@@ -125,7 +128,7 @@ def test_structured(case, allocated, tmp_path):
     assert torch.equal(case.sample(plain), drawn)
     loaded = obsdiff.load_pipeline(tmp_path / "out")
     subject_of(loaded, case.conditioning)
-    again = obsdiff.prune(loaded, STRUCTURED, method="magnitude", prune_again=True, spare_blocks=())
+    again = obsdiff.prune(loaded, case.structured, method="magnitude", prune_again=True, spare_blocks=())
     assert again.parameters["pruned"] < report.parameters["pruned"]
     drawn = case.sample(loaded)
     assert torch.isfinite(drawn).all()

@@ -223,6 +223,7 @@ FEED_FORWARDS = (
     _feed_forward(("FeedForward",), {"w1": ("ffn",), "w3": ("ffn",)}, "w2"),  # Z-Image's class of that name
     _feed_forward(("Flux2FeedForward",), {"linear_in": ("ffn", "ffn")}, "linear_out"),
     _feed_forward(("LuminaFeedForward",), {"linear_1": ("ffn",), "linear_3": ("ffn",)}, "linear_2"),
+    _feed_forward(("AuraFlowFeedForward",), {"linear_1": ("ffn",), "linear_2": ("ffn",)}, "out_projection"),
     _feed_forward(("GLUMBConv",), {"conv_inverted": ("ffn", "ffn"), "conv_depth": ("ffn", "ffn")}, "conv_point"),
 )
 

@@ -177,6 +177,20 @@ def check_fit(graph: Graph, plan: Plan) -> None:
                 )
 
 
+def remarks(graph: Graph, plan: Plan) -> list[str]:
+    """For people: what cannot be done to this denoiser."""
+    kind = graph.family.denoiser
+    if not graph.family.known:
+        return [
+            f"{kind} is known by tracing alone: unstructured and N:M patterns on its {len(graph.layers)} layers, no "
+            "structured ones (docs/adding-a-family.md)"
+        ]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in (refusals(graph.denoiser, graph.family) if plan.structured else {}).items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"left whole: {len(names)} such as {names[0]}, {reason}" for reason, names in reasons.items()]
+
+
 def kept_units(group: Group, pattern: Structured) -> int:
     """How many units of a group stay."""
     return pattern.kept(group.kind, group.count)
