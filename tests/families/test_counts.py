@@ -1,4 +1,4 @@
-"""True configurations on the meta device: dense totals to the parameter, and the published tables of structured ones."""
+"""True configurations on the meta device: dense totals to the parameter, and the published structured tables."""
 
 import diffusers
 import pytest
@@ -91,6 +91,7 @@ MODELS = {
     "hunyuan-video": ("HunyuanVideoTransformer3DModel", {}, 12_821_012_544, (62, 82, 0)),
     "lumina2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, 2_609_769_152, (30, 30, 0)),
     "z-image": ("ZImageTransformer2DModel", {}, 6_154_908_736, (34, 34, 0)),
+    "aura-flow": ("AuraFlowTransformer2DModel", {}, 6_833_439_744, (36, 40, 0)),
 }
 
 
@@ -107,9 +108,7 @@ def parameters_after(name, pattern, method):
     plan = make_plan(graph, pattern, spare_blocks=spared_by(method, pattern, model))
     kept = {group.name: kept_units(group, plan.entries[group.name]) for group in plan.groups(graph)}
     shapes = shapes_with(graph, kept)["tensors"]
-    return sum(
-        torch.Size(shapes.get(name, parameter.shape)).numel() for name, parameter in model.named_parameters()
-    )
+    return sum(torch.Size(shapes.get(name, parameter.shape)).numel() for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", MODELS)

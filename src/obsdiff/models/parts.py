@@ -185,6 +185,7 @@ SINGLE_BLOCK = Part(
     norms={f"attn.{norm}": f"attn.{layer}" for norm, layer in _NORMS.items()},
 )
 
+
 def _fused_head_dim(attention: Any) -> int:
     return _divided(int(attention.inner_dim), int(attention.heads), "channels of all heads")
 

@@ -1,4 +1,4 @@
-"""AuraFlow: double blocks of two streams, then single blocks of [registers, text, image]; padding is zero and attended."""
+"""AuraFlow: double blocks, then single ones of [registers, text, image]; padding is zero and attended."""
 
 from obsdiff.models.families.base import Family
 
