@@ -105,7 +105,7 @@ def make_plan(
             f"the plan matches no layer: include {list(include)}, exclude {list(exclude)}, spared blocks "
             f"{sorted(spared)} leave nothing of {len(blocks)} candidates such as {next(iter(blocks))}"
         )
-    if structured:
+    if isinstance(pattern, Structured):
         _check_kinds(graph, pattern, chosen)
     plan = Plan(pattern, dict.fromkeys(chosen, pattern))
     check_fit(graph, plan)
