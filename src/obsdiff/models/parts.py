@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from obsdiff.models.graph import COLUMNS, ROWS, Attribute, Group, Slices
 
@@ -294,7 +294,7 @@ class _Odd(Exception):
 
 
 def _there(module: nn.Module, layer: str) -> bool:
-    return isinstance(getattr(_at(module, layer), "weight", None), nn.Parameter)
+    return isinstance(getattr(_at(module, layer), "weight", None), Tensor)
 
 
 def _over_all(module: nn.Module, norm: str, dimension: Dimension) -> bool:
@@ -313,7 +313,10 @@ def _slices(
     """Where a dimension lies along one axis of all layers that have it."""
     found = []
     for layer, along in layouts.items():
-        if key not in along or not _there(module, layer) or layer in (without or ()):
+        if key not in along or _at(module, layer) is None or layer in (without or ()):
+            continue
+        if not _there(module, layer):  # something else in its place: named, so that it is refused and not left uncut
+            found.append(Slices(f"{name}.{layer}", (0,), 1))
             continue
         length = _at(module, layer).weight.shape[axis]
         sizes = {d: part.dimensions[d].sizes.get(layer, part.dimensions[d].size)(module) for d in along}
