@@ -323,7 +323,7 @@ def test_owl_follows_outliers_within_its_range(statistics):
     units = make_units(graph, make_plan(graph, obsdiff.Unstructured(0.5)), Limits())
     offsets = owl_offsets(graph, units, statistics)
     assert max(offsets) - min(offsets) == pytest.approx(0.16)
-    assert {unit.block for unit, offset in zip(units, offsets, strict=True) if offset == min(offsets)} == {1}
+    assert {unit.stage for unit, offset in zip(units, offsets, strict=True) if offset == min(offsets)} == {1}
 
 
 @pytest.mark.parametrize(

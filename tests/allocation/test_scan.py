@@ -34,7 +34,7 @@ def setting():
     pipe = make_pipe()
     call = call_arguments(pipe)
     statistics = obsdiff.calibrate(pipe, PROMPTS)
-    probe = record_probe(pipe, encode_prompts(pipe, PROMPTS, call), Settings(call), 6)
+    probe = record_probe(subject_of(pipe), encode_prompts(pipe, PROMPTS, call), Settings(call), 6)
     return pipe, subject_of(pipe).graph, statistics, probe
 
 
@@ -45,14 +45,13 @@ def units_of(graph, pattern, **limits):
 def test_the_probe_is_what_the_sampler_asks(setting):
     """Its calls, run again on the dense model, give guided outputs that do not depend on the batch."""
     pipe, graph, _, probe = setting
-    assert len(probe) == 6 and all(len(row["hidden_states"]) == 2 for row in probe.rows)
-    assert probe.guidance == 2.0 and all(0.8 <= weight <= 1.2 for weight in probe.weights)
-    assert len({float(row["timestep"][0]) for row in probe.rows}) > 1
+    assert len(probe) == 6 and all(len(call.arguments["hidden_states"]) == 2 for call in probe.calls)
+    assert probe.guidance == 2.0 and all(0.8 <= call.weight <= 1.2 for call in probe.calls)
+    assert len({float(call.arguments["timestep"][0]) for call in probe.calls}) > 1
     one, many = Restart(graph, probe, rows=2), Restart(graph, probe)
     torch.testing.assert_close(torch.cat(one.dense), torch.cat(many.dense), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        row = probe.rows[0]
-        negative, positive = pipe.transformer(**row)[0].double()
+        negative, positive = pipe.transformer(**probe.calls[0].arguments)[0].double()
     torch.testing.assert_close(one.dense[0][0], negative + 2.0 * (positive - negative), rtol=1e-5, atol=1e-6)
     assert one.power == pytest.approx(power(many.dense, many.weights)) and one.error() == 0
 
@@ -61,16 +60,16 @@ def test_the_same_prompts_give_the_same_probe_whatever_the_batch():
     pipe = make_pipe()
     call = call_arguments(pipe)
     conditioning = encode_prompts(pipe, PROMPTS, call)
-    a, b = (record_probe(pipe, conditioning, Settings(call, batch_size=size), 5) for size in (1, 3))
-    assert sorted(a.weights) == pytest.approx(sorted(b.weights))
-    by_step = [sorted(float(row["hidden_states"].sum()) for row in probe.rows) for probe in (a, b)]
+    a, b = (record_probe(subject_of(pipe), conditioning, Settings(call, batch_size=size), 5) for size in (1, 3))
+    assert sorted(call.weight for call in a.calls) == pytest.approx(sorted(call.weight for call in b.calls))
+    by_step = [sorted(float(call.arguments["hidden_states"].sum()) for call in probe.calls) for probe in (a, b)]
     assert by_step[0] == pytest.approx(by_step[1], rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
 def test_restarting_from_a_block_changes_no_figure(setting, pattern):
     _, graph, statistics, probe = setting
-    unchained = replace(graph, family=replace(graph.family, chain=False))
+    unchained = replace(graph, chain=False)
     units = units_of(graph, pattern)[::3]
     before = {name: tensor.clone() for name, tensor in graph.denoiser.state_dict().items()}
     chained, whole = (
@@ -171,7 +170,7 @@ def test_an_interrupted_scan_keeps_what_it_has(setting, tmp_path, monkeypatch):
 def test_members_of_a_unit_are_pruned_together(setting):
     _, graph, statistics, probe = setting
     [unit] = [found for found in units_of(graph, "unstructured:0.5", share=["*.to_k"]) if len(found.members) > 1]
-    assert isinstance(unit, Unit) and unit.block == 0 and len(unit.members) == 3
+    assert isinstance(unit, Unit) and unit.stage == 0 and len(unit.members) == 3
     options = SolveOptions("magnitude")
     found = scan(graph, [unit], statistics, options, probe, "", levels=[0.5])
     plan = Plan(obsdiff.Unstructured(0.5), dict.fromkeys(unit.members, obsdiff.Unstructured(0.5)))
@@ -189,7 +188,7 @@ def test_two_processes_find_the_same(tmp_path):
         f"torch.distributed.init_process_group('gloo', f'file://{tmp_path}/meet', rank=rank, world_size=2)\n"
         "pipe = make_pipe(); call = call_arguments(pipe); graph = subject_of(pipe).graph\n"
         "statistics = obsdiff.calibrate(pipe, PROMPTS)\n"
-        "probe = record_probe(pipe, encode_prompts(pipe, PROMPTS, call), Settings(call), 6)\n"
+        "probe = record_probe(subject_of(pipe), encode_prompts(pipe, PROMPTS, call), Settings(call), 6)\n"
         "units = units_of(graph, 'unstructured:0.5')[:7]\n"
         "found = scan(graph, units, statistics, SolveOptions('magnitude'), probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"

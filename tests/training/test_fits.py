@@ -60,7 +60,7 @@ def test_latents_and_embeds(pipe):
         with pytest.raises(UserError, match=word):
             check_latents(pipe, shape, "it")
     with pytest.raises(UserError, match=r"width 32, .* takes 16"):
-        check_embeds(pipe, {"prompt_embeds": torch.zeros(1, 5, 32)}, "it")
+        check_embeds(pipe, {"encoder_hidden_states": torch.zeros(1, 5, 32)}, "it")
 
 
 def trajectories(folder, tmp_path):

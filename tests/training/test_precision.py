@@ -69,7 +69,7 @@ def test_times_are_not_rounded(pipe):
     told = []
     pipe.transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda _, given: told.append(given[0]))
     times = torch.tensor([601.25, 707.5])
-    embeds = {"prompt_embeds": torch.randn(2, 20, 16), "pooled_prompt_embeds": torch.randn(2, 16)}
+    embeds = {"encoder_hidden_states": torch.randn(2, 20, 16), "pooled_projections": torch.randn(2, 16)}
     answer = call_denoiser(pipe.transformer, torch.randn(2, 4, 8, 8), times, embeds)
     assert answer.dtype == torch.bfloat16 and torch.equal(told[0], times)
     before = torch.get_default_dtype()

@@ -19,7 +19,7 @@ from tests.training.test_plain_trainer import recovery, trainer
 
 
 def inputs(count=2, side=8, tokens=20):
-    embeds = {"prompt_embeds": torch.randn(count, tokens, 16), "pooled_prompt_embeds": torch.randn(count, 16)}
+    embeds = {"encoder_hidden_states": torch.randn(count, tokens, 16), "pooled_projections": torch.randn(count, 16)}
     return torch.randn(count, 4, side, side), torch.rand(count) * 1000, embeds
 
 

@@ -112,7 +112,7 @@ def allocate(
     check_solving(pattern, options or SolveOptions(method))
     check_prompts(prompts)
     check_whole("batch_size", batch_size, 1)
-    subject = subject_of(pipe, prompts if isinstance(prompts, Conditioning) else None)
+    subject = subject_of(pipe, prompts)
     graph = subject.graph
     if budget is None:
         budget = default_budget(graph, make_plan(graph, pattern, include, exclude, spare_blocks))

@@ -17,7 +17,7 @@ from obsdiff.models.rows import CallRows, Path, flattened, join_rows, take_rows
 from obsdiff.models.subject import Subject
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.fingerprint import Settings
-from obsdiff.pruning.trajectories import counted_calls, noise_seeds, run_trajectories
+from obsdiff.pruning.trajectories import counted_calls, noise_seeds, run_trajectories, seen_calls
 
 CHOICE = 4  # calls recorded for each one that is used, so that prompts and steps mix
 BATCH_ROWS = 64  # rows of one denoiser call
@@ -145,15 +145,10 @@ def record_probe(subject: Subject, conditioning: Conditioning, settings: Setting
             calls[key] = ProbeCall(names[id(model)], own, float(weight), checked.each)
 
     checked = CallRows(pipe, subject.family, chosen)
-    with eval_mode(pipe), counted_calls(pipe) as counter:
-        handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in subject.components.values()]
-        try:
-            seeds = noise_seeds(settings.seed, len(conditioning))[:count]
-            for _ in run_trajectories(pipe, chosen, seeds, settings.batch_size, settings.call, begin):
-                pass
-        finally:
-            for handle in handles:
-                handle.remove()
+    seeds = noise_seeds(settings.seed, len(conditioning))[:count]
+    with eval_mode(pipe), counted_calls(subject) as counter, seen_calls(subject, record):
+        for _ in run_trajectories(subject, chosen, seeds, settings.batch_size, settings.call, begin):
+            pass
     order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(settings.seed))
     keys = sorted(calls)
     picked = [calls[keys[i]] for i in sorted(order[:triples].tolist())]

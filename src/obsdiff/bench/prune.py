@@ -10,6 +10,7 @@ import torch
 
 from obsdiff.bench.workloads import Preset, build, forward_only
 from obsdiff.memory import peak_memory_bytes
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.oneshot import prune
 from obsdiff.pruning.statistics import Statistics
@@ -42,6 +43,7 @@ def bench_prune(
 
     reused = store is not None and (Path(store) / "statistics.json").exists()
     statistics = measure(set()) if store is not None and packages == 1 else measure
+    subject_of(pipe, conditioning).check(())  # a preset has no text encoders of its own
     report = prune(pipe, pattern, method=method, statistics=statistics, packages=packages)
     total_s = time.perf_counter() - started
     return {

@@ -12,9 +12,9 @@ import torch
 from obsdiff.allocation.stage import calibration_prompts
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, encode_prompts
-from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import PipelineInfo, attach_info, call_arguments
 from obsdiff.models.loading import to_device
+from obsdiff.models.subject import subject_of
 from obsdiff.names import DTYPES
 from obsdiff.pruning.folder import load_pipeline
 from obsdiff.pruning.options import CalibrationOptions, PruningOptions
@@ -167,7 +167,7 @@ def workload_of(
     pipe = load_pipeline(pipeline, dtype=dtype, device=device)
     call = call_arguments(pipe, num_inference_steps=steps)
     prompts = calibration_prompts(pipe, PruningOptions(calibration=CalibrationOptions(num_prompts=num_prompts)))
-    denoiser: Any = denoiser_of(pipe)
+    denoiser: Any = subject_of(pipe).denoiser
     return (
         pipe,
         encode_prompts(pipe, prompts, call),
@@ -186,7 +186,7 @@ def workload_of(
 
 def forward_only(pipe: Any, conditioning: Conditioning, preset: Preset) -> float:
     """Seconds in the denoiser over one pass of all prompts, nothing measured; one call beforehand warms up."""
-    denoiser = denoiser_of(pipe)
+    subject = subject_of(pipe, conditioning)
     spent, entered = 0.0, 0.0
 
     def now() -> float:
@@ -202,15 +202,15 @@ def forward_only(pipe: Any, conditioning: Conditioning, preset: Preset) -> float
         nonlocal spent
         spent += now() - entered
 
-    handles = [denoiser.register_forward_pre_hook(enter), denoiser.register_forward_hook(leave)]
+    handles = [subject.denoiser.register_forward_pre_hook(enter), subject.denoiser.register_forward_hook(leave)]
     seeds = noise_seeds(0, len(conditioning))
     call = call_arguments(pipe, num_inference_steps=1, guidance_scale=preset.guidance_scale)
     try:
-        for _ in run_trajectories(pipe, conditioning, seeds, preset.batch_size, call):
+        for _ in run_trajectories(subject, conditioning, seeds, preset.batch_size, call):
             break
         spent = 0.0
         call["num_inference_steps"] = preset.steps
-        for _ in run_trajectories(pipe, conditioning, seeds, preset.batch_size, call):
+        for _ in run_trajectories(subject, conditioning, seeds, preset.batch_size, call):
             pass
     finally:
         for handle in handles:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.training.identity import differences, module_settings
 from obsdiff.training.recovery import Recovery
 from obsdiff.training.resume import check_resume, read_checkpoint
-from obsdiff.training.stage import PRUNED
+from obsdiff.training.stage import PRUNED, request_of
 
 CHECKPOINTS = "checkpoints"
 
@@ -141,7 +140,7 @@ def finished_report(trainer: Any, module: Recovery, contents: Mapping[str, Any])
         identity = contents["obsdiff"]
         start = run_folder(module.pipeline) if module.pruning is None else module.output / PRUNED
         manifest = {} if start is None else read_manifest(start)
-        wanted = {} if module.pruning is None else {"pipeline": module.pipeline, **asdict(module.pruning)}
+        wanted = {} if module.pruning is None else request_of(module.pipeline, module.pruning)
         request = manifest.get("request") or {}
         same = (
             (folder / "pipeline" / "model_index.json").is_file()

@@ -141,11 +141,19 @@ def small_call(pipe: Any, denoisers: int) -> dict[str, Any]:
     """Call arguments of a short run at a small size."""
     accepted = inspect.signature(type(pipe).__call__).parameters
     wanted = call_arguments(pipe)
-    small = {"height": SIDE, "width": SIDE, "num_frames": FRAMES}
+    side = min(SIDE, _own_side(pipe))
+    small = {"height": side, "width": side, "num_frames": FRAMES}
     sizes = {key: min(wanted.get(key, value), value) for key, value in small.items()}
     steps = {} if denoisers == 1 else {"num_inference_steps": STEPS}  # of one, the first call is all that is made
     extra = {"use_resolution_binning": False}
     return {key: value for key, value in {**wanted, **sizes, **steps, **extra}.items() if key in accepted}
+
+
+def _own_side(pipe: Any) -> int:
+    """Pixels along a side of what the pipeline makes by itself, as far as its denoiser says."""
+    config: Any = next(iter(denoisers_of(pipe).values())).config
+    own = config.get("sample_size")
+    return own * int(getattr(pipe, "vae_scale_factor", 8)) if isinstance(own, int) and own > 0 else SIDE
 
 
 def arguments_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

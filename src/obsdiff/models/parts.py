@@ -337,7 +337,10 @@ def _slices(
     """Where a dimension lies along one axis of all layers that have it."""
     found = []
     for layer, along in layouts.items():
-        if key not in along or not _there(module, layer) or layer in (without or ()):
+        if key not in along or _at(module, layer) is None or layer in (without or ()):
+            continue
+        if not _there(module, layer):  # something else in its place: named, so that it is refused and not left uncut
+            found.append(Slices(f"{name}.{layer}", (0,), 1))
             continue
         length = _at(module, layer).weight.shape[axis]
         sizes = {d: part.dimensions[d].sizes.get(layer, part.dimensions[d].size)(module) for d in along}

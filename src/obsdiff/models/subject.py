@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -22,25 +23,68 @@ from obsdiff.models.tracing import Trace, trace
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline resolved once.
+    """A pipeline resolved once, and passed on.
+
+    What needs a run of the denoiser is found out when it is first asked for, and holds for the denoiser as it was then.
 
     Attributes:
         pipe: The pipeline.
-        family: What is known of its denoiser's class.
-        denoiser: Its denoiser; of pipelines with two, a module that holds both under their names.
         components: Its denoisers, by their name in the pipeline.
-        call: The arguments of one recorded call of each, by its name in ``denoiser`` ("" for itself).
-        graph: What can be pruned.
-        times: How often each of its layers ran in the call.
+        conditioning: What to tell it, if its own text encoders are not there.
     """
 
     pipe: Any
-    family: Family
-    denoiser: nn.Module
     components: Mapping[str, nn.Module]
-    call: Mapping[str, Mapping[str, Any]]
-    graph: Graph
-    times: Mapping[str, int]
+    conditioning: Conditioning | None = None
+
+    @cached_property
+    def denoiser(self) -> nn.Module:
+        """The denoiser; of pipelines with two, a module that holds both under their names."""
+        return joined(self.components)
+
+    @cached_property
+    def family(self) -> Family:
+        """What is known of its class."""
+        return find_family(*self.components.values())
+
+    @cached_property
+    def component(self) -> str:
+        """The denoiser's name in the pipeline; of two, both."""
+        return ", ".join(self.components)
+
+    @cached_property
+    def call(self) -> dict[str, dict[str, Any]]:
+        """The arguments of one recorded call of each denoiser, by its name in ``denoiser`` ("" for itself).
+
+        Raises:
+            UserError: The pipeline cannot be run, or its parts are in different dtypes.
+        """
+        for part in self.components.values():
+            check_plain(part, ())
+            check_in_memory(part)
+        named = remembered_call(self.pipe, conditioning=self.conditioning)
+        for name, model in self.components.items():
+            _check_dtype(model, named[name][self.family.sample])
+        return named if len(named) > 1 else {"": next(iter(named.values()))}
+
+    @cached_property
+    def trace(self) -> Trace:
+        """What that call shows of the denoiser.
+
+        Raises:
+            UserError: The call fails.
+        """
+        try:
+            return trace(self.denoiser, self.call)
+        except UserError:
+            for part in self.components.values():  # an odd layer says more than the failure it leads to
+                check_plain(part, [name for _, name, module in walk(stages_of(part), part) if prunable(module)])
+            raise
+
+    @cached_property
+    def graph(self) -> Graph:
+        """What can be pruned."""
+        return graph_of(self.denoiser, self.family, self.trace)
 
     def check(self, layers: Sequence[str]) -> None:
         """Refuse layers that would be pruned without effect, or wrongly.
@@ -48,36 +92,21 @@ class Subject:
         Raises:
             UserError: Naming the layer, what is odd about it, and what to do.
         """
-        check_layers(self.denoiser, layers, self.times)
+        check_layers(self.denoiser, layers, self.trace.times)
 
 
-def subject_of(pipe: Any, conditioning: Conditioning | None = None) -> Subject:
-    """Resolve a pipeline: record one call of its denoiser (once), and trace it as it is now.
+def subject_of(pipe: Any, conditioning: Any = None) -> Subject:
+    """Resolve a pipeline.
 
     Args:
         pipe: A diffusers pipeline with a transformer or a UNet.
-        conditioning: What to tell it, if its own text encoders are not there.
+        conditioning: Prompts or a :class:`Conditioning`; the latter is what the pipeline is told, so that it need not
+            have its text encoders.
 
     Raises:
-        UserError: It has no denoiser, an odd one, or cannot be run.
+        UserError: It has no denoiser, or a compiled one.
     """
-    components = denoisers_of(pipe)
-    denoiser = joined(components)
-    for part in components.values():
-        check_plain(part, ())
-        check_in_memory(part)
-    family = find_family(*components.values())
-    named = remembered_call(pipe, conditioning=conditioning)
-    for name, model in components.items():
-        _check_dtype(model, named[name][family.sample])
-    call = named if len(named) > 1 else {"": next(iter(named.values()))}
-    try:
-        found = trace(denoiser, call)
-    except UserError:
-        for part in components.values():  # an odd layer says more than the failure it leads to
-            check_plain(part, [name for _, name, module in walk(stages_of(part), part) if prunable(module)])
-        raise
-    return Subject(pipe, family, denoiser, components, call, graph_of(denoiser, family, found), found.times)
+    return Subject(pipe, denoisers_of(pipe), conditioning if isinstance(conditioning, Conditioning) else None)
 
 
 def _check_dtype(model: nn.Module, sample: Any) -> None:

@@ -78,7 +78,7 @@ def calibrate(
     call = call_arguments(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     settings = Settings(call, seed, weighting, tokens, batch_size)
     _check(settings, prompts)
-    subject = subject_of(pipe, prompts if isinstance(prompts, Conditioning) else None)
+    subject = subject_of(pipe, prompts)
     graph = subject.graph
     if isinstance(sites, str):
         raise UserError(f"sites is one text, {sites!r}; give a set of names")
@@ -86,7 +86,7 @@ def calibrate(
     if unknown := sorted(set(sites or ()) - {site.name for site in chosen}):
         raise UserError(f"there is no site {unknown[0]}; sites are named after the first layer that reads them")
     subject.check(list(graph.layers) if sites is None else [layer for site in chosen for layer in site.layers])
-    fingerprint = fingerprint_of(pipe, prompts, settings)
+    fingerprint = fingerprint_of(subject, prompts, settings)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0})
     partial_store = None
     if store is not None:
@@ -155,11 +155,11 @@ def _measure(
     rest, pipe = conditioning[left], subject.pipe
     with (
         eval_mode(pipe),
-        counted_calls(pipe) as counter,
+        counted_calls(subject) as counter,
         collecting(subject, sites, rest, settings, statistics, counter) as collector,
     ):
         batches = run_trajectories(
-            pipe,
+            subject,
             rest,
             seeds,
             settings.batch_size,

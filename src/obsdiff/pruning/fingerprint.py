@@ -14,7 +14,7 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.content import DECODING, TEXT, component_hashes, model_hash, tensor_bytes
-from obsdiff.models.denoisers import denoiser_of
+from obsdiff.models.subject import Subject
 from obsdiff.obs.timesteps import ALPHA_MAX, ALPHA_MIN
 
 
@@ -37,12 +37,12 @@ class Settings:
     batch_size: int = 4
 
 
-def fingerprint_of(pipe: Any, prompts: Sequence[str] | Conditioning, settings: Settings) -> dict[str, Any]:
+def fingerprint_of(subject: Subject, prompts: Sequence[str] | Conditioning, settings: Settings) -> dict[str, Any]:
     """What the statistics depend on; equal fingerprints mean equal numbers up to rounding."""
+    pipe, denoiser = subject.pipe, subject.denoiser
     if getattr(pipe, "scheduler", None) is None:
         raise UserError(f"this {type(pipe).__name__} has no scheduler, so it cannot be run; give it one")
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    denoiser = denoiser_of(pipe)
     size = ("height", "width", "max_sequence_length")
     named = {"num_inference_steps", "guidance_scale", *size}
     return {

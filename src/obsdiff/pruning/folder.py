@@ -12,12 +12,11 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models import obsdiff_shrunk
-from obsdiff.models.denoisers import denoiser_of, denoisers_of, dtype_of, joined, parts_of, shrunk_of
-from obsdiff.models.families import find_family
+from obsdiff.models.denoisers import dtype_of, parts_of, shrunk_of
 from obsdiff.models.info import info_of, write_info
 from obsdiff.models.loading import open_pipeline, to_device
 from obsdiff.models.register import LIBRARY
-from obsdiff.models.subject import graph_of
+from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.pattern import Structured, parse_pattern
 from obsdiff.paths import user_path
 from obsdiff.pruning import planfile
@@ -61,11 +60,11 @@ def check_output(output: Path, overwrite: bool, flag: str = "--overwrite true") 
 
 def write_pipeline(pipe: Any, folder: Path, report: PruneReport) -> None:
     """The files of :func:`save_pipeline`, into a folder that is there."""
-    components = denoisers_of(pipe)
-    denoiser, kind = joined(components), find_family(*components.values()).denoiser
+    subject = subject_of(pipe)
+    denoiser, kind = subject.denoiser, subject.family.denoiser
     write_pipeline_files(pipe, folder)
     save_masks(report.masks, folder / MASKS)
-    manifest = manifest_of(report, info_of(pipe).source, component_of(pipe), kind)
+    manifest = manifest_of(report, info_of(pipe).source, subject.component, kind)
     manifest |= {"denoiser_sha256": model_hash(denoiser), "dtype": _dtype(denoiser)}
     write_json(folder / FILE, manifest)
     write_plan(report.plan, folder / planfile.FILE, kind, report.model)
@@ -77,7 +76,7 @@ def write_pipeline_files(pipe: Any, folder: Path) -> None:
     pipe.save_pretrained(target, safe_serialization=True)
     write_info(info_of(pipe), target)
     index = read_json(target / "model_index.json", "a pipeline's index")
-    for component, denoiser in denoisers_of(pipe).items():
+    for component, denoiser in subject_of(pipe).components.items():
         if shrunk_of(denoiser) is not None:
             shutil.copyfile(str(obsdiff_shrunk.__file__), target / component / f"{LIBRARY}.py")
             index[component] = [LIBRARY, type(denoiser).__name__]
@@ -129,12 +128,13 @@ def check_against_manifest(pipe: Any, folder: Path, manifest: dict[str, Any]) ->
     Raises:
         UserError: They are not.
     """
-    denoiser: Any = denoiser_of(pipe)
+    subject = subject_of(pipe)
+    denoiser = subject.denoiser
     masks = load_masks(folder / MASKS)
     try:
-        if (kind := find_family(*denoisers_of(pipe).values()).denoiser) != manifest["denoiser"]:
+        if (kind := subject.family.denoiser) != manifest["denoiser"]:
             raise _Unlike(f"the manifest is of a {manifest['denoiser']}, and pipeline/ holds a {kind}")
-        if component_of(pipe) != manifest["component"]:
+        if subject.component != manifest["component"]:
             raise _Unlike(f"the manifest's {manifest['component']} is not what is in pipeline/")
         if masks.keys() != manifest["plan"].keys():
             raise _Unlike("the masks are of other layers than the manifest's plan")
@@ -180,11 +180,6 @@ def _check_shapes(denoiser: Any, masks: Mapping[str, Tensor], manifest: Mapping[
             raise _Unlike(f"{name} does not have the heads or neurons that its mask keeps")
         if uncovered := set(groups[name].layers) - known:
             raise _Unlike(f"the manifest does not describe the shrunk layer {min(uncovered)}")
-
-
-def component_of(pipe: Any) -> str:
-    """The name of the denoiser in the pipeline; of two, both."""
-    return ", ".join(denoisers_of(pipe))
 
 
 def _dtype(denoiser: Any) -> str:

@@ -20,15 +20,14 @@ from obsdiff.files import check_folder, check_writable, read_json, whole_folder,
 from obsdiff.models.calling import paths_of, split_call, stacked
 from obsdiff.models.conditioning import check_prompts, encode_prompts
 from obsdiff.models.content import DECODING, component_hashes, model_hash
-from obsdiff.models.denoisers import denoiser_of, denoisers_of
-from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.rows import CallRows
+from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.progress import track
 from obsdiff.pruning.statistics import check_fingerprint
-from obsdiff.pruning.trajectories import check_call, noise_seeds, run_trajectories
+from obsdiff.pruning.trajectories import check_call, noise_seeds, run_trajectories, seen_calls
 from obsdiff.ranks import world_size
 
 INDEX, TENSORS = "trajectories.json", "trajectories.safetensors"
@@ -119,11 +118,11 @@ def record_trajectories(
     check_whole("batch_size", batch_size, 1)
     check_folder(folder, INDEX, "a recording of trajectories", replace=True)
     check_writable(folder)
-    components = denoisers_of(pipe)
-    family = find_family(*components.values())
+    subject = subject_of(pipe)
+    family = subject.family
     conditioning = encode_prompts(pipe, prompts, call)
     paths = paths_of(pipe, conditioning)
-    numbers = {id(model): number for number, model in enumerate(components.values())}
+    numbers = {id(model): number for number, model in enumerate(subject.components.values())}
     seen: list[tuple[Tensor, Tensor, int]] = []
     told: list[dict[str, Tensor]] = []
     common: dict[str, Any] = {}
@@ -150,20 +149,15 @@ def record_trajectories(
 
     latents: list[Tensor] = []
     times, which = torch.empty(0), torch.empty(0)
-    handles = [model.register_forward_pre_hook(see, with_kwargs=True) for model in components.values()]
-    try:
-        with eval_mode(pipe):
-            seeds = noise_seeds(seed, len(prompts))
-            batches = run_trajectories(pipe, conditioning, seeds, batch_size, call, begin)
-            for _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
-                latents.append(torch.stack([sample for sample, _, _ in seen], dim=1))
-                times = torch.cat([at for _, at, _ in seen])
-                which = torch.tensor([number for _, _, number in seen])
-    finally:
-        for handle in handles:
-            handle.remove()
+    seeds = noise_seeds(seed, len(prompts))
+    with eval_mode(pipe), seen_calls(subject, see):
+        batches = run_trajectories(subject, conditioning, seeds, batch_size, call, begin)
+        for _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
+            latents.append(torch.stack([sample for sample, _, _ in seen], dim=1))
+            times = torch.cat([at for _, at, _ in seen])
+            which = torch.tensor([number for _, _, number in seen])
     tensors = {"latents": torch.cat(latents), "times": times}
-    if len(components) > 1:
+    if len(subject.components) > 1:
         tensors["denoisers"] = which
     tensors |= {f"embeds.{name}": stacked([part[name] for part in told]) for name in told[0]}
     tensors |= {f"common.{name}": value.cpu() for name, value in common.items() if isinstance(value, Tensor)}
@@ -171,7 +165,7 @@ def record_trajectories(
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         request = recording_request(pipe, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started
-        index: dict[str, Any] = {"request": request, "model": model_hash(denoiser_of(pipe))}
+        index: dict[str, Any] = {"request": request, "model": model_hash(subject.denoiser)}
         index["common"] = {name: value for name, value in common.items() if not isinstance(value, Tensor)}
         index |= {"rows": rows_each, "processes": world_size(), "time_s": spent}
         write_json(temporary / INDEX, index)

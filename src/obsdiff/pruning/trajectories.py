@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from obsdiff.errors import UserError
 from obsdiff.models.calls import arguments_of
 from obsdiff.models.conditioning import Conditioning
-from obsdiff.models.denoisers import denoisers_of, dtype_of
-from obsdiff.models.families import find_family
+from obsdiff.models.denoisers import dtype_of
+from obsdiff.models.subject import Subject
 from obsdiff.numbers import check_number, check_whole
 
 
@@ -77,7 +77,7 @@ def check_call(call: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def run_trajectories(
-    pipe: Any,
+    subject: Subject,
     conditioning: Conditioning,
     seeds: Sequence[int],
     batch_size: int,
@@ -87,16 +87,15 @@ def run_trajectories(
     """Denoise every prompt to its final latents, without decoding; yields each batch's slice and latents.
 
     Args:
-        pipe: The pipeline, with its own sampler.
+        subject: The pipeline, with its own sampler.
         conditioning: The encoded prompts.
         seeds: One noise seed per prompt.
         batch_size: Prompts per call of the pipeline.
         call: Its call arguments (steps, guidance, size).
         before_batch: Called with the slice of prompts that comes next.
     """
-    device, components = pipe._execution_device, denoisers_of(pipe)
-    model = next(iter(components.values()))
-    own, output = dtype_of(model), "latent" if find_family(model).latents else "np"
+    pipe, output = subject.pipe, "latent" if subject.family.latents else "np"
+    own, device = dtype_of(subject.denoiser), pipe._execution_device
     arguments = {key: value for key, value in call.items() if value is not None}
     for start in range(0, len(conditioning), batch_size):
         part = slice(start, min(start + batch_size, len(conditioning)))
@@ -117,13 +116,19 @@ def run_trajectories(
 
 
 @contextmanager
-def counted_calls(pipe: Any) -> Iterator[CallCounter]:
+def counted_calls(subject: Subject) -> Iterator[CallCounter]:
     """A :class:`CallCounter` on the pipeline's denoiser."""
-    models = denoisers_of(pipe).values()
-    counter = CallCounter(pipe, find_family(*models).time)
-    handles = [model.register_forward_pre_hook(counter, with_kwargs=True) for model in models]
-    try:
+    counter = CallCounter(subject.pipe, subject.family.time)
+    with seen_calls(subject, counter):
         yield counter
+
+
+@contextmanager
+def seen_calls(subject: Subject, see: Callable[..., Any]) -> Iterator[None]:
+    """``see(denoiser, args, kwargs)`` before each call of a denoiser."""
+    handles = [m.register_forward_pre_hook(see, with_kwargs=True) for m in subject.components.values()]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -85,8 +85,8 @@ def start_from(
     if given is not None:
         raise UserError(f"{pipeline} is pruned already; leave out --model.pruning, or name a dense pipeline")
     folder = output / PRUNED
-    options = replace(options, calibration=replace(options.calibration, packages=packages_for(options, None)))
-    wanted: dict[str, Any] = {"pipeline": pipeline, **asdict(options)}
+    options = settled(options)
+    wanted = request_of(pipeline, options)
     found = read_manifest(folder).get("request") or {} if (folder / FILE).exists() else None
     if check is None:
         if found is None:
@@ -107,6 +107,16 @@ def start_from(
         _prune(dense, prompts, options, output, folder, wanted)
         dense = load_pipeline(pipeline, dtype="float32", device=device)
     return replace(_opened(folder, pipeline, device), dense_pipe=dense)
+
+
+def settled(options: PruningOptions) -> PruningOptions:
+    """The options with what the method's row fills in."""
+    return replace(options, calibration=replace(options.calibration, packages=packages_for(options, None)))
+
+
+def request_of(pipeline: str, options: PruningOptions) -> dict[str, Any]:
+    """What a run's pruning is remembered by, JSON-able, besides the content of what it was done to."""
+    return {"pipeline": pipeline, **asdict(settled(options))}
 
 
 def _as_given(given: Path | None, pipeline: str, device: str, check: Callable[[Any], None] | None) -> Start:
