@@ -154,7 +154,7 @@ def test_odd_denoisers_of_every_family_are_refused(change, message, name):
     before = {key: value.clone() for key, value in denoiser.state_dict().items() if not value.is_meta}
     for pattern in ("unstructured:0.5", "structured:0.5"):
         with pytest.raises(obsdiff.UserError, match=message) as caught:
-            subject_of(pipe, told(name))
+            _ = subject_of(pipe, told(name)).call  # remembered
             obsdiff.prune(pipe, pattern, method="magnitude", spare_blocks=[])
         assert "\n" not in str(caught.value)
     assert all(
@@ -165,7 +165,7 @@ def test_odd_denoisers_of_every_family_are_refused(change, message, name):
 def test_grouped_queries_that_break_their_groups_are_refused():
     """Seven query heads on four of keys and values."""
     pipe = make("lumina2")
-    subject_of(pipe, told("lumina2"))
+    _ = subject_of(pipe, told("lumina2")).call
     attention = pipe.transformer.layers[0].attn
     attention.to_q, attention.heads = nn.Linear(64, 56, bias=False), 7
     attention.to_out[0] = nn.Linear(56, 64, bias=False)
@@ -175,7 +175,7 @@ def test_grouped_queries_that_break_their_groups_are_refused():
 
 def prune(name, pattern, **options):
     pipe = make(name)
-    subject_of(pipe, told(name))
+    _ = subject_of(pipe, told(name)).call  # remembered
     return obsdiff.prune(pipe, pattern, method="magnitude", **options)
 
 
@@ -203,7 +203,7 @@ def test_requests_that_cannot_be_met_say_what_can(name, pattern, options, messag
 def test_units_of_resnets_are_whole_groups_of_channels():
     """No share leaves a GroupNorm's group in halves: counts are rounded to whole groups, one at least stays."""
     pipe = make("sd15")
-    subject_of(pipe, told("sd15"))
+    _ = subject_of(pipe, told("sd15")).call
     report = obsdiff.prune(pipe, "structured:channels=0.9", method="magnitude")
     for name, kept in report.masks.items():
         norm = pipe.unet.get_submodule(name + ".norm2") if hasattr(pipe.unet.get_submodule(name), "norm2") else None
@@ -236,7 +236,7 @@ def run(tmp_path_factory):
     """The folder of a structured prune of a UNet."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     pipe = make("sd15")
-    subject_of(pipe, told("sd15"))
+    _ = subject_of(pipe, told("sd15")).call
     report = obsdiff.prune(pipe, "structured:0.5", method="magnitude")
     obsdiff.save_pipeline(pipe, folder, report)
     return folder

@@ -43,7 +43,7 @@ class Case:
 
     def traced(self):
         pipe = self.fresh()
-        subject_of(pipe, self.conditioning)
+        _ = subject_of(pipe, self.conditioning).call  # remembered with the pipeline
         return pipe
 
     def sample(self, pipe):
@@ -81,7 +81,7 @@ def test_masks(case, pattern, tmp_path):
     close(case.sample(plainly(tmp_path / "out" / "pipeline")), drawn)
     loaded = obsdiff.load_pipeline(tmp_path / "out")
     with pytest.raises(obsdiff.UserError, match="pruned already"):
-        subject_of(loaded, case.conditioning)
+        _ = subject_of(loaded, case.conditioning).call
         obsdiff.prune(loaded, pattern, method="magnitude")
 
 
@@ -127,7 +127,7 @@ def test_structured(case, allocated, tmp_path):
     plain = plainly(tmp_path / "out" / "pipeline", trust_remote_code=True)
     assert torch.equal(case.sample(plain), drawn)
     loaded = obsdiff.load_pipeline(tmp_path / "out")
-    subject_of(loaded, case.conditioning)
+    _ = subject_of(loaded, case.conditioning).call
     again = obsdiff.prune(loaded, case.structured, method="magnitude", prune_again=True, spare_blocks=())
     assert again.parameters["pruned"] < report.parameters["pruned"]
     drawn = case.sample(loaded)
