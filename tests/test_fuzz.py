@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsdiff.allocation import scan as scanning
-from obsdiff.allocation import times
+from obsdiff.allocation.latency import Timing
 from obsdiff.cli.parse import parse_options
 from obsdiff.export.inspection import inspect_run
 from obsdiff.models.info import read_info
@@ -58,7 +58,7 @@ SCAN = {
     "cost": {"scan_s": 1.0, "solve_s": 1.0, "passes": 2.0},
     "units": {"x": {"solved": [[0.5, 0.1], [0.9, 0.2]], "measured": [[0.5, 0.1]]}},
 }
-TIMES = {"format": times.FORMAT, "fingerprint": {"a": 1}, "found": {"x": [[[0.5, 0.1], 3.0], [[0.5], 1.0]]}}
+TIMES = {"times": {"x": [0.5, 0.1], "y": [[0.5, 0.4], [1.0, 0.8]]}}
 
 
 @fuzzed(100)
@@ -66,8 +66,8 @@ TIMES = {"format": times.FORMAT, "fingerprint": {"a": 1}, "found": {"x": [[[0.5,
 def test_scans_and_times(tmp_path, data):
     (tmp_path / scanning.FILE).write_bytes(data.draw(files(SCAN)))
     works_or_is_refused(scanning._open, tmp_path, {"a": 1})
-    (tmp_path / times.FILE).write_bytes(data.draw(files(TIMES)))
-    works_or_is_refused(times._read, tmp_path, {"a": 1})
+    (tmp_path / "latency.json").write_bytes(data.draw(files(TIMES)))
+    works_or_is_refused(Timing({}, [], tmp_path / "latency.json").times, "x", lambda: [1.0])
 
 
 @fuzzed(60)

@@ -1,7 +1,5 @@
 """Allocation on a tiny pipeline: budgets are met, nothing changes, limits and groups hold."""
 
-import math
-
 import pytest
 import torch
 
@@ -36,13 +34,6 @@ def made(pattern, statistics, *, pipe=None, scanning=QUICK, **options):
 def scanned(tmp_path_factory, statistics):
     """Scan stores by kind of pattern, so that each kind is scanned once."""
     return {kind: tmp_path_factory.mktemp(kind) for kind in ("unstructured", "nm", "structured")}
-
-
-@pytest.fixture
-def untimed(scanned):
-    """A store of structured scans without what another test's clock said."""
-    (scanned["structured"] / "latency.json").unlink(missing_ok=True)
-    return scanned["structured"]
 
 
 @pytest.mark.parametrize("rule", ["measured", "owl", "uniform"])
@@ -88,171 +79,6 @@ def test_structured_budgets_are_met_and_never_exceeded(statistics, scanned, rule
     now = {"parameters": report.parameters["pruned"], "flops": denoiser_flops(pipe, call)}
     assert 0.99 * share * dense[kind] <= now[kind] <= share * dense[kind]
     assert found.record["achieved"] == pytest.approx(now[kind] / dense[kind], abs=1e-9)
-
-
-def count_parameters(calls):
-    """A clock for modules."""
-    return [1e-6 * sum(p.numel() for p in call.func.parameters()) for call in calls]
-
-
-def written_parameters(folder, fixed=0):
-    """Of the dense and the smaller denoiser, in microseconds, as a trial's seconds; read from their files."""
-    from safetensors import safe_open
-
-    def count(file):
-        with safe_open(file, "pt") as tensors:
-            names = set(tensors.keys()) - {"pos_embed.pos_embed"}  # a buffer
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-
-    names = ("dense", "smaller")
-    return tuple(1e-6 * (fixed + count(folder / name / "diffusion_pytorch_model.safetensors")) for name in names)
-
-
-def test_latency_budgets_are_met_on_the_clock(statistics, untimed, capsys):
-    """On a clock that counts parameters and charges a fixed time, as tables are never the whole truth."""
-    trials = []
-
-    def trial(folder):
-        trials.append(written_parameters(folder, 2000))
-        return trials[-1]
-
-    found = made(
-        "structured:heads=0.3,ffn=0.3,multiple_of=1", statistics, budget="latency:0.7",
-        store=untimed, clock=count_parameters, trial=trial, quiet=False,
-    )  # fmt: skip
-    pipe = make_pipe()
-    dense = sum(p.numel() for p in pipe.transformer.parameters()) + 2000
-    report = obsdiff.prune(pipe, found.plan, statistics=statistics)
-    assert 0.99 * 0.7 * dense <= report.parameters["pruned"] + 2000 <= 0.7 * dense
-    assert found.record["achieved"] == pytest.approx((report.parameters["pruned"] + 2000) / dense)
-    assert trials[-1][1] / trials[-1][0] == pytest.approx(found.record["achieved"])
-    assert len(trials) >= 2 * found.record["achieved_processes"] >= 10  # measured, then confirmed by others
-    assert f"latency:0.7: again, {found.record['achieved']:.4f}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_latency_budgets_are_met_on_a_noisy_clock(statistics, untimed, seed):
-    """Processes differ by 0.5 %, and modules alone save twice what they save in the whole."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def trial(folder):
-        dense, smaller = written_parameters(folder, 20_000)
-        return dense, smaller * (1 + 0.005 * float(torch.randn((), generator=generator)))
-
-    found = made(
-        "structured:heads=0.3,ffn=0.3,multiple_of=1", statistics, budget="latency:0.8",
-        store=untimed, clock=count_parameters, trial=trial,
-    )  # fmt: skip
-    pipe = make_pipe()
-    dense = sum(p.numel() for p in pipe.transformer.parameters()) + 20_000
-    share = (obsdiff.prune(pipe, found.plan, statistics=statistics).parameters["pruned"] + 20_000) / dense
-    low, high = found.record["achieved_interval"]
-    assert 0.99 * 0.8 <= low <= found.record["achieved"] <= high <= 0.8
-    assert 0.99 * 0.8 <= share <= 0.8
-
-
-def test_a_latency_budget_that_processes_are_too_different_for(statistics, untimed):
-    """The slowest choice that stays below is taken; out of reach, it is said."""
-    from obsdiff.allocation.latency import MOST_PROCESSES, MOST_TRIALS
-
-    generator, trials = torch.Generator().manual_seed(0), []
-
-    def trial(folder):
-        trials.append(written_parameters(folder))
-        return trials[-1][0], trials[-1][1] * (1 + 0.03 * float(torch.randn((), generator=generator)))
-
-    options = {"store": untimed, "clock": count_parameters}
-    found = made("structured:0.3", statistics, budget="latency:0.7", trial=trial, **options)
-    assert 0.66 < found.record["achieved"] < found.record["achieved_interval"][1] <= 0.7
-    assert len(trials) < MOST_TRIALS + MOST_PROCESSES
-    (untimed / "latency.json").unlink()
-    with pytest.raises(obsdiff.UserError, match=r"no choice of widths came below latency:0.7 on the clock"):
-        made("structured:0.3", statistics, budget="latency:0.7", trial=lambda folder: (1.0, 1.1), **options)
-
-
-def test_a_choice_is_below_only_if_all_that_measured_it_say_so():
-    """Not if five of its processes, by chance, read less than the others."""
-    from obsdiff.allocation.latency import _slowest_below, _Tried
-
-    lucky = [_Tried({"ff": 5}, 0.8, [(1.0, 0.79)] * 5), _Tried({"ff": 5}, 0.8, [(1.0, 0.83)] * 5)]
-    sure = _Tried({"ff": 4}, 0.7, [(1.0, 0.7)] * 5)
-    assert _slowest_below(lucky, 0.8) is None
-    kept, share = _slowest_below([*lucky, sure, _Tried({"ff": 3}, 0.6, [(1.0, 0.6)] * 5)], 0.8)
-    assert kept == {"ff": 4} and share.value == pytest.approx(0.7) and share.processes == 5
-
-
-def test_a_full_disk_is_one_line(statistics, untimed, monkeypatch):
-    from obsdiff.allocation import latency
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(latency, "write_trial", full)
-    with pytest.raises(obsdiff.UserError, match=r"cannot write the denoisers .*No space left on device; free some"):
-        made("structured:0.3", statistics, budget="latency:0.9", store=untimed, clock=count_parameters)
-
-
-def test_the_interval_over_processes_covers_the_mean():
-    """Of 400 samples of 9 the 95 % interval misses the mean in about 20."""
-    from obsdiff.allocation.latency import share_of
-
-    draws = torch.randn(400, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shares = [share_of(row) for row in draws.tolist()]
-    assert all(share.low <= share.value <= share.high and share.processes == 9 for share in shares)
-    assert 8 <= sum(not share.low <= 0 <= share.high for share in shares) <= 34
-    assert share_of([0.5, 0.5]).low == share_of([0.5, 0.5]).high == 0.5
-
-
-def test_a_call_that_another_call_has_slowed_down_is_not_counted(monkeypatch):
-    """Each call costs 7 ms more right after the other; sampling repeats one of them."""
-    from obsdiff.allocation import clock
-
-    now, last = 0.0, None
-
-    def call(name, seconds):
-        nonlocal now, last
-        now, last = now + seconds + 0.007 * (last != name), name
-
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: now)
-    found = clock.time_calls([lambda: call("dense", 0.008), lambda: call("shrunk", 0.006), lambda: call("slow", 9.0)])
-    assert found == pytest.approx([0.008, 0.006, 9.0])
-
-
-def test_the_real_clock_runs(tmp_path, monkeypatch):
-    from obsdiff.allocation import clock, latency
-
-    monkeypatch.setattr(clock, "PROCESS_S", 0.5)
-    for name, value in {"CHOICES": 2, "ROUNDS": 3, "LEAST_PROCESSES": 2, "MOST_PROCESSES": 2}.items():
-        monkeypatch.setattr(latency, name, value)
-    pipe = make_pipe().to(torch.bfloat16)
-    statistics = obsdiff.calibrate(pipe, PROMPTS[:1], steps=1)
-    try:
-        options = {"rule": "uniform", "spare_blocks": (), "budget": "latency:0.97", "store": tmp_path}
-        found = made("structured:0.3", statistics, pipe=pipe, **options)
-    except obsdiff.UserError as error:  # a busy machine may miss it
-        assert "latency:0.97 on the clock" in str(error)
-    else:
-        # two that measured it and two that confirmed it are pooled where the second two missed
-        assert found.record["achieved"] <= 0.97 and found.record["achieved_processes"] in (2, 4)
-
-
-def test_a_new_process_loads_both_denoisers(tmp_path, monkeypatch):
-    """Also what was shrunk before; and its failures are one line."""
-    from obsdiff.allocation import clock
-    from obsdiff.allocation.latency import inputs_of
-
-    monkeypatch.setattr(clock, "PROCESS_S", 0.5)
-    pipe = make_pipe()
-    obsdiff.prune(pipe, "structured:0.3", statistics=obsdiff.calibrate(pipe, PROMPTS))
-    dense = make_pipe()
-    inputs = inputs_of(dense, subject_of(dense).graph, call_arguments(dense))
-    clock.write_trial(tmp_path, dense.transformer, pipe.transformer, inputs)
-    dense_s, smaller_s = clock.new_process(tmp_path)
-    assert 0 < smaller_s < 2 * dense_s < 2
-    (tmp_path / "smaller" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(obsdiff.UserError, match=r"the process that times .* failed") as caught:
-        clock.new_process(tmp_path)
-    assert "\n" not in str(caught.value) and not (tmp_path / clock.RESULT).exists()
 
 
 def test_nm_layers_get_different_n_or_stay_dense(statistics, scanned):

@@ -193,12 +193,13 @@ def test_two_processes_find_the_same(tmp_path):
         "found = scan(graph, units, statistics, SolveOptions('magnitude'), probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
         "from obsdiff.allocation.allocate import allocate\n"
-        "from tests.allocation.test_allocate import written_parameters\n"
-        "trial = lambda folder: written_parameters(folder, 3000 * rank)\n"
-        "clock = lambda calls: [3000.0 * rank + sum(p.numel() for p in c.func.parameters()) for c in calls]\n"
+        "from obsdiff.allocation import latency\n"
+        "from tests.allocation.test_latency import Clocks\n"
+        "clocks = Clocks(fixed=3000 * rank, table=1.1 + rank)\n"
+        "latency.time_calls, latency.time_in_new_process = clocks.time_calls, clocks.time_in_new_process\n"
         "pattern = 'structured:heads=0.3,ffn=0.3,multiple_of=1'\n"
         "plan = allocate(pipe, pattern, statistics, PROMPTS, rule='uniform', budget='latency:0.8', spare_blocks=(),\n"
-        f"                store={str(tmp_path / 'times')!r}, clock=clock, trial=trial).plan\n"
+        f"                store={str(tmp_path / 'times')!r}).plan\n"
         "torch.distributed.barrier(); torch.distributed.destroy_process_group()\n"
         "print(json.dumps([found.measured, {k: str(p) for k, p in plan.entries.items()}], sort_keys=True))\n"
     )
@@ -218,4 +219,4 @@ def test_two_processes_find_the_same(tmp_path):
     first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
     stored = json.loads((tmp_path / "store" / FILE).read_text())["units"]
     assert first == second and len(first[0]) == 7 and set(stored) == set(first[0])
-    assert len(json.loads((tmp_path / "times" / "latency.json").read_text())["found"]) > 3  # tables and trials
+    assert len(json.loads((tmp_path / "times" / "latency.json").read_text())["times"]) > 3  # tables and choices

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from obsdiff.allocation.allocate import allocate
+from obsdiff.allocation import latency
 from obsdiff.cli.main import main
-from tests.allocation.test_allocate import count_parameters, written_parameters
+from tests.allocation.test_latency import Clocks
 from tests.cli.test_commands import ARTIFACTS, prune, refused
 
 SCAN = ["--allocation", "measured", "--scan.triples", "4", "--scan.levels", "[0.5,0.9]"]
@@ -72,16 +72,17 @@ def test_rules_budgets_and_limits_have_effects(pipe_folder, measured, tmp_path):
 
 def test_a_latency_budget_says_how_it_was_measured(pipe_folder, tmp_path, monkeypatch, capsys):
     """On clocks that take a microsecond per parameter."""
-    monkeypatch.setitem(allocate.__kwdefaults__, "clock", count_parameters)
-    monkeypatch.setitem(allocate.__kwdefaults__, "trial", written_parameters)
+    used = Clocks()
+    monkeypatch.setattr(latency, "time_calls", used.time_calls)
+    monkeypatch.setattr(latency, "time_in_new_process", used.time_in_new_process)
     report = prune(pipe_folder, tmp_path / "out", *SCAN, "--budget", "latency:0.8",
                    "--pattern", "structured:heads=0.3,ffn=0.3,multiple_of=1")  # fmt: skip
     record, parameters = report["allocation"], report["parameters"]
     assert record["achieved"] == pytest.approx(parameters["pruned"] / parameters["dense"]) and record["achieved"] <= 0.8
     said = capsys.readouterr().err
-    assert "latency: new processes, at least 10" in said and f"latency:0.8: again, {record['achieved']:.4f} (" in said
+    assert "latency: a new process times" in said and f"latency:0.8: {record['achieved']:.4f} (" in said
     page = (tmp_path / "out" / "report.md").read_text()
-    assert f"{record['achieved']:.4%} ({record['achieved']:.2%} to {record['achieved']:.2%}, 5 new processes)" in page
+    assert f"{record['achieved']:.4%} ({record['achieved']:.2%} to {record['achieved']:.2%} in a new process)" in page
 
 
 def test_the_default_allocation_is_the_methods_own(pipe_folder, tmp_path):

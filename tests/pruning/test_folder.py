@@ -233,3 +233,20 @@ def test_inspect_tells_every_layer(pipe, prompts, tmp_path, pattern):
     assert all(f"{error:.5f}" in text for error in report.layer_error.values())
     with pytest.raises(obsdiff.UserError, match="not the folder of a prune run"):
         inspect_run(tmp_path)
+
+
+def test_folders_written_before_shapes_were_by_tensor(pipe, prompts, tmp_path, images):
+    """Until November 2026 a shrunk model listed its linear layers, [outputs, inputs] each."""
+    prune_and_save(pipe, prompts, "structured:0.5", tmp_path / "out")
+    for path, at in (("pruning.json", ("shrunk",)), ("pipeline/transformer/config.json", ("shrunk",))):
+        content = json.loads((tmp_path / "out" / path).read_text())
+        tensors = content[at[0]].pop("tensors")
+        content[at[0]]["layers"] = {
+            name.removesuffix(".weight"): shape for name, shape in tensors.items() if name.endswith(".weight")
+        }
+        (tmp_path / "out" / path).write_text(json.dumps(content))
+    loaded = obsdiff.load_pipeline(tmp_path / "out")
+    assert same_weights(loaded, pipe) and torch.equal(images(loaded), images(pipe))
+    again = obsdiff.prune(loaded, "structured:0.5", method="magnitude", prune_again=True)
+    obsdiff.save_pipeline(loaded, tmp_path / "again", again)
+    assert same_weights(obsdiff.load_pipeline(tmp_path / "again"), loaded)

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.allocation.times import open_times
+from obsdiff.allocation.latency import timing_of
 from obsdiff.data.trajectories import TrajectoryDataModule
 from obsdiff.models import content
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.content import component_hashes, denoiser_hash
 from obsdiff.models.info import info_of
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.fingerprint import conditioning_hash, prompts_hash
 from obsdiff.pruning.options import ScanOptions
 from tests.conftest import make_pipe
@@ -149,13 +150,14 @@ def test_a_scan_of_a_changed_text_encoder_is_refused(pipe, prompts, tmp_path):
         allocated()
 
 
-def test_times_are_of_a_config_as_well(pipe, tmp_path):
-    times = open_times(tmp_path, {"denoiser": denoiser_hash(pipe)}, pipe.transformer)
-    times.measure("dense", lambda: [1.0])
-    times.save()
-    assert open_times(tmp_path, {"denoiser": denoiser_hash(pipe)}, pipe.transformer).found
+def test_times_are_of_a_config_as_well(pipe):
+    def depends_on():
+        return timing_of(pipe, subject_of(pipe).graph, info_of(pipe).call, None).depends_on
+
+    before = depends_on()
+    assert depends_on() == before
     config(pipe, "transformer")
-    assert not open_times(tmp_path, {"denoiser": denoiser_hash(pipe)}, pipe.transformer).found
+    assert depends_on() != before
 
 
 def test_trajectories_follow_content_not_the_name(pipe, tmp_path):

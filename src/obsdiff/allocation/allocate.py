@@ -10,21 +10,18 @@ from typing import Any
 
 from obsdiff.allocation.assemble import achieved_share, plan_of, settle, table_cost
 from obsdiff.allocation.budget import Costs, costs_of, group_parameters
-from obsdiff.allocation.clock import Clock, Trial, new_process, time_calls
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.knapsack import Infeasible, choose
-from obsdiff.allocation.latency import Share, latency_costs, meet_on_the_clock, shared_clock
+from obsdiff.allocation.latency import Timing, latency_costs, meet_latency, timing_of
 from obsdiff.allocation.owl import owl_offsets
 from obsdiff.allocation.probe import Probe, record_probe
 from obsdiff.allocation.request import Budget, check_scan, parse_budget
 from obsdiff.allocation.scan import Sensitivity, passes_needed, scan
 from obsdiff.allocation.targets import meet_with_offsets
-from obsdiff.allocation.times import Times, open_times
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
-from obsdiff.models.content import denoiser_hash
 from obsdiff.models.graph import Graph
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.names import ALLOCATIONS
@@ -33,7 +30,7 @@ from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.oneshot import check_solving
 from obsdiff.pruning.options import Limits, ScanOptions
-from obsdiff.pruning.plan import Plan, kept_units, make_plan
+from obsdiff.pruning.plan import Plan, make_plan
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics, check_measured_on
 
@@ -77,8 +74,6 @@ def allocate(
     exclude: Sequence[str] = (),
     spare_blocks: Sequence[int] | None = None,
     batch_size: int = 4,
-    clock: Clock = time_calls,
-    trial: Trial = new_process,
     quiet: bool = True,
 ) -> Allocation:
     """Give each layer (structured: each attention and feed-forward module) its own pattern under one budget.
@@ -100,7 +95,6 @@ def allocate(
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`; the measured rule spares no block
             unless told to.
         batch_size: Prompts per pipeline call.
-        clock, trial: Time modules, and dense and shrunk denoisers, for budgets in latency.
         quiet: No progress bar.
 
     Raises:
@@ -127,23 +121,20 @@ def allocate(
     settings = settings_of(statistics, batch_size)
     units = make_units(graph, base, limits)
     keep = None if store is None else Path(store)
-    depends_on = {
-        "denoiser": denoiser_hash(pipe),
-        "call": settings.call,
-    }
-    times = open_times(keep if budget.kind == "latency" else None, depends_on, graph.denoiser)
+    timing = None
     if budget.kind == "latency":
-        costs = latency_costs(pipe, graph, units, budget, settings.call, times, shared_clock(clock))
+        timing = timing_of(pipe, graph, settings.call, keep)
+        costs = latency_costs(graph, units, budget, timing)
     else:
         costs = costs_of(pipe, graph, units, budget, settings.call)
     _check_feasible(units, costs, budget)
-    job = _Job(subject, graph, base, rule, budget, units, costs, settings, times, trial, quiet)
+    job = _Job(subject, graph, base, rule, budget, units, costs, settings, timing, quiet)
     if rule == "measured":
         free = make_units(graph, base, Limits(share=limits.share))
         return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, keep)
     offsets = owl_offsets(graph, units, statistics) if rule == "owl" else [0.0] * len(units)
     plan, achieved = _meet(job, lambda limit: meet_with_offsets(units, offsets, replace(costs, limit=limit)))
-    return Allocation(plan, {"rule": rule, "budget": str(budget), **achieved}, earlier_s=times.earlier_s)
+    return Allocation(plan, {"rule": rule, "budget": str(budget), **achieved})
 
 
 @dataclass(frozen=True)
@@ -158,8 +149,7 @@ class _Job:
     units: Sequence[Unit]
     costs: Costs
     settings: Settings
-    times: Times
-    trial: Trial
+    timing: Timing | None
     quiet: bool
 
 
@@ -217,7 +207,7 @@ def _measured(
             "denoiser_calls": probe.recorded + round(len(probe) * (sensitivity.cost["passes"] + CHECKS)),
         },
     }
-    return Allocation(plan, record, sensitivity, sensitivity.earlier_s + job.times.earlier_s)
+    return Allocation(plan, record, sensitivity, sensitivity.earlier_s)
 
 
 def _used(job: _Job, patterns: Sequence[Pattern]) -> float:
@@ -227,13 +217,11 @@ def _used(job: _Job, patterns: Sequence[Pattern]) -> float:
 
 def _meet(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[Plan, dict[str, Any]]:
     """The plan that ``solve`` gives under the budget, and the budget's figure that it comes to, for the record."""
-    if job.budget.kind == "latency":
-        patterns, share = _on_the_clock(job, solve)
-        achieved: dict[str, Any] = {
-            "achieved": share.value,
-            "achieved_interval": [share.low, share.high],
-            "achieved_processes": share.processes,
-        }
+    if job.timing is not None:
+        patterns, (share, *interval) = meet_latency(
+            job.graph, job.units, job.budget, job.costs, job.timing, solve, job.quiet
+        )
+        achieved: dict[str, Any] = {"achieved": share, "achieved_interval": interval}
     else:
         patterns = solve(job.costs.limit)
         if isinstance(job.base.pattern, Unstructured):
@@ -313,33 +301,3 @@ def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
     """The unit's error at each of its options."""
     shares = [removed(option) for option in unit.options]
     return error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], shares)
-
-
-def _on_the_clock(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[list[Pattern], Share]:
-    """Patterns that meet a latency budget on the clock."""
-    least = sum(min(of_unit) for of_unit in job.costs.options)
-    tried: list[tuple[dict[str, int], list[Pattern]]] = []
-
-    def kept(limit: float) -> tuple[dict[str, int], float]:
-        patterns = solve(max(limit, least))
-        widths = {
-            name: kept_units(job.graph.group_of[name], pattern)
-            for unit, pattern in zip(job.units, patterns, strict=True)
-            for name in unit.members
-            if isinstance(pattern, Structured)
-        }
-        tried.append((widths, patterns))
-        return widths, table_cost(job.units, patterns, job.costs)
-
-    best, share = meet_on_the_clock(
-        job.subject.pipe,
-        job.graph,
-        job.budget,
-        job.settings.call,
-        kept,
-        job.costs.limit,
-        job.times,
-        job.trial,
-        job.quiet,
-    )
-    return next(patterns for widths, patterns in tried if widths == best), share

@@ -47,21 +47,20 @@ def costs_of(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, cal
         cost = _per_member(lambda name, pattern: group_parameters(graph, graph.group_of[name], pattern))
         planned = sum(group_parameters(graph, graph.group_of[name], Structured(0, 0)) for name in members)
         stays = 1 - budget.share if budget.kind == "sparsity" else budget.share
-        return tabulated(units, cost, total - planned, total, stays)
+        return costs_from(units, cost, total - planned, total, stays)
     sizes = {name: graph.weight(name).numel() for name in members}
     planned = sum(sizes.values())
     cost = _per_member(lambda name, pattern: sizes[name] - round(removed(pattern) * sizes[name]))
     if budget.kind == "sparsity":
-        return tabulated(units, cost, 0, planned, 1 - budget.share)
+        return costs_from(units, cost, 0, planned, 1 - budget.share)
     total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
-    return tabulated(units, cost, total - planned, total, budget.share)
+    return costs_from(units, cost, total - planned, total, budget.share)
 
 
-def tabulated(
+def costs_from(
     units: Sequence[Unit], cost: Callable[[Unit, Pattern], float], fixed: float, dense: float, stays: float
 ) -> Costs:
-    """Cost tables: each option's own cost, what the rest of the denoiser costs (``fixed``), the whole (``dense``), and
-    the share of it that ``stays``."""
+    """Tables of what ``cost`` says, under a budget of which the share ``stays`` of ``dense`` may stay."""
     options = [[cost(unit, option) for option in unit.options] for unit in units]
     limit = stays * dense - fixed
     return Costs(fixed, options, dense, limit + 1e-9 * dense)  # the share is a decimal: let rounding not cost a weight
@@ -89,4 +88,4 @@ def _flop_costs(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, 
             per_unit[name] = (dense - fewer) / (count - count // 2)
     cost = _per_member(lambda name, pattern: per_unit[name] * kept_units(groups[name], pattern))
     planned = sum(per_unit[name] * groups[name].count for unit in units for name in unit.members)
-    return tabulated(units, cost, dense - planned, dense, budget.share)
+    return costs_from(units, cost, dense - planned, dense, budget.share)

@@ -1,8 +1,7 @@
-"""Timing calls, here or as a user will: in a new process that loads the dense and the smaller denoiser from files.
+"""Timing calls, here or in a new process, ``python -m obsdiff.allocation.clock FOLDER``.
 
-    python -m obsdiff.allocation.clock FOLDER
-
-is that process (:func:`new_process` starts it). It imports little, since many of them are started.
+The new one loads the dense and the smaller denoiser from files, as a user will: a process that has done other things
+before reads other shares (docs/results.md).
 """
 
 from __future__ import annotations
@@ -10,32 +9,35 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from obsdiff.errors import UserError
 from obsdiff.files import read_json, write_json
+from obsdiff.models import obsdiff_shrunk
+from obsdiff.models.denoisers import dtype_of, parts_of
 
-WARM_S, TIMED_S = 0.01, 0.02  # of each call's turn in a round: not counted, and counted
+WARM_S, TURN_S = 0.01, 0.03  # of a call's turn in a round: not counted, and in all
 PROCESS_S, LEAST_ROUNDS = 10.0, 5  # a new process times for so long, and at least so often
-CALL, SETTINGS, RESULT = "call.safetensors", "settings.json", "seconds.json"
 Calls = Sequence[Callable[[], Any]]
-Clock = Callable[[Calls], list[float]]
-Trial = Callable[[Path], tuple[float, float]]
 
 
 @torch.no_grad()
 def time_calls(calls: Calls) -> list[float]:
-    """Median seconds of each call in one round of short turns, so that a slow spell of the machine hits all alike.
+    """Mean seconds of each call in one round of short turns, so that a slow spell of the machine hits all alike.
 
     A turn repeats one call, as sampling does, and does not count its first ``WARM_S``: right after another model a call
-    finds its weights out of the caches, which hides a part of what was saved (docs/results.md).
+    finds its weights out of the caches, which hides a part of what was saved. It is a mean, since a median would leave
+    out the other programs of a busy machine for short calls only.
     """
 
     def now() -> float:
@@ -44,87 +46,102 @@ def time_calls(calls: Calls) -> list[float]:
         return time.perf_counter()
 
     def turn(call: Callable[[], Any]) -> float:
-        started, times = now(), list[float]()
-        call()
-        while (ended := now()) - started < WARM_S:
-            call()
-        while sum(times) < TIMED_S:
+        times, started = list[float](), now()
+        ended = started
+        while not times or ended - started < TURN_S:
             call()
             begun, ended = ended, now()
-            times.append(ended - begun)
-        return statistics.median(times)
+            if begun - started >= WARM_S:
+                times.append(ended - begun)
+        return statistics.fmean(times)
 
     return [turn(call) for call in calls]
 
 
-def write_trial(folder: Path, dense: Any, smaller: Any, inputs: Mapping[str, Tensor]) -> None:
-    """Put into ``folder`` what a trial needs: both denoisers, the arguments of a call, and how to time it.
-
-    What is there already is kept, but for the smaller denoiser.
-    """
-    from safetensors.torch import save_file
-
-    smaller.save_pretrained(folder / "smaller")
-    if (folder / SETTINGS).exists():
-        return
-    dense.save_pretrained(folder / "dense")
-    save_file({name: value.contiguous().cpu() for name, value in inputs.items()}, folder / CALL)
-    parameter = next(dense.parameters())
-    settings = {
-        "device": str(parameter.device),
-        "dtype": str(parameter.dtype),
-        "threads": torch.get_num_threads(),
-        "time_s": PROCESS_S,
-    }
-    write_json(folder / SETTINGS, settings)
+def call_of(parts: Mapping[str, Any], arguments: Mapping[str, Mapping[str, Any]]) -> Callable[[], Any]:
+    """One call of each denoiser, all by the prefix of its names."""
+    return lambda: [parts[prefix](**given) for prefix, given in arguments.items()]
 
 
-def new_process(folder: Path) -> tuple[float, float]:
-    """Seconds of one call of the denoisers in ``folder``, "dense" and "smaller", timed in turns by a new process.
+def time_in_new_process(dense: nn.Module, smaller: nn.Module, arguments: Mapping[str, Any]) -> list[list[float]]:
+    """Rounds of (dense, smaller) seconds of one call, timed by a new process that loads both denoisers from files.
 
     Raises:
-        UserError: It failed, for example for want of memory.
+        UserError: They cannot be written, or the process failed, for example for want of memory.
     """
-    command = [sys.executable, "-P", "-m", "obsdiff.allocation.clock", str(folder)]
-    (folder / RESULT).unlink(missing_ok=True)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"]
-        raise UserError(
-            "the process that times the dense and the shrunk denoiser failed (it needs room for both beside this "
-            f"process): {said[-1]}"
-        )
-    dense_s, smaller_s = read_json(folder / RESULT, "the times of a trial")
-    return dense_s, smaller_s
+    with tempfile.TemporaryDirectory(prefix="obsdiff-") as folder:
+        try:
+            for which, denoiser in (("dense", dense), ("smaller", smaller)):
+                for prefix, part in parts_of(denoiser).items():
+                    part.save_pretrained(f"{folder}/{which}{prefix}")  # type: ignore[operator]  # of diffusers
+            tensors: dict[str, Tensor] = {}
+            settings = {
+                "arguments": _described(arguments, tensors),
+                "device": str(next(dense.parameters()).device),
+                "dtype": str(dtype_of(dense)).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+                "time_s": PROCESS_S,
+            }
+            save_file(tensors, f"{folder}/arguments.safetensors")
+            write_json(Path(folder, "settings.json"), settings)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot write the denoisers to time to {folder}: {reason}; set TMPDIR") from None
+        command = [sys.executable, "-P", "-m", "obsdiff.allocation.clock", folder]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if done.returncode != 0:
+            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"]
+            raise UserError(
+                "the process that times the dense and the shrunk denoiser failed (it needs room for both beside this "
+                f"process): {said[-1]}"
+            )
+        return list(read_json(Path(folder, "rounds.json"), "the times of a process"))
 
 
-def run_trial(folder: Path) -> None:
-    """What the new process does: load as a user would, time, write the seconds down."""
-    from safetensors.torch import load_file
+_TENSOR = "@tensor"
 
-    settings = read_json(folder / SETTINGS, "the settings of a trial")
+
+def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Arguments as JSON; their tensors go to ``tensors``, with their names left in their places."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().contiguous().clone()
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        return {key: _described(inner, tensors) for key, inner in value.items()}
+    return [_described(inner, tensors) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The opposite of :func:`_described`, tuples as lists."""
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {key: _restored(inner, tensors) for key, inner in value.items()}
+    return [_restored(inner, tensors) for inner in value] if isinstance(value, list) else value
+
+
+def _time_files(folder: Path) -> None:
+    """What the new process does."""
+    settings = read_json(folder / "settings.json", "what to time")
+    device, dtype = settings["device"], getattr(torch, settings["dtype"])
+    tensors = load_file(folder / "arguments.safetensors")
+    arguments = _restored(settings["arguments"], {name: tensor.to(device) for name, tensor in tensors.items()})
     torch.set_num_threads(settings["threads"])
-    dtype = getattr(torch, settings["dtype"].removeprefix("torch."))
-    call = {name: value.to(settings["device"]) for name, value in load_file(folder / CALL).items()}
-    calls = [partial(_load(folder / name, dtype).to(settings["device"]), **call) for name in ("dense", "smaller")]
+
+    def load(at: Path) -> Any:
+        name = read_json(at / "config.json", "a denoiser's config")["_class_name"]
+        library: Any = obsdiff_shrunk if name.startswith(obsdiff_shrunk.PREFIX) else diffusers
+        return getattr(library, name).from_pretrained(at, dtype=dtype).eval().to(device)
+
+    denoisers = [{prefix: load(folder / f"{which}{prefix}") for prefix in arguments} for which in ("dense", "smaller")]
+    calls = [call_of(parts, arguments) for parts in denoisers]
     time_calls(calls)  # allocations and kernels of the first calls are not what a sampling step costs
     started, rounds = time.perf_counter(), list[list[float]]()
     while len(rounds) < LEAST_ROUNDS or time.perf_counter() - started < settings["time_s"]:
         rounds.append(time_calls(calls))
-    dense_s = statistics.median(seconds[0] for seconds in rounds)
-    share = statistics.median(smaller_s / dense_s for dense_s, smaller_s in rounds)
-    write_json(folder / RESULT, [dense_s, share * dense_s])
-
-
-def _load(folder: Path, dtype: torch.dtype) -> Any:
-    import diffusers
-
-    from obsdiff.models import obsdiff_shrunk
-
-    name = read_json(folder / "config.json", "a denoiser's config")["_class_name"]
-    library = obsdiff_shrunk if name.startswith(obsdiff_shrunk.PREFIX) else diffusers
-    return getattr(library, name).from_pretrained(folder, dtype=dtype).eval()
+    write_json(folder / "rounds.json", rounds)
 
 
 if __name__ == "__main__":
-    run_trial(Path(sys.argv[1]))
+    _time_files(Path(sys.argv[1]))

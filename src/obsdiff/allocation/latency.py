@@ -1,339 +1,222 @@
-"""Budgets in measured latency: a table of module times, then the whole denoiser on the clock."""
+"""Budgets in measured latency: a table of module times chooses, a new process measures what came out."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-import math
+import platform
 import statistics
 import sys
-import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
+from pydantic import BaseModel
 from torch import nn
 
-from obsdiff.allocation.budget import Costs, tabulated
-from obsdiff.allocation.clock import Calls, Clock, Trial, new_process, time_calls, write_trial
+from obsdiff.allocation.assemble import table_cost
+from obsdiff.allocation.budget import Costs, costs_from
+from obsdiff.allocation.clock import call_of, time_calls, time_in_new_process
 from obsdiff.allocation.curves import interpolate
 from obsdiff.allocation.request import Budget
-from obsdiff.allocation.times import Times
 from obsdiff.allocation.units import Unit
 from obsdiff.errors import UserError
+from obsdiff.files import read_json, write_json
 from obsdiff.models.calls import remembered_call
+from obsdiff.models.content import denoiser_hash
+from obsdiff.models.denoisers import dtype_of, parts_of
 from obsdiff.models.graph import Graph, Group, shapes_with
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.obsdiff_shrunk import apply_shapes
-from obsdiff.obs.pattern import Structured
+from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.pruning.plan import kept_units
 from obsdiff.pruning.surgery import Edits, become_shrunk
-from obsdiff.ranks import from_rank, rank, solved_in_turn
+from obsdiff.ranks import rank, solved_in_turn
+from obsdiff.versions import versions
 
-POINTS = 5  # widths at which each kind of module is timed
-ROUNDS = 24  # of the clock, for one table
-TOLERANCE = 0.99  # of a budget must be spent
-NEAR = 0.005  # of the dense time: choices that differ by so much tell of each other
-CHOICES = 24  # of widths to try until one meets the budget
-LEAST_PROCESSES, MOST_PROCESSES = 5, 24  # that measure a choice, and that confirm it
-MOST_TRIALS = 100  # processes in all
-
-
-def shared_clock(clock: Clock) -> Clock:
-    """One clock for all processes: the first one's, so that all choose alike."""
-    return lambda calls: from_rank(clock(calls) if rank() == 0 else [])
+FILE = "latency.json"
+POINTS, ROUNDS = 5, 24  # widths at which a kind of module is timed, and how often
+CLOSE, FAR = 0.01, 0.03  # relative distances from the budget: up to here no correction, from here on a warning
+STEP = 2.0  # a correction changes what is saved at most by this factor
+Share = tuple[float, float, float]  # of the dense latency: value, and the 95 % interval of its measurement
 
 
-def inputs_of(pipe: Any, graph: Graph, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one denoiser call as sampling one image makes it: two rows with guidance."""
-    return next(iter(remembered_call(pipe, call).values()))
+class _Kept(BaseModel):
+    times: dict[str, list[float] | list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is called, and where its times are kept.
+
+    Attributes:
+        arguments: Of a call of each denoiser, by the prefix of its names.
+        depends_on: What times depend on: model, call, machine.
+        file: Of the times by a hash of what was timed; None: they are not kept.
+    """
+
+    arguments: Mapping[str, Mapping[str, Any]]
+    depends_on: Sequence[Any]
+    file: Path | None
+
+    def times(self, what: str, measure: Callable[[], list[Any]]) -> list[Any]:
+        """The kept times of ``what``, else what ``measure`` gives; by the first of several processes, for all."""
+
+        def once(key: str) -> list[Any]:
+            if self.file is None:
+                return measure()
+            kept = read_json(self.file, "times of denoisers", _Kept)["times"] if self.file.exists() else {}
+            if key not in kept:
+                kept[key] = measure()
+                write_json(self.file, {"times": kept})
+            return list(kept[key])
+
+        key = hashlib.sha256(json.dumps([what, *self.depends_on]).encode()).hexdigest()
+        [(_, found)] = solved_in_turn([key], once)
+        return found
+
+
+def timing_of(pipe: Any, graph: Graph, call: Mapping[str, Any], store: Path | None) -> Timing:
+    """Of the call that the pipeline makes to sample one image; ``store`` is a folder."""
+    recorded, parameter = remembered_call(pipe, call), next(graph.denoiser.parameters())
+    single = next(iter(recorded.values()))
+    arguments = {prefix: recorded.get(prefix[:-1], single) for prefix in parts_of(graph.denoiser)}
+    device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else platform.machine()
+    machine = [platform.node(), device, torch.get_num_threads(), versions()]
+    depends_on = [denoiser_hash(pipe), str(dtype_of(graph.denoiser)), dict(call), machine]
+    return Timing(arguments, depends_on, None if store is None else store / FILE)
 
 
 @torch.no_grad()
-def latency_costs(
-    pipe: Any,
-    graph: Graph,
-    units: Sequence[Unit],
-    budget: Budget,
-    call: Mapping[str, Any],
-    times: Times,
-    clock: Clock = time_calls,
-) -> Costs:
-    """Seconds of each option, from timing every kind of module at a few widths; equal modules are timed once.
-
-    What ``times`` holds of them is not timed again.
+def latency_costs(graph: Graph, units: Sequence[Unit], budget: Budget, timing: Timing) -> Costs:
+    """Share of the dense latency of each option, from timing every kind of module at a few widths.
 
     Raises:
         UserError: The pattern does not change latency.
     """
     if not isinstance(units[0].options[0], Structured):
         raise UserError("a budget in latency needs a structured pattern: dense kernels do not skip zeros")
+    kinds: dict[str, str] = {}
+    examples: dict[str, Any] = {}  # of each kind a group, and a call of the module around it
+
+    def note(group: Group, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = [list(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        weights = {layer.removeprefix(name): list(graph.weight(layer).shape) for layer in group.layers}
+        kinds[group.name] = f"{type(module).__name__} {weights} {inputs}"
+        examples.setdefault(kinds[group.name], (group, name, args, kwargs))
+
+    hooks = []
+    for group in (graph.group_of[name] for unit in units for name in unit.members):
+        name = _around(graph, group)
+        hooks.append(graph.layer(name).register_forward_pre_hook(partial(note, group, name), with_kwargs=True))
+    whole = call_of(parts_of(graph.denoiser), timing.arguments)
     with eval_mode(graph.denoiser):
-        arguments = inputs_of(pipe, graph, call)
-        modules = {groups.name: groups for groups in graph.groups}
-        planned = [name for unit in units for name in unit.members]
-        inputs = _module_inputs(graph, planned, arguments)
-        tables: dict[Any, list[tuple[float, float]]] = {}
-        table_of = {}
-        for name in planned:
-            key = _signature(graph, modules[name], inputs[name])
-            if key not in tables:
-                timed = partial(_table, graph, modules[name], inputs[name], clock)
-                tables[key] = list(zip(_widths(modules[name]), times.measure(str(key), timed), strict=True))
-            table_of[name] = tables[key]
-        [dense] = times.measure("dense", partial(_seconds, [partial(graph.denoiser, **arguments)], clock))
-    whole = sum(interpolate(table_of[name], modules[name].count) for name in planned)
+        try:
+            whole()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = {kind: timing.times(kind, partial(_table, graph, whole, *of)) for kind, of in examples.items()}
+    tables = {name: list(zip(_widths(graph.group_of[name]), found[kind], strict=True)) for name, kind in kinds.items()}
 
     def cost(unit: Unit, pattern: Any) -> float:
-        return sum(interpolate(table_of[n], kept_units(modules[n], pattern)) for n in unit.members)
+        return sum(interpolate(tables[name], kept_units(graph.group_of[name], pattern)) for name in unit.members)
 
     # modules timed alone may add up to more than the whole; what they save is what counts
-    return tabulated(units, cost, dense - whole, dense, budget.share)
+    return costs_from(units, cost, 1 - sum(table[-1][1] for table in tables.values()), 1, budget.share)
 
 
-def _signature(graph: Graph, groups: Group, inputs: Any) -> Any:
-    """What a module's time depends on."""
-    shapes = tuple(tuple(graph.weight(name).shape) for name in groups.layers)
-    args, kwargs = inputs
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    return groups.kind, shapes, tuple(tuple(tensor.shape) for tensor in tensors)
+def _around(graph: Graph, group: Group) -> str:
+    """Name of the smallest module that is called and holds all layers of a group."""
+    together = zip(*(layer.split(".") for layer in group.layers), strict=False)
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, together)]
+    while isinstance(graph.layer(".".join(shared)), nn.ModuleList):
+        shared.pop()
+    return ".".join(shared)
 
 
-def _module_inputs(graph: Graph, names: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What each module gets in one call of the denoiser."""
-    seen: dict[str, Any] = {}
-
-    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[name] = (args, kwargs)
-
-    handles = [graph.layer(name).register_forward_pre_hook(partial(record, name), with_kwargs=True) for name in names]
-    try:
-        graph.denoiser(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+def _widths(group: Group) -> list[int]:
+    """Units kept, for a table."""
+    return sorted({max(1, round(group.count * i / (POINTS - 1))) for i in range(POINTS)})
 
 
-def _widths(groups: Group) -> list[int]:
-    """Heads or neurons kept, for a table."""
-    return sorted({max(1, round(groups.count * i / (POINTS - 1))) for i in range(POINTS)})
-
-
-def _table(graph: Graph, groups: Group, inputs: Any, clock: Clock) -> list[float]:
-    """Seconds at each of the widths."""
-    args, kwargs = inputs
-    calls = []
-    for kept in _widths(groups):
-        shapes = shapes_with(graph, {groups.name: kept})
-        prefix = groups.name + "."
-        layers = {name.removeprefix(prefix): shape for name, shape in shapes["tensors"].items()}
-        attributes = {"": shapes["attributes"].get(groups.name, {})}
-        module = _smaller(graph.layer(groups.name), {"tensors": layers, "attributes": attributes})
-        calls.append(partial(module, *args, **kwargs))
+def _table(graph: Graph, whole: Callable[[], Any], group: Group, name: str, args: Any, kwargs: Any) -> list[float]:
+    """Share of the ``whole`` call's time that the module called ``name`` takes at each width of a group inside."""
+    smaller = [_smaller(graph.layer(name), shapes_with(graph, {group.name: kept}), name) for kept in _widths(group)]
+    calls: list[Callable[[], Any]] = [*(partial(module, *args, **kwargs) for module in smaller), whole]
+    rounds = [[at / seconds[-1] for at in seconds[:-1]] for seconds in (time_calls(calls) for _ in range(ROUNDS))]
     # a noisy clock may call a wider module faster: what is kept never costs less
-    return list(accumulate(_seconds(calls, clock), max))
-
-
-def _seconds(calls: Calls, clock: Clock) -> list[float]:
-    """Medians over rounds."""
-    rounds = [clock(calls) for _ in range(ROUNDS)]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+    return list(accumulate(map(statistics.median, zip(*rounds, strict=True)), max))
 
 
 @torch.no_grad()
-def _smaller(module: nn.Module, shapes: Mapping[str, Any]) -> nn.Module:
-    """A copy whose layers are smaller and hold the corner of their dense weights."""
-    smaller: Any = copy.deepcopy(module)
-    apply_shapes(smaller, shapes)
-    for name, shape in shapes["tensors"].items():
-        corner = tuple(slice(size) for size in shape)
-        smaller.get_parameter(name).copy_(module.get_parameter(name)[corner])
+def _smaller(module: nn.Module, shapes: Mapping[str, Mapping[str, Any]], name: str = "") -> nn.Module:
+    """A copy of the module called ``name`` whose tensors are smaller: the corners of the dense ones."""
+    smaller = copy.deepcopy(module)
+    inside = {key: {at[len(name) :].strip("."): to for at, to in of.items()} for key, of in shapes.items()}
+    apply_shapes(smaller, inside)
+    for at, tensor in smaller.named_parameters():
+        tensor.copy_(module.get_parameter(at)[tuple(slice(size) for size in tensor.shape)])
     return smaller
 
 
-@dataclass(frozen=True)
-class Share:
-    """A measured share of the dense latency.
-
-    Attributes:
-        value: Mean over new processes.
-        low, high: Its 95 % interval.
-        processes: How many measured it.
-    """
-
-    value: float
-    low: float
-    high: float
-    processes: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f}) of the dense time in {self.processes} processes"
-
-    def decides(self, budget: float) -> bool:
-        """Whether the interval lies all inside or all outside of what a budget accepts."""
-        return self.fits(budget) or self.misses(budget)
-
-    def misses(self, budget: float) -> bool:
-        """Whether the whole interval is more than 1 % below the budget, or above it."""
-        return self.high < TOLERANCE * budget or self.low > budget
-
-    def fits(self, budget: float) -> bool:
-        """Whether the whole interval is within 1 % of the budget and never above."""
-        return self.low >= TOLERANCE * budget and self.high <= budget
-
-
-def share_of(shares: Sequence[float]) -> Share:
-    """Mean and Student's 95 % interval of what processes, at least two, measured."""
-    mean, n = statistics.fmean(shares), len(shares)
-    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(shares) / math.sqrt(n)
-    return Share(mean, mean - half, mean + half, n)
-
-
-def meet_on_the_clock(
-    pipe: Any,
+def meet_latency(
     graph: Graph,
+    units: Sequence[Unit],
     budget: Budget,
-    call: Mapping[str, Any],
-    solve: Callable[[float], tuple[dict[str, int], float]],
-    limit: float,
-    times: Times,
-    trial: Trial = new_process,
+    costs: Costs,
+    timing: Timing,
+    solve: Callable[[float], list[Pattern]],
     quiet: bool = True,
-) -> tuple[dict[str, int], Share]:
-    """Tighten or loosen the table's limit until the whole denoiser meets the budget, within 1 % and never above.
+) -> tuple[list[Pattern], Share]:
+    """Patterns that ``solve`` gives for a limit of the table, and the share that a new process measures of them.
 
-    New processes measure each choice of widths, a few at a time. They load the dense and the shrunk denoiser from
-    files, as a user will: what share a process reads is decided anew in each, and this process, which has done other
-    things before, reads higher ones (docs/results.md). Choices that differ little share what they measured, moved by
-    what the table says of their difference. A choice whose interval fits is accepted if that over other processes,
-    which measure it afterwards, fits as well: the first alone would favour choices that chance flatters. Where
-    processes differ too much for that, a choice is taken whose interval stays below the budget.
-
-    Args:
-        pipe, graph, budget, call: As for :func:`latency_costs`.
-        solve: Heads and neurons kept by module for a limit of the table, and what they cost by the table in seconds.
-        limit: The table's own.
-        times: Of earlier trials, which are not made again; new ones are added and saved.
-        trial: Times the denoisers in a folder, see :func:`obsdiff.allocation.clock.new_process`.
-        quiet: Do not say on standard error what was measured.
-
-    Returns:
-        The widths found, and their share of the dense latency as the last measurement has it.
+    A table is wrong about what modules save in the whole. So if the first choice is off, one correction asks for more
+    or less saving, in the ratio of the wanted to the measured one; the choice nearer to the budget is taken. One that
+    is still more than 3 % off is taken with a warning.
 
     Raises:
-        UserError: No choice came out below the budget, or a trial failed.
+        UserError: The new process failed.
     """
-    inputs = inputs_of(pipe, graph, call)
-    tried: list[_Tried] = []
-    with tempfile.TemporaryDirectory(prefix="obsdiff-") as folder:
 
-        def measure(kept: dict[str, int], cost: float, confirming: bool = False) -> Share:
-            """By a few new processes; to confirm, by as many as it takes."""
+    def off(found: tuple[Any, Share]) -> float:
+        return abs(found[1][0] / budget.share - 1)
 
-            def timed() -> tuple[float, float]:
-                dense_s, smaller_s = times.measure(json.dumps(kept), lambda: list(trial(Path(folder))))
-                times.save()
-                return dense_s, smaller_s
-
-            def trials() -> list[tuple[float, float]]:
-                _write_choice(Path(folder), graph, kept, inputs)
-                found = [timed() for _ in range(LEAST_PROCESSES)]
-                while confirming and len(found) < MOST_PROCESSES and not _share(found).decides(budget.share):
-                    found.append(timed())
-                return found
-
-            [(_, found)] = solved_in_turn([trials], lambda trials: trials())  # by the first process, for all
-            tried.append(_Tried(kept, cost, found))
-            if not quiet and rank() == 0:
-                print(f"{budget}: {'again, ' if confirming else ''}{_share(found)}", file=sys.stderr)
-            return _share(found)
-
-        for _ in range(CHOICES):
-            kept, cost = solve(limit)
-            own = _share_of_choice(tried, kept)
-            if own is None or not own.misses(budget.share):
-                measure(kept, cost)
-            share, slope = _estimate(tried, cost)
-            half, aim = share.high - share.value, (1 + TOLERANCE) / 2 * budget.share
-            coarse = share.processes >= MOST_PROCESSES and 2 * half > (1 - TOLERANCE) * budget.share
-            if coarse:
-                aim = budget.share - half
-            if share.fits(budget.share) or (coarse and share.high <= budget.share):
-                again = measure(kept, cost, confirming=True)
-                if again.fits(budget.share) or (coarse and again.high <= budget.share):
-                    return kept, again
-                share, slope = _estimate(tried, cost)
-            if sum(len(one.seconds) for one in tried) >= MOST_TRIALS:
-                break
-            limit += (aim - share.value) * _dense_s(tried) / slope
-    found = _slowest_below(tried, budget.share)
-    if found is None:
-        raise UserError(f"no choice of widths came below {budget} on the clock; loosen the budget or the floors")
-    return found
+    limit, prunable, tried = costs.limit, costs.dense - costs.fixed, list[tuple[list[Pattern], Share]]()
+    while not tried or (len(tried) < 2 and off(tried[0]) > CLOSE):
+        patterns = solve(max(limit, sum(map(min, costs.options))))
+        chosen = {name: pattern for unit, pattern in zip(units, patterns, strict=True) for name in unit.members}
+        kept = {name: kept_units(graph.group_of[name], p) for name, p in chosen.items() if isinstance(p, Structured)}
+        share = share_of(timing.times(json.dumps(kept), partial(_time_choice, graph, kept, timing.arguments)))
+        tried.append((patterns, share))
+        if not quiet and rank() == 0:
+            said = "{}: {:.4f} ({:.4f} to {:.4f}) of the dense time in a new process".format(budget, *share)
+            print(said, file=sys.stderr)
+        ratio = (1 - budget.share) / max(1 - share[0], 1e-9)
+        limit = prunable - min(max(ratio, 1 / STEP), STEP) * (prunable - table_cost(units, patterns, costs))
+    best = min(tried, key=off)
+    if off(best) > FAR and rank() == 0:
+        warnings.warn(f"{budget} came to {best[1][0]:.4f} of the dense time; ask for another share", stacklevel=2)
+    return best
 
 
-@dataclass(frozen=True)
-class _Tried:
-    """Widths, their cost by the table in seconds, and the seconds of dense and smaller calls that processes found."""
-
-    kept: dict[str, int]
-    cost: float
-    seconds: Sequence[tuple[float, float]]
-
-
-def _share(seconds: Sequence[tuple[float, float]]) -> Share:
-    return share_of([smaller_s / dense_s for dense_s, smaller_s in seconds])
+def share_of(rounds: Sequence[Sequence[float]]) -> Share:
+    """Ratio of the medians over rounds of (dense, smaller) seconds, and its interval by a bootstrap over rounds."""
+    drawn = torch.randint(len(rounds), (1000, len(rounds)), generator=torch.Generator().manual_seed(0))
+    picked = torch.cat([torch.arange(len(rounds))[None], drawn])  # first the rounds as they are
+    dense, smaller = torch.tensor(rounds, dtype=torch.float64)[picked].quantile(0.5, dim=1).T
+    low, high = (smaller / dense)[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(smaller[0] / dense[0]), low, high
 
 
-def _share_of_choice(tried: Sequence[_Tried], kept: Mapping[str, int]) -> Share | None:
-    """By all processes that measured a choice; None if none did."""
-    seconds = [pair for one in tried if one.kept == kept for pair in one.seconds]
-    return _share(seconds) if seconds else None
-
-
-def _slowest_below(tried: Sequence[_Tried], budget: float) -> tuple[dict[str, int], Share] | None:
-    """The choice with the largest share whose interval, over all that measured it, stays below the budget."""
-    shares = [(one.kept, share) for one in tried if (share := _share_of_choice(tried, one.kept)) is not None]
-    return max((found for found in shares if found[1].high <= budget), key=lambda found: found[1].value, default=None)
-
-
-def _dense_s(tried: Sequence[_Tried]) -> float:
-    return statistics.median(dense_s for one in tried for dense_s, _ in one.seconds)
-
-
-def _estimate(tried: Sequence[_Tried], cost: float) -> tuple[Share, float]:
-    """The share of widths of a ``cost``, from all tried near it, and how much of the table's differences shows."""
-    dense_s = _dense_s(tried)
-    costs = [one.cost / dense_s for one in tried]
-    slope = 1.0
-    if max(costs) - min(costs) > 2 * NEAR:
-        slope = statistics.linear_regression(costs, [_share(one.seconds).value for one in tried]).slope
-        slope = min(max(slope, 0.5), 2.0)
-    at = cost / dense_s
-    near = [
-        smaller_s / own_s + slope * (at - table)
-        for one, table in zip(tried, costs, strict=True)
-        for own_s, smaller_s in one.seconds
-        if abs(at - table) <= NEAR
-    ]
-    return share_of(near), slope
-
-
-def _write_choice(folder: Path, graph: Graph, kept: Mapping[str, int], inputs: Mapping[str, Any]) -> None:
-    """Dense and shrunk denoiser and the arguments of a call, for a trial."""
+def _time_choice(graph: Graph, kept: Mapping[str, int], arguments: Mapping[str, Any]) -> list[list[float]]:
     shapes = shapes_with(graph, kept)
     smaller = _smaller(graph.denoiser, shapes)
     become_shrunk(Edits(), smaller, shapes)
-    try:
-        write_trial(folder, graph.denoiser, smaller, inputs)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the denoisers to time to {folder.parent}: {error.strerror or error}; "
-            "free some space or set TMPDIR"
-        ) from error
+    return time_in_new_process(graph.denoiser, smaller, arguments)

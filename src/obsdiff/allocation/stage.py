@@ -10,7 +10,6 @@ from typing import Any
 
 from obsdiff.allocation.allocate import allocate
 from obsdiff.allocation.clock import PROCESS_S
-from obsdiff.allocation.latency import LEAST_PROCESSES
 from obsdiff.allocation.planning import (
     allocates,
     check_options,
@@ -200,7 +199,7 @@ def announce(
         lines.append(describe_scan(graph, plan, options, num_prompts, steps))
     if (options.budget or "").startswith("latency:"):
         lines.append(
-            f"latency: new processes, at least {2 * LEAST_PROCESSES} and until they agree, time the dense and the "
-            f"shrunk denoiser for {PROCESS_S:g} s each"
+            f"latency: a new process times the dense and the shrunk denoiser for {PROCESS_S:g} s, and another one if "
+            "the choice is corrected"
         )
     print("\n".join(lines), file=sys.stderr)

@@ -75,12 +75,12 @@ def steps_taken(by_layer: Mapping[str, int]) -> dict[str, Any] | None:
     return {"min": min(steps), "median": median(steps), "max": max(steps), "per_layer": dict(by_layer)}
 
 
-def _in_new_processes(record: Mapping[str, Any]) -> str:
+def _in_a_new_process(record: Mapping[str, Any]) -> str:
     """How sure a latency's share is."""
     if "achieved_interval" not in record:
         return ""
     low, high = record["achieved_interval"]
-    return f" ({low:.2%} to {high:.2%}, {record['achieved_processes']} new processes)"
+    return f" ({low:.2%} to {high:.2%} in a new process)"
 
 
 def _allocation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -90,7 +90,7 @@ def _allocation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("allocation", f"{report['rule']}, budget {report['budget'] or 'none'}")]
     record = report.get("allocation")
     if record is not None:
-        rows.append(("budget met", f"{record['achieved']:.4%}" + _in_new_processes(record)))
+        rows.append(("budget met", f"{record['achieved']:.4%}" + _in_a_new_process(record)))
     if record is not None and "scan" in record:
         scan = record["scan"]
         rows += [

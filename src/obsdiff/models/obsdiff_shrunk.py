@@ -27,11 +27,12 @@ PREFIX = "Shrunk"
 
 def apply_shapes(model, shrunk):
     """Give the named tensors their sizes and the named modules their attributes; the weights are new."""
-    tensors = dict(shrunk.get("tensors", {}))
+    tensors = {}
     for name, shape in shrunk.get("layers", {}).items():  # as written until November 2026: linear layers alone
         tensors[f"{name}.weight"] = shape
         if model.get_submodule(name).bias is not None:
             tensors[f"{name}.bias"] = shape[:1]
+    tensors.update(shrunk.get("tensors", {}))
     for name, shape in tensors.items():
         owner, _, tensor = name.rpartition(".")
         module = model.get_submodule(owner)
