@@ -1,4 +1,4 @@
-"""Tiny image transformers with separate text: DiT, PixArt, Sana, Lumina2 and Z-Image."""
+"""Tiny image transformers with separate text: DiT, PixArt, Sana, Lumina2, Z-Image and AuraFlow."""
 
 from __future__ import annotations
 
@@ -172,6 +172,28 @@ def z_image(encoders: bool) -> Any:
     )
 
 
+def aura_flow(encoders: bool) -> Any:
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    transformer = AuraFlowTransformer2DModel(
+        **HEADS,
+        sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        joint_attention_dim=TEXT_WIDTH,
+        caption_projection_dim=48,
+        pos_embed_max_size=64,
+    )
+    return AuraFlowPipeline(
+        **pair(encoders, lambda: t5(multilingual=True)),
+        vae=image_autoencoder(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
 def _text(rows: int) -> dict[str, Any]:
     return {
         "prompt_embeds": embeddings(rows, TEXT_LENGTH, TEXT_WIDTH, salt=1),
@@ -299,5 +321,14 @@ DITS = {
         text="cap_feats",
         output="negated",
         notes="The scale adds to one: positive + scale * (positive - negative). A list of prompts is overwritten.",
+    ),
+    "aura-flow": TinyPipeline(
+        make=aura_flow,
+        conditioning=_guided_text,
+        call={**CALL, "max_sequence_length": TEXT_LENGTH},
+        pipeline="AuraFlowPipeline",
+        denoisers={"transformer": "AuraFlowTransformer2DModel"},
+        time_form="t/1000 (B,)",
+        guidance="negative first",
     ),
 }

@@ -17,7 +17,7 @@ from obsdiff.pruning.options import ScanOptions
 from tests.families.pipelines import PIPELINES
 
 ROWS = 2
-STRUCTURED = "structured:heads=0.5,ffn=0.4,channels=0.5,multiple_of=1"
+SHARES = {"heads": 0.5, "ffn": 0.4, "channels": 0.5}
 
 
 class Case:
@@ -29,6 +29,9 @@ class Case:
         self.conditioning = Conditioning({}, count=ROWS) if set(given) <= {"batch_size"} else Conditioning(given)
         pipe = self.fresh()
         self.graph = subject_of(pipe, self.conditioning).graph
+        kinds = {group.kind for group in self.graph.groups}
+        shares = [f"{kind}={share}" for kind, share in SHARES.items() if kind in kinds]
+        self.structured = f"structured:{','.join(shares)},multiple_of=1"
         self.statistics = obsdiff.calibrate(pipe, self.conditioning, batch_size=ROWS)
 
     def fresh(self):
@@ -40,7 +43,7 @@ class Case:
 
     def traced(self):
         pipe = self.fresh()
-        subject_of(pipe, self.conditioning)
+        _ = subject_of(pipe, self.conditioning).call  # remembered with the pipeline
         return pipe
 
     def sample(self, pipe):
@@ -78,7 +81,7 @@ def test_masks(case, pattern, tmp_path):
     close(case.sample(plainly(tmp_path / "out" / "pipeline")), drawn)
     loaded = obsdiff.load_pipeline(tmp_path / "out")
     with pytest.raises(obsdiff.UserError, match="pruned already"):
-        subject_of(loaded, case.conditioning)
+        _ = subject_of(loaded, case.conditioning).call
         obsdiff.prune(loaded, pattern, method="magnitude")
 
 
@@ -104,7 +107,7 @@ def masked_like(case, pipe, report):
 @pytest.mark.parametrize("allocated", [False, True], ids=["uniform", "measured"])
 def test_structured(case, allocated, tmp_path):
     """The smaller model is the masked one, comes back from disk with plain diffusers, and can be pruned again."""
-    pipe, pattern, options = case.traced(), STRUCTURED, {"spare_blocks": ()}
+    pipe, pattern, options = case.traced(), case.structured, {"spare_blocks": ()}
     if allocated:
         scanning = ScanOptions(triples=4, levels=[0.5])
         found = obsdiff.allocate(
@@ -124,8 +127,8 @@ def test_structured(case, allocated, tmp_path):
     plain = plainly(tmp_path / "out" / "pipeline", trust_remote_code=True)
     assert torch.equal(case.sample(plain), drawn)
     loaded = obsdiff.load_pipeline(tmp_path / "out")
-    subject_of(loaded, case.conditioning)
-    again = obsdiff.prune(loaded, STRUCTURED, method="magnitude", prune_again=True, spare_blocks=())
+    _ = subject_of(loaded, case.conditioning).call
+    again = obsdiff.prune(loaded, case.structured, method="magnitude", prune_again=True, spare_blocks=())
     assert again.parameters["pruned"] < report.parameters["pruned"]
     drawn = case.sample(loaded)
     assert torch.isfinite(drawn).all()

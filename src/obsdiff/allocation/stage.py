@@ -30,7 +30,7 @@ from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.defaults import departures
 from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, describe, packages_of
+from obsdiff.pruning.plan import Plan, describe, packages_of, remarks
 from obsdiff.pruning.planfile import kinds_of
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 
@@ -181,7 +181,8 @@ def announce(
         what = f"plan {options.plan}, {kinds_of(plan)}"
     lines = [
         f"{info_of(pipe).source}: {what}; {len(plan.entries)} {'modules' if plan.structured else 'layers'}, "
-        f"{len(sites)} distinct inputs, method {options.method}"
+        f"{len(sites)} distinct inputs, method {options.method}",
+        *remarks(graph, plan),
     ]
     settings = options.calibration
     call = call_arguments(pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)

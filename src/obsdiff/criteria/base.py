@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from obsdiff.obs.pattern import Pattern
+from obsdiff.obs.pattern import KINDS, Pattern
 from obsdiff.obs.refit import STEPS
 from obsdiff.obs.structured import Consumer
 
@@ -89,6 +89,7 @@ class Method:
         allocation: How sparsity is shared out among layers by default: baselines are published with uniform ratios.
         packages: Calibration passes by default, where it can be calibrated anew.
         multiple_of: Kept FFN widths of a uniform plan are multiples of this by default; None: what is fast.
+        cuts: Kinds of units that ``structured:RATIO`` removes; others go where the pattern names them.
         spares: Blocks that structured plans leave alone by default, by the denoiser's class; others as in
             :func:`obsdiff.pruning.plan.make_plan`.
     """
@@ -104,4 +105,5 @@ class Method:
     allocation: str = "uniform"
     packages: int = 1
     multiple_of: int | None = None
+    cuts: Sequence[str] = KINDS
     spares: Mapping[str, Sequence[int]] = field(default_factory=dict)

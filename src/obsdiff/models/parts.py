@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from obsdiff.errors import UserError
 from obsdiff.models.graph import COLUMNS, ROWS, Attribute, Group, Slices
 
 
@@ -101,7 +102,7 @@ def _inner(attention: Any) -> int:
 
 
 def _head_dim(attention: Any) -> int:
-    return _inner(attention) // int(attention.heads)
+    return _divided(_inner(attention), int(attention.heads), "channels of all heads")
 
 
 def _key_heads(attention: Any) -> int:
@@ -111,7 +112,17 @@ def _key_heads(attention: Any) -> int:
 
 def _queries(attention: Any) -> int:
     """Query heads per unit."""
-    return int(attention.heads) // _key_heads(attention)
+    return _divided(int(attention.heads), _key_heads(attention), "query heads over those of keys and values")
+
+
+def _divided(number: int, parts: int, what: str) -> int:
+    if parts < 1 or number % parts:
+        raise _Uneven(f"{number} {what} do not make {parts} equal parts")
+    return number // parts
+
+
+class _Uneven(Exception):
+    """An attention whose heads do not divide what they should."""
 
 
 _HEADS = Dimension(
@@ -174,17 +185,19 @@ SINGLE_BLOCK = Part(
     norms={f"attn.{norm}": f"attn.{layer}" for norm, layer in _NORMS.items()},
 )
 
+
+def _fused_head_dim(attention: Any) -> int:
+    return _divided(int(attention.inner_dim), int(attention.heads), "channels of all heads")
+
+
 PARALLEL_ATTENTION = Part(
     ("Flux2ParallelSelfAttention",),
     {
         "heads": Dimension(
             "heads",
             lambda attention: int(attention.heads),
-            lambda attention: int(attention.inner_dim) // int(attention.heads),
-            attributes={
-                "heads": _one,
-                "inner_dim": lambda attention: int(attention.inner_dim) // int(attention.heads),
-            },
+            _fused_head_dim,
+            attributes={"heads": _one, "inner_dim": _fused_head_dim},
         ),
         "ffn": Dimension(
             "ffn", lambda attention: int(attention.mlp_hidden_dim), _one, ".mlp", {"mlp_hidden_dim": _one}
@@ -211,6 +224,7 @@ FEED_FORWARDS = (
     _feed_forward(("FeedForward",), {"w1": ("ffn",), "w3": ("ffn",)}, "w2"),  # Z-Image's class of that name
     _feed_forward(("Flux2FeedForward",), {"linear_in": ("ffn", "ffn")}, "linear_out"),
     _feed_forward(("LuminaFeedForward",), {"linear_1": ("ffn",), "linear_3": ("ffn",)}, "linear_2"),
+    _feed_forward(("AuraFlowFeedForward",), {"linear_1": ("ffn",), "linear_2": ("ffn",)}, "out_projection"),
     _feed_forward(("GLUMBConv",), {"conv_inverted": ("ffn", "ffn"), "conv_depth": ("ffn", "ffn")}, "conv_point"),
 )
 
@@ -241,15 +255,25 @@ PARTS: tuple[Part, ...] = (ATTENTION, SINGLE_BLOCK, PARALLEL_ATTENTION, *FEED_FO
 
 
 def groups_of(module: nn.Module, name: str, stage: int) -> list[Group]:
-    """The groups of a module called ``name``, by the rows of its class; none if no row knows it."""
+    """The groups of a module called ``name``, by the rows of its class; none if no row knows it.
+
+    Raises:
+        UserError: Its heads do not divide its channels, or grouped queries their keys.
+    """
     classes = {base.__name__ for base in type(module).__mro__}
-    return [
-        group
-        for part in PARTS
-        if classes & set(part.classes)
-        for key in part.dimensions
-        if (group := _resolve(part, key, module, name, stage)) is not None
-    ]
+    try:
+        return [
+            group
+            for part in PARTS
+            if classes & set(part.classes)
+            for key in part.dimensions
+            if (group := _resolve(part, key, module, name, stage)) is not None
+        ]
+    except _Uneven as error:
+        raise UserError(
+            f"the heads of {name} ({type(module).__name__}) are uneven: {error}; undo what was changed in it, or load "
+            "the pipeline again"
+        ) from None
 
 
 def _resolve(part: Part, key: str, module: nn.Module, name: str, stage: int) -> Group | None:
@@ -294,7 +318,7 @@ class _Odd(Exception):
 
 
 def _there(module: nn.Module, layer: str) -> bool:
-    return isinstance(getattr(_at(module, layer), "weight", None), Tensor)
+    return isinstance(getattr(_at(module, layer), "weight", None), Tensor)  # one made anew at each call too
 
 
 def _over_all(module: nn.Module, norm: str, dimension: Dimension) -> bool:

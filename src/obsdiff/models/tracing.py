@@ -16,7 +16,7 @@ from obsdiff.errors import UserError
 from obsdiff.models.graph import prunable, stages_of, walk
 from obsdiff.models.modes import eval_mode
 
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, ArithmeticError)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from fractions import Fraction
 
 from obsdiff.errors import UserError
 
+KINDS = ("heads", "ffn", "channels")  # of units that structured patterns remove
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -73,6 +75,18 @@ class Structured:
     def sparsity(self) -> float:
         return max(self.heads, self.ffn, self.channels)
 
+    @property
+    def everything(self) -> bool:
+        """Whether it is ``structured:RATIO``: the same share of all kinds that there are, and none is asked for by
+        name."""
+        return self.heads == self.ffn == self.channels and self.multiple_of is None
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The shares that are asked for by name, as far as they remove anything."""
+        shares = {} if self.everything else {kind: self.share(kind) for kind in KINDS}
+        return {kind: share for kind, share in shares.items() if share > 0}
+
     def share(self, kind: str) -> float:
         """The share to remove of the groups of a kind: "heads", "ffn" or "channels"."""
         return {"heads": self.heads, "ffn": self.ffn, "channels": self.channels}[kind]
@@ -107,7 +121,7 @@ class Structured:
         return min(width, max(multiple, round(width * (1 - self.ffn) / multiple) * multiple))
 
     def __str__(self) -> str:
-        if self.heads == self.ffn == self.channels and self.multiple_of is None:
+        if self.everything:
             return f"structured:{self.heads:.10g}"
         extra = "" if self.channels == 0 else f",channels={self.channels:.10g}"
         extra += "" if self.multiple_of is None else f",multiple_of={self.multiple_of}"
@@ -148,13 +162,13 @@ def _parse_structured(value: str, text: str) -> Structured:
     fields: dict[str, float] = {}
     for part in value.split(","):
         key, _, number = part.partition("=")
-        if key not in ("heads", "ffn", "channels", "multiple_of") or key in fields:
+        if key not in (*KINDS, "multiple_of") or key in fields:
             raise UserError(f"cannot read {part!r} in pattern {text!r}; {_SYNTAX}")
         fields[key] = _number(number, text)
     multiple = fields.get("multiple_of")
     if multiple is not None and not float(multiple).is_integer():
         raise UserError(f"multiple_of is {multiple:g} in pattern {text!r}; it must be a whole number")
-    shares = {kind: fields.get(kind, 0.0) for kind in ("heads", "ffn", "channels")}
+    shares = {kind: fields.get(kind, 0.0) for kind in KINDS}
     return Structured(**shares, multiple_of=None if multiple is None else int(multiple))
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from obsdiff.criteria import find_method
-from obsdiff.obs.pattern import Pattern, Structured
+from obsdiff.obs.pattern import KINDS, Pattern, Structured
 
 
 def pattern_by(method: str, pattern: Pattern) -> Pattern:
-    """The pattern with the method's own rounding of FFN widths, unless it has one."""
-    if isinstance(pattern, Structured) and pattern.multiple_of is None:
-        return replace(pattern, multiple_of=find_method(method).multiple_of)
-    return pattern
+    """The pattern with the method's own rounding of FFN widths, unless it has one, and of ``structured:RATIO`` the
+    kinds that the method removes."""
+    if not isinstance(pattern, Structured) or pattern.multiple_of is not None:
+        return pattern
+    row = find_method(method)
+    kinds = row.cuts if pattern.everything else KINDS
+    shares = {kind: pattern.share(kind) if kind in kinds else 0.0 for kind in KINDS}
+    return Structured(**shares, multiple_of=row.multiple_of)
 
 
 def spared_by(method: str, pattern: Pattern, denoiser: nn.Module) -> Sequence[int] | None:

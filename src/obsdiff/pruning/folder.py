@@ -132,6 +132,8 @@ def check_against_manifest(pipe: Any, folder: Path, manifest: dict[str, Any]) ->
     denoiser = subject.denoiser
     masks = load_masks(folder / MASKS)
     try:
+        if (kind := subject.family.denoiser) != manifest["denoiser"]:
+            raise _Unlike(f"the manifest is of a {manifest['denoiser']}, and pipeline/ holds a {kind}")
         if subject.component != manifest["component"]:
             raise _Unlike(f"the manifest's {manifest['component']} is not what is in pipeline/")
         if masks.keys() != manifest["plan"].keys():

@@ -23,7 +23,7 @@ from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
 from obsdiff.pruning.defaults import departures, pattern_by, spared_by
-from obsdiff.pruning.plan import Plan, make_plan, packages_of
+from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.solve import LayerResult, SolveOptions, portable, solve_groups, solve_site
 from obsdiff.pruning.statistics import Statistics, check_measured_on
@@ -64,7 +64,8 @@ class PruneReport:
         packages: Calibration passes.
         model: Hash of the dense denoiser.
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
-        notes: For people: where the calibration was another than the method asks for.
+        notes: For people: what cannot be done to this denoiser, and where the calibration was another than the method
+            asks for.
     """
 
     pattern: Pattern
@@ -177,7 +178,7 @@ def prune(
             report.shrunk = shrunk_config(graph, plan.entries)
             become_shrunk(edits, graph.denoiser, report.shrunk)
         _count(graph, report)
-    report.notes = departures(method, report.fingerprint, packages)
+    report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, packages)]
     report.time_s["total"] = time.perf_counter() - started
     return report
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from obsdiff.errors import UserError
 from obsdiff.models.checks import check_plain
 from obsdiff.models.graph import Graph, Group
+from obsdiff.models.subject import refusals
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured
 
@@ -88,8 +90,9 @@ def make_plan(
             raise UserError(f"cannot spare block {block}: the denoiser has blocks 0 to {number - 1}")
         spared.add(block % number)
     blocks = {group.name: group.stage for group in graph.groups} if structured else dict(graph.layers)
-    _check_matches(include, blocks, "include")
-    _check_matches(exclude, blocks, "exclude")
+    reasons = refusals(graph.denoiser, graph.family) if structured and graph.family.refused else {}
+    _check_matches(include, blocks, "include", reasons)
+    _check_matches(exclude, blocks, "exclude", reasons)
     chosen = [
         name
         for name, block in blocks.items()
@@ -102,15 +105,49 @@ def make_plan(
             f"the plan matches no layer: include {list(include)}, exclude {list(exclude)}, spared blocks "
             f"{sorted(spared)} leave nothing of {len(blocks)} candidates such as {next(iter(blocks))}"
         )
+    if isinstance(pattern, Structured):
+        _check_kinds(graph, pattern, chosen)
     plan = Plan(pattern, dict.fromkeys(chosen, pattern))
     check_fit(graph, plan)
     return plan
 
 
-def _check_matches(rules: Sequence[str], names: dict[str, int], option: str) -> None:
+def _check_kinds(graph: Graph, pattern: Structured, chosen: Sequence[str]) -> None:
+    """Refuse a pattern that names kinds of units of which there are none to remove."""
+    there = list(dict.fromkeys(group.kind for group in graph.groups))
+    left = {graph.group_of[name].kind for name in chosen}
+    for kind in pattern.named:
+        if kind not in there:
+            raise UserError(
+                f"{pattern} names {kind}, and a {graph.family.denoiser} has none that can be cut (it has "
+                f"{' and '.join(there)}); leave {kind} out"
+            )
+        if kind not in left:
+            raise UserError(
+                f"{pattern} names {kind}, of which include, exclude and spared blocks leave none; choose others or "
+                f"leave {kind} out"
+            )
+
+
+def _check_matches(rules: Sequence[str], names: Mapping[str, int], option: str, refused: Mapping[str, str]) -> None:
     for rule in rules:
-        if not any(fnmatchcase(name, rule) for name in names):
-            raise UserError(f"--{option} {rule!r} matches none of {len(names)} names such as {next(iter(names))}")
+        if any(fnmatchcase(name, rule) for name in names):
+            continue
+        for name, reason in refused.items():
+            if fnmatchcase(name, rule):
+                raise UserError(
+                    f"--{option} {rule!r} names what cannot be cut, such as {name}: {reason}; single weights of its "
+                    "layers can go (unstructured:RATIO, N:M)"
+                )
+        raise UserError(
+            f"--{option} {rule!r} matches none of {len(names)} names; they are such as {', '.join(likely(rule, names))}"
+        )
+
+
+def likely(wrong: str, names: Iterable[str]) -> list[str]:
+    """Up to three names that ``wrong`` may have meant: the nearest ones, else the first."""
+    listed = list(names)
+    return get_close_matches(wrong.strip("*"), listed, 3, 0.5) or listed[:3]
 
 
 def check_fit(graph: Graph, plan: Plan) -> None:
@@ -138,6 +175,20 @@ def check_fit(graph: Graph, plan: Plan) -> None:
                     f"pattern {pattern} does not fit layer {name}: its {columns} inputs are not a multiple of "
                     f"{pattern.m}; choose another M or exclude the layer"
                 )
+
+
+def remarks(graph: Graph, plan: Plan) -> list[str]:
+    """For people: what cannot be done to this denoiser."""
+    kind = graph.family.denoiser
+    if not graph.family.known:
+        return [
+            f"{kind} is known by tracing alone: unstructured and N:M patterns on its {len(graph.layers)} layers, no "
+            "structured ones (docs/adding-a-family.md)"
+        ]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in (refusals(graph.denoiser, graph.family) if plan.structured else {}).items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"left whole: {len(names)} such as {names[0]}, {reason}" for reason, names in reasons.items()]
 
 
 def kept_units(group: Group, pattern: Structured) -> int:

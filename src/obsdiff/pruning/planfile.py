@@ -9,8 +9,9 @@ from obsdiff.errors import UserError
 from obsdiff.files import write_text
 from obsdiff.models.content import model_hash
 from obsdiff.models.graph import Graph
+from obsdiff.models.subject import refusals
 from obsdiff.obs.pattern import NM, Structured, parse_pattern
-from obsdiff.pruning.plan import Plan, check_fit
+from obsdiff.pruning.plan import Plan, check_fit, likely
 from obsdiff.yamlfiles import read_yaml
 
 FILE = "plan.yaml"
@@ -107,11 +108,17 @@ def fitted_plan(plan: Plan, graph: Graph, what: str = "the plan") -> Plan:
     there = [groups.name for groups in graph.groups] if plan.structured else list(graph.site_of)
     if not plan.entries:
         raise UserError(f"{what} names no layer")
+    if plan.structured and not there:
+        raise UserError(f"{what} is structured, and nothing can be cut out of a {graph.family.denoiser}")
     if unknown := [name for name in plan.entries if name not in there]:
         kind = "attention or feed-forward module" if plan.structured else "prunable layer"
+        refused = refusals(graph.denoiser, graph.family) if plan.structured else {}
+        for name in unknown:
+            if name in refused:
+                raise UserError(f"{what} names {name}, which cannot be cut: {refused[name]}")
         raise UserError(
             f"{what} names {len(unknown)} that this denoiser has no {kind} for, such as {unknown[0]}; "
-            f"there are {len(there)} such as {there[0]}"
+            f"there are {len(there)} such as {', '.join(likely(unknown[0], there))}"
         )
     ordered = Plan(plan.pattern, {n: plan.entries[n] for n in there if n in plan.entries}, plan.rule, plan.budget)
     check_fit(graph, ordered)

@@ -6,6 +6,7 @@ import inspect
 
 from torch import nn
 
+from obsdiff.models.families.aura_flow import AURA_FLOW
 from obsdiff.models.families.base import Family, TextSegment
 from obsdiff.models.families.chroma import CHROMA
 from obsdiff.models.families.cogvideox import COGVIDEOX
@@ -36,6 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     SANA,
     LUMINA2,
     Z_IMAGE,
+    AURA_FLOW,
     WAN,
     LTX,
     COGVIDEOX,
