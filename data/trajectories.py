@@ -8,7 +8,9 @@ from torch.utils.data import Dataset
 
 from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
 from obsdiff.data.prompts import load_prompts
+from obsdiff.errors import UserError
 from obsdiff.models.calling import WHICH
+from obsdiff.models.conditioning import told_nothing
 from obsdiff.numbers import check_whole
 from obsdiff.paths import user_path
 from obsdiff.pruning.folder import load_pipeline
@@ -48,7 +50,8 @@ class TrajectoryDataModule(RecoveryData):
     Args:
         pipeline: The dense pipeline: an embedded name, a folder, or a hub id.
         folder: Where the recording is kept; one of the same settings is used again.
-        prompts: Prompt set, as for the calibration.
+        prompts: Prompt set, as for the calibration; None for a pipeline that is told nothing, of which ``num_prompts``
+            trajectories are recorded.
         column: Caption column of a table or dataset.
         num_prompts: Prompts to draw; default: all.
         steps: Denoising steps; default: the pipeline's own.
@@ -63,7 +66,7 @@ class TrajectoryDataModule(RecoveryData):
         self,
         pipeline: str,
         folder: str,
-        prompts: str,
+        prompts: str | None = None,
         column: str | None = None,
         num_prompts: int | None = None,
         steps: int | None = None,
@@ -77,7 +80,12 @@ class TrajectoryDataModule(RecoveryData):
         check_loading(batch_size, num_workers, seed)
         check_whole("data.record_batch_size", record_batch_size)
         self.pipeline, self.folder = pipeline, user_path(folder, "data.folder")
-        self.prompts = load_prompts(prompts, column, num_prompts, seed)
+        if prompts is None and num_prompts is None:
+            raise UserError("give data.prompts; or data.num_prompts for a pipeline that draws without prompts")
+        self.named = prompts
+        self.prompts = (
+            [""] * (num_prompts or 0) if prompts is None else load_prompts(prompts, column, num_prompts, seed)
+        )
         self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
         self.batch_size, self.record_batch_size, self.num_workers = batch_size, record_batch_size, num_workers
         self.trajectories: Trajectories | None = None
@@ -87,6 +95,8 @@ class TrajectoryDataModule(RecoveryData):
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         pipe = load_pipeline(self.pipeline)
+        if not told_nothing(pipe, self.named) and self.named is None:
+            raise UserError(f"give data.prompts: {self.pipeline} draws what it is told")
         if (self.folder / INDEX).exists():
             check_recording(
                 self.folder, recording_request(pipe, self.prompts, self.steps, self.guidance_scale, self.seed)

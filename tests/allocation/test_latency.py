@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line(statistics, clocks, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(clock, "save_file", full)
     with pytest.raises(obsdiff.UserError, match=r"cannot write the denoisers .*No space left on device; set TMPDIR"):
         chosen(statistics, "latency:0.9")
 

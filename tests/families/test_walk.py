@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 import obsdiff
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.denoisers import denoiser_of
-from obsdiff.models.info import PipelineInfo, attach_info
+from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
 from obsdiff.models.loading import absent
 from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.hessian import weight_matrices
@@ -36,9 +36,8 @@ class Case:
 
     def fresh(self):
         pipe = self.row.build(encoders=False)
-        attach_info(
-            pipe, PipelineInfo(self.row.pipeline, {k: v for k, v in self.row.call.items() if k != "output_type"})
-        )
+        call = {name: value for name, value in self.row.call.items() if name in CALL_ARGUMENTS}
+        attach_info(pipe, PipelineInfo(self.row.pipeline, call))
         return pipe
 
     def traced(self):

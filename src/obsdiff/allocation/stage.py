@@ -22,6 +22,7 @@ from obsdiff.allocation.planning import (
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
+from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import subject_of
@@ -36,12 +37,14 @@ from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 
 
 def calibration_prompts(pipe: Any, options: PruningOptions) -> list[str]:
-    """The prompts that the options name, else the pipeline's own.
+    """The prompts that the options name, else the pipeline's own; empty ones for a pipeline that is told nothing.
 
     Raises:
-        UserError: There are none.
+        UserError: There are none, or the pipeline takes none.
     """
     calibration = options.calibration
+    if told_nothing(pipe, calibration.prompts):
+        return [""] * calibration.num_prompts
     source = calibration.prompts or info_of(pipe).prompts.get("calibration")
     if source is None:
         raise UserError("give calibration.prompts: a file, a dataset (owner/name), or an embedded set")

@@ -25,6 +25,7 @@ from obsdiff.export.places import check_places, finite, pipeline_bytes, write_or
 from obsdiff.export.report import draw_samples, render_markdown, steps_taken
 from obsdiff.files import check_space, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
+from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.pruning.folder import write_pipeline
@@ -136,6 +137,8 @@ def evaluation_prompts(pipe: Any, options: PruneOptions) -> list[str]:
         raise UserError(f"evaluation.batch_size is {evaluation.batch_size}; it must be at least 1")
     if evaluation.num_images == 0:
         return []
+    if told_nothing(pipe, evaluation.prompts):
+        return [""] * evaluation.num_images
     named = evaluation.prompts or own.get("evaluation")
     source = named or calibration.prompts or own["calibration"]
     column = evaluation.column if evaluation.prompts else None if named else calibration.column

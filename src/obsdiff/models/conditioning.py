@@ -104,6 +104,23 @@ def check_prompts(prompts: Sequence[str] | Conditioning) -> None:
             raise UserError(f"prompt {i} is {str(prompt)[:40]!r}, a {type(prompt).__name__}; prompts are strings")
 
 
+def told_nothing(pipe: Any, prompts: str | None = None) -> bool:
+    """Whether a pipeline draws without being told what.
+
+    Args:
+        pipe: The pipeline.
+        prompts: A prompt set that was named for it.
+
+    Raises:
+        UserError: It draws without prompts, and one was named.
+    """
+    if find_family(*denoisers_of(pipe).values()).input != "nothing":
+        return False
+    if prompts is not None:
+        raise UserError(f"this {type(pipe).__name__} draws without prompts; leave {prompts} out")
+    return True
+
+
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> Conditioning:
     """What the pipeline makes of ``prompts`` before it denoises (negative prompt "", as when a user gives none).

@@ -12,6 +12,7 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import check_measurable
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.models.calls import remembered_call
+from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.content import DECODING, component_hashes
 from obsdiff.models.denoisers import denoiser_of, denoisers_of
 from obsdiff.models.families import find_family
@@ -55,6 +56,8 @@ def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
     info = info_of(pipe)
     if options.num_images < 1:
         return []
+    if told_nothing(pipe, options.prompts):
+        return [""] * options.num_images
     source = options.prompts or info.prompts.get("evaluation")
     if source is None:
         raise UserError("give --model.evaluation.prompts, or --model.evaluation.num_images 0 for no evaluation")
