@@ -80,6 +80,10 @@ def checked_inspect(options: InspectOptions) -> InspectOptions:
     Raises:
         UserError: Nothing is there.
     """
+    if options.folder is None or options.families:
+        if options.families and options.folder is None:
+            return options
+        raise UserError("give the folder of a prune run or a plan file, or --families; one of them")
     folder = user_path(options.folder, "folder")
     if not folder.exists():
         raise UserError(f"{folder} not found; give the folder of a prune run, or a plan file (.yaml)")

@@ -40,13 +40,15 @@ class SampleOptions:
 
 @dataclass
 class InspectOptions:
-    """Show what was done to a pipeline, layer by layer.
+    """Show what was done to a pipeline, layer by layer, or what can be done to which.
 
     Args:
         folder: A prune run's folder, or a plan file (.yaml).
+        families: In place of a folder: a table of the denoisers that are known, and what each supports.
     """
 
-    folder: str
+    folder: str | None = None
+    families: bool = False
 
 
 @dataclass

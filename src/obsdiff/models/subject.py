@@ -127,7 +127,8 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
         traced: One call of it. None: stages in the order of registration, and no sites.
     """
     family = family or find_family(*parts_of(denoiser).values())
-    stages = traced.stages if traced is not None else tuple(stages_of(denoiser))
+    found = traced.stages if traced is not None else stages_of(denoiser)
+    stages = tuple(name for name in found if not any(fnmatchcase(name, rule) for rule in family.apart))
     modules = list(walk(stages, denoiser))
     groups: list[Group] = []
     for i, name, module in modules if family.known else ():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 
-from torch import nn
-
 from obsdiff.models.families.aura_flow import AURA_FLOW
 from obsdiff.models.families.base import Family, TextSegment
 from obsdiff.models.families.chroma import CHROMA
@@ -54,7 +52,8 @@ def find_family(denoiser: object, *_: object) -> Family:
     for family in FAMILIES:
         if family.denoiser in names:
             return family
-    accepted = inspect.signature(denoiser.forward).parameters if isinstance(denoiser, nn.Module) else {}
+    forward = getattr(denoiser, "forward", None)
+    accepted = {} if forward is None else inspect.signature(forward).parameters
     found = [name for known in SAMPLES for name in accepted if name == known] or ["hidden_states"]
     time = next((name for name in accepted if name in TIMES), "timestep")
     return Family(type(denoiser).__name__, sample=found[0], time=time, known=False)

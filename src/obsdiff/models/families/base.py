@@ -47,6 +47,7 @@ class Family:
         mask: The denoiser's argument that says which prompt tokens are real; it is believed before the tokenizers.
         tokens: What lies along the sequences that layers read, by shell-style name pattern; the first match counts.
         refused: Groups that cannot be cut, by shell-style name pattern, with the reason.
+        apart: What looks like blocks and is none, by shell-style name pattern: left alone.
         latents: Whether the pipeline can return latents (``output_type="latent"``).
         spare: Stages that structured pruning spares by default, negative ones from the end.
         known: Whether parts of it may be cut out: False for classes that are only traced.
@@ -73,6 +74,7 @@ class Family:
     mask: str | None = None
     tokens: tuple[tuple[str, tuple[str, ...]], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
     latents: bool = True
     spare: tuple[int, ...] = (0, -1)
     known: bool = True

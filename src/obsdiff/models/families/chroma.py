@@ -9,7 +9,8 @@ CHROMA = replace(
     denoiser="ChromaTransformer2DModel",
     title="Chroma",
     pipelines=("ChromaPipeline",),
-    notes="As Flux.1, with modulations from one network (distilled_guidance_layer).",
+    notes="As Flux.1, with modulations from one network that sees the time alone and is left alone.",
     text=(),
     mask="attention_mask",
+    apart=("distilled_guidance_layer.*",),
 )
