@@ -40,7 +40,7 @@ def probe_of(pipe, prompts, triples=4):
 def test_perturbed_attention_guidance_is_refused(pipe, prompts, tmp_path, guidance_scale):
     """Three rows per prompt; and without classifier-free guidance two that are not negative and positive."""
     pipe = perturbed(pipe, guidance_scale)
-    message = r"a StableDiffusion3PAGPipeline asks .* AutoPipelineForText2Image\.from_pipe\(pipe, enable_pag=False\)"
+    message = r"a StableDiffusion3PAGPipeline asks .* StableDiffusion3Pipeline\.from_pipe\(pipe, dtype=pipe\.dtype\)"
     with pytest.raises(obsdiff.UserError, match=message):
         obsdiff.calibrate(pipe, prompts[:2])
     with pytest.raises(obsdiff.UserError, match=message):

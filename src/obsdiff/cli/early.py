@@ -8,7 +8,7 @@ from pathlib import Path
 from obsdiff.allocation.request import check_evaluation, check_values
 from obsdiff.cli.options import BenchOptions, BenchScanOptions, InspectOptions, SampleOptions
 from obsdiff.errors import UserError
-from obsdiff.models.loading import check_loading, check_source
+from obsdiff.models.loading import check_denoiser_file, check_loading, check_source
 from obsdiff.names import METHODS, PRESETS
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import parse_pattern
@@ -33,6 +33,7 @@ def checked_prune(options: PruneOptions) -> PruneOptions:
     return replace(
         options,
         pipeline=check_source(options.pipeline),
+        denoiser=_denoiser(options.denoiser),
         output=str(output),
         statistics=_optional(options.statistics, "statistics", whole=True),
         sensitivity=_optional(options.sensitivity, "sensitivity"),
@@ -69,7 +70,8 @@ def checked_sample(options: SampleOptions) -> SampleOptions:
     check_loading(options.dtype, options.device)
     output = user_path(options.output, "output")
     prompts = prompts or [""] * (options.num_images or 0)
-    return replace(options, pipeline=check_source(options.pipeline), prompt=prompts, output=str(output))
+    source, denoiser = check_source(options.pipeline), _denoiser(options.denoiser)
+    return replace(options, pipeline=source, denoiser=denoiser, prompt=prompts, output=str(output))
 
 
 def checked_inspect(options: InspectOptions) -> InspectOptions:
@@ -103,6 +105,11 @@ def check_bench(options: BenchOptions | BenchScanOptions) -> None:
         _optional(options.statistics, "statistics", whole=True)
     elif options.pipeline is not None:
         check_source(options.pipeline)
+
+
+def _denoiser(file: str | None) -> str | None:
+    path = check_denoiser_file(file)
+    return None if path is None else str(path)
 
 
 def _optional(path: str | None, option: str, whole: bool = False) -> str | None:

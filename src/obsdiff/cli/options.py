@@ -19,6 +19,8 @@ class SampleOptions:
         guidance_scale: Classifier-free guidance; default: the pipeline's own.
         device: cpu, cuda, cuda:NUMBER or mps; default: what is there, in the order cuda, mps, cpu.
         dtype: float32, bfloat16 or float16.
+        variant: Weight files to load, such as fp16; default: the plain ones, or the only variant that a folder has.
+        denoiser: A .safetensors file with the denoiser's weights, in place of the pipeline's own.
         overwrite: Replace existing files.
     """
 
@@ -31,6 +33,8 @@ class SampleOptions:
     guidance_scale: float | None = None
     device: str | None = None
     dtype: str | None = None
+    variant: str | None = None
+    denoiser: str | None = None
     overwrite: bool = False
 
 

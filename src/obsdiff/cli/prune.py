@@ -39,7 +39,9 @@ def main(args: Sequence[str] | None = None) -> None:
             None if options.sensitivity is None else Path(options.sensitivity),
         )
         with joined_processes(device) as device:
-            pipe = load_pipeline(options.pipeline, dtype=options.dtype, device=device)
+            pipe = load_pipeline(
+                options.pipeline, dtype=options.dtype, device=device, variant=options.variant, denoiser=options.denoiser
+            )
             report = prune_run(pipe, options)
             if rank() == 0:
                 print(prune_summary(report, options.output))

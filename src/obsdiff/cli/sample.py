@@ -33,6 +33,8 @@ def main(args: Sequence[str] | None = None) -> None:
         seeds = list(range(options.seed, options.seed + len(files)))
         call = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
         check_request(prompts, seeds, call=call)
-        pipe = load_pipeline(options.pipeline, dtype=options.dtype, device=device)
+        pipe = load_pipeline(
+            options.pipeline, dtype=options.dtype, device=device, variant=options.variant, denoiser=options.denoiser
+        )
         save_images(sample(pipe, prompts, seeds, call=call), files)
         print(images_summary(f"{seeds_text(seeds)} by {options.pipeline}", files, time.perf_counter() - started))

@@ -50,7 +50,7 @@ def record_call(
     Raises:
         UserError: The pipeline cannot be run so.
     """
-    check_plain_pipeline(pipe)
+    check_plain_pipeline(pipe, family)
     if getattr(pipe, "scheduler", None) is None:
         raise UserError(f"this {type(pipe).__name__} has no scheduler, so it cannot be run; give it one")
     found: dict[str, dict[str, Any]] = {}
@@ -128,28 +128,35 @@ def remembered_call(
     return here
 
 
-def check_plain_pipeline(pipe: Any) -> None:
+def check_plain_pipeline(pipe: Any, family: Family) -> None:
     """Refuse pipelines that need an image beside the prompt, or that perturb the attention of extra rows.
+
+    Args:
+        pipe: The pipeline.
+        family: The row of its denoiser; its ``pipelines`` may do as they like.
 
     Raises:
         UserError: Saying which to use.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    images = [name for name in ("image", "control_image", "mask_image") if name in parameters]
-    perturbs = hasattr(pipe, "pag_attn_processors")
-    # image-to-video pipelines have no other class to go through
-    if perturbs or (images and not {"num_frames", "image_embeds"} & parameters.keys() and _needed(parameters, images)):
-        raise UserError(
-            f"a {type(pipe).__name__} asks its denoiser about more than prompts; measure and prune with the family's "
-            "plain pipeline, made of the same parts: AutoPipelineForText2Image.from_pipe(pipe"
-            + (", enable_pag=False)" if perturbs else ")")
-        )
+    kind = type(pipe)
+    if set(family.pipelines) & {base.__name__ for base in kind.__mro__} and not hasattr(pipe, "pag_attn_processors"):
+        return
+    accepted = inspect.signature(kind.__call__).parameters
+    more = [name for name in _MORE if name in accepted]
+    if not (more or hasattr(pipe, "pag_attn_processors")) or not family.pipelines:
+        return
+    stems = {name: name.removesuffix("Pipeline") for name in family.pipelines}
+    plain = max(stems, key=lambda name: kind.__name__.startswith(stems[name]) * len(stems[name]))
+    what = ", ".join(more) if more else "perturbed attention"
+    raise UserError(
+        f"a {kind.__name__} asks its denoiser about more than prompts ({what}); measure and prune with the plain "
+        f"pipeline of the same parts, {plain}.from_pipe(pipe, dtype=pipe.dtype), and save either; of a folder, "
+        f"{plain}.from_pretrained(folder, dtype=...)"
+    )
 
 
-def _needed(parameters: Mapping[str, inspect.Parameter], names: Sequence[str]) -> bool:
-    """Whether a pipeline works on an image: it has a strength, a mask or a control."""
-    controls = {"strength", "mask_image", "control_image", "controlnet_conditioning_scale"}
-    return bool(controls & parameters.keys()) and bool(names)
+# arguments of pipelines that work on something given
+_MORE = ("image", "video", "mask_image", "control_image", "control_video", "controlnet_conditioning_scale", "strength")
 
 
 def small_call(pipe: Any, denoisers: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,23 @@ from obsdiff.errors import UserError
 from obsdiff.files import read_json
 from obsdiff.models.info import INFO_FILE, PipelineInfo, attach_info, read_info
 from obsdiff.models.register import register
+from obsdiff.models.weightfiles import denoiser_in, read_denoiser, variant_in
 from obsdiff.names import DTYPES, EMBEDDED
 from obsdiff.paths import user_path
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which of a pipeline's weight files are loaded.
+
+    Attributes:
+        variant: Such as "fp16", for files called ``….fp16.safetensors``; None: the plain ones, or of a folder that has
+            none of these the only variant.
+        denoiser: A ``.safetensors`` file in place of the pipeline's own denoiser.
+    """
+
+    variant: str | None = None
+    denoiser: str | Path | None = None
 
 
 def open_pipeline(
@@ -26,6 +42,7 @@ def open_pipeline(
     device: str = "cpu",
     manifest: Mapping[str, Any] | None = None,
     name: str | None = None,
+    weights: Weights = Weights(),
 ) -> Any:
     """Load what diffusers loads, with obsdiff's information attached.
 
@@ -35,12 +52,14 @@ def open_pipeline(
         device: Where it goes.
         manifest: ``pruning.json`` that belongs to it.
         name: What to call it in reports; the source by default.
+        weights: Which files.
 
     Raises:
         UserError: Nothing loadable is called so.
     """
     check_loading(dtype, device)
     folder = find_pipeline(source)
+    variant, denoiser = variant_in(Path(folder), weights.variant), check_denoiser_file(weights.denoiser)
     choose_device(device)
     info = read_info(Path(folder))
 
@@ -48,9 +67,19 @@ def open_pipeline(
     from diffusers import DiffusionPipeline
 
     register()
+    given: dict[str, Any] = {**absent(folder)}
     try:
+        if variant is not None:
+            given["variant"] = variant
+        own = {}
+        if denoiser is not None:
+            component, kind = denoiser_in(dict(DiffusionPipeline.load_config(folder)), str(source))
+            own[component] = read_denoiser(denoiser, folder, component, kind, getattr(torch, dtype))
         with _missing_weights() as missing:
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **absent(folder))
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **given, **own)
+        pipe.register_modules(**own)  # where the class calls its denoiser optional (Wan), diffusers loads another
+    except UserError:
+        raise
     except Exception as error:  # diffusers, hub client and safetensors raise a dozen kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load pipeline {source}: {type(error).__name__}: {reason}") from error
@@ -69,9 +98,24 @@ def open_pipeline(
             f"cannot load pipeline {source}: its files lack {len(missing)} weights, such as {missing[0]}; copy or "
             "download it again"
         )
-    attach_info(pipe, PipelineInfo(name or str(source), **info, manifest=manifest))
+    called = name or str(source) + ("" if denoiser is None else f" with {denoiser}")
+    attach_info(pipe, PipelineInfo(called, **info, manifest=manifest))
     pipe.set_progress_bar_config(disable=True)
     return to_device(pipe, device)
+
+
+def check_denoiser_file(file: str | Path | None) -> Path | None:
+    """The file, ``~`` filled in.
+
+    Raises:
+        UserError: It is missing, or no ``.safetensors`` file.
+    """
+    if file is None:
+        return None
+    path = user_path(str(file), "denoiser")
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise UserError(f"--denoiser {path} is no .safetensors file; give one file with a denoiser's weights")
+    return path
 
 
 def absent(folder: str | Path) -> dict[str, None]:

@@ -14,7 +14,7 @@ from obsdiff.files import check_folder, check_writable, read_json, whole_folder,
 from obsdiff.models import obsdiff_shrunk
 from obsdiff.models.denoisers import dtype_of, parts_of, shrunk_of
 from obsdiff.models.info import info_of, write_info
-from obsdiff.models.loading import open_pipeline, to_device
+from obsdiff.models.loading import Weights, open_pipeline, to_device
 from obsdiff.models.register import LIBRARY
 from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.pattern import Structured, parse_pattern
@@ -83,7 +83,14 @@ def write_pipeline_files(pipe: Any, folder: Path) -> None:
     write_json(target / "model_index.json", index)
 
 
-def load_pipeline(source: Any, *, dtype: str | None = None, device: str = "cpu") -> Any:
+def load_pipeline(
+    source: Any,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    variant: str | None = None,
+    denoiser: str | Path | None = None,
+) -> Any:
     """Load a pipeline: an embedded one by name ("digits-sd3"), a prune run's folder, any diffusers folder, a hub id.
 
     Pruned pipelines come back exactly as they were saved, shrunk shapes included, and are checked against their
@@ -93,15 +100,22 @@ def load_pipeline(source: Any, *, dtype: str | None = None, device: str = "cpu")
         source: The name or folder; a pipeline object is moved to ``device`` and returned.
         dtype: "float32", "bfloat16" or "float16"; None: what a prune run was saved in, else "float32".
         device: Such as "cpu" or "cuda".
+        variant: Weight files to load, such as "fp16"; None: the plain ones, or the only variant of a folder.
+        denoiser: A ``.safetensors`` file in place of the pipeline's denoiser.
 
     Raises:
         UserError: Nothing loadable is called so, or the files do not belong together.
     """
+    weights = Weights(variant, denoiser)
     if not isinstance(source, str | Path):
+        if weights != Weights():
+            raise UserError("variant and denoiser choose files; leave them out for a pipeline that is loaded already")
         return to_device(source, device)
     folder = run_folder(source)
     if folder is None:
-        return open_pipeline(source, dtype or "float32", device)
+        return open_pipeline(source, dtype or "float32", device, weights=weights)
+    if weights != Weights():
+        raise UserError(f"{source} is a prune run, which has one set of weights; leave out variant and denoiser")
     manifest = read_manifest(folder)
     pipe = open_pipeline(folder / PIPELINE, dtype or manifest["dtype"], device, manifest, name=str(source))
     check_against_manifest(pipe, folder, manifest)

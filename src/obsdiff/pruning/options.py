@@ -144,6 +144,8 @@ class PruneOptions(PruningOptions):
             one, else cpu. With several processes (torchrun) each takes its own cuda device.
         dtype: float32, bfloat16 or float16; statistics and solves are float32 always. Default: as saved by an earlier
             run, else float32.
+        variant: Weight files to load, such as fp16; default: the plain ones, or the only variant that a folder has.
+        denoiser: A .safetensors file with the denoiser's weights, in place of the pipeline's own.
         statistics: Folder to keep the calibration in; an existing one is used instead of calibrating again.
         sensitivity: Folder to keep the scan in, and what was timed for a latency budget; what an existing one holds is
             not measured again.
@@ -156,6 +158,8 @@ class PruneOptions(PruningOptions):
     output: str
     device: str | None = None
     dtype: str | None = None
+    variant: str | None = None
+    denoiser: str | None = None
     statistics: str | None = None
     sensitivity: str | None = None
     overwrite: bool = False

@@ -5,5 +5,7 @@ from obsdiff.models.families.base import Family
 AURA_FLOW = Family(
     denoiser="AuraFlowTransformer2DModel",
     title="AuraFlow",
+    pipelines=("AuraFlowPipeline",),
+    notes="Eight register tokens stand before the text. No layer has a bias.",
     time_scale=1 / 1000,
 )

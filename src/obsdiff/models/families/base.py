@@ -29,6 +29,9 @@ class Family:
         denoiser: Class name in diffusers.
         components: Its names in the pipeline; two where a pipeline splits its steps over two denoisers.
         title: The models that use it, for people.
+        pipelines: Pipeline classes that make images of prompts alone with it: those that can be measured.
+        cuts: Kinds of units that its blocks have: "heads", "ffn", "channels".
+        notes: What else a user should know, for people.
         sample, time: Its arguments that hold the noisy latents (a tensor, or a list of one per row) and the time.
         time_scale, time_offset: The time it is told is ``offset + scale · t`` for the scheduler's t in 0 to 1000.
         sign: -1 where the pipeline negates its output.
@@ -52,6 +55,9 @@ class Family:
     denoiser: str
     components: tuple[str, ...] = ("transformer",)
     title: str = ""
+    pipelines: tuple[str, ...] = ()
+    cuts: tuple[str, ...] = ("heads", "ffn")
+    notes: str = ""
     sample: str = "hidden_states"
     time: str = "timestep"
     time_scale: float = 1.0

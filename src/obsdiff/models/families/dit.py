@@ -5,6 +5,8 @@ from obsdiff.models.families.base import Family
 DIT = Family(
     denoiser="DiTTransformer2DModel",
     title="DiT",
+    pipelines=("DiTPipeline",),
+    notes="Every block holds embedders of time and class of its own. Prompts are class numbers or names.",
     learned_sigma=True,
     guidance="last",
     input="class_labels",

@@ -5,6 +5,11 @@ from obsdiff.models.families.base import IMAGE, TEXT, Family, TextSegment
 FLUX = Family(
     denoiser="FluxTransformer2DModel",
     title="Flux.1",
+    pipelines=("FluxPipeline",),
+    notes=(
+        "Joint attention is cut in both streams at once; in single blocks heads and neurons share one "
+        "output layer and one Hessian (15,360 wide in the public models)."
+    ),
     time_scale=1 / 1000,
     guidance="calls",
     text=(TextSegment(("tokenizer_2",), length_argument="max_sequence_length", default_length=512),),

@@ -5,6 +5,11 @@ from obsdiff.models.families.base import IMAGE, TEXT, Family
 FLUX2 = Family(
     denoiser="Flux2Transformer2DModel",
     title="Flux.2, Klein",
+    pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+    notes=(
+        "No layer has a bias, so no refit can take up a mean. Single blocks are one input and one output"
+        " layer (24,576 wide in dev, 2.4 GB of Hessian each)."
+    ),
     time_scale=1 / 1000,
     guidance="calls",
     tokens=(

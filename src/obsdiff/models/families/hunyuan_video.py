@@ -5,6 +5,8 @@ from obsdiff.models.families.base import IMAGE, TEXT, Family
 HUNYUAN_VIDEO = Family(
     denoiser="HunyuanVideoTransformer3DModel",
     title="HunyuanVideo",
+    pipelines=("HunyuanVideoPipeline",),
+    notes="Guidance is embedded. The refiner of the text is cut too.",
     guidance="calls",
     mask="encoder_attention_mask",
     tokens=(

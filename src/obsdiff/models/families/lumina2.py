@@ -8,6 +8,8 @@ from obsdiff.models.families.base import TEXT, Family
 LUMINA2 = Family(
     denoiser="Lumina2Transformer2DModel",
     title="Lumina 2",
+    pipelines=("Lumina2Pipeline",),
+    notes="A unit of heads is one head of keys and values with all query heads that read it.",
     time_scale=-1 / 1000,
     time_offset=1.0,
     sign=-1,

@@ -5,6 +5,8 @@ from obsdiff.models.families.base import TEXT, Family
 QWEN_IMAGE = Family(
     denoiser="QwenImageTransformer2DModel",
     title="Qwen-Image",
+    pipelines=("QwenImagePipeline",),
+    notes="In the last block the text's queries, output and feed-forward network reach nothing.",
     time_scale=1 / 1000,
     guidance="calls",
     mask="encoder_hidden_states_mask",

@@ -5,6 +5,11 @@ from obsdiff.models.families.base import TEXT, Family
 SANA = Family(
     denoiser="SanaTransformer2DModel",
     title="Sana, Sana 1.5, Sana Sprint",
+    pipelines=("SanaPipeline", "SanaSprintPipeline"),
+    notes=(
+        "Neurons are the channels of gated convolutions; depthwise layers only follow. 1.5 and Sprint "
+        "normalise queries and keys over all heads: see below."
+    ),
     mask="encoder_attention_mask",
     tokens=(("*.attn2.to_[kv]", (TEXT,)),),
 )

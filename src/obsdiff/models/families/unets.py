@@ -6,6 +6,12 @@ UNET_CONDITION = Family(
     denoiser="UNet2DConditionModel",
     components=("unet",),
     title="Stable Diffusion 1.5, 2.1, XL",
+    pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    cuts=("heads", "ffn", "channels"),
+    notes=(
+        "ResNet blocks lose inner channels by whole GroupNorm groups, the only exact way. Keys and values of all "
+        "cross-attentions read one tensor: one Hessian serves them all."
+    ),
     sample="sample",
     text=(TextSegment(("tokenizer", "tokenizer_2")),),
     tokens=(("*.attn2.to_[kv]", (TEXT,)),),
@@ -16,6 +22,9 @@ UNET = Family(
     denoiser="UNet2DModel",
     components=("unet",),
     title="DDPM",
+    pipelines=("DDPMPipeline",),
+    cuts=("heads", "channels"),
+    notes="Pixels, no prompts. An attention with one head (ddpm-cifar10) has none to spare.",
     sample="sample",
     guidance="none",
     input="nothing",

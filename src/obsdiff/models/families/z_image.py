@@ -5,6 +5,8 @@ from obsdiff.models.families.base import Family
 Z_IMAGE = Family(
     denoiser="ZImageTransformer2DModel",
     title="Z-Image",
+    pipelines=("ZImagePipeline",),
+    notes="Its guidance scale adds to one.",
     sample="x",
     time="t",
     time_scale=-1 / 1000,
