@@ -7,6 +7,7 @@ Z_IMAGE = Family(
     title="Z-Image",
     sample="x",
     time="t",
+    embeds="cap_feats",
     time_scale=-1 / 1000,
     time_offset=1.0,
     sign=-1,
