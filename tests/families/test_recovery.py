@@ -1,6 +1,5 @@
 """Every family recorded, replayed and recovered: from prompts, through its own text encoders, from a saved folder."""
 
-import json
 
 import pytest
 import torch
