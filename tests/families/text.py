@@ -160,7 +160,7 @@ def _chat_tokenizer(template: str = "") -> Any:
 
 
 def qwen3(with_head: bool = False) -> tuple[Any, Any]:
-    """The bare model as Z-Image has it, or the language model of Flux.2 Klein, of which layers 9, 18 and 27 are read."""
+    """The bare model as Z-Image has it, or the language model of Flux.2 Klein (layers 9, 18 and 27 are read)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     tokenizer = _chat_tokenizer()
