@@ -1,6 +1,5 @@
 """Every family recorded, replayed and recovered: from prompts, through its own text encoders, from a saved folder."""
 
-
 import pytest
 import torch
 from torch.utils.data import default_collate
