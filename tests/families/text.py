@@ -117,13 +117,13 @@ def t5(width: int = TEXT_WIDTH, multilingual: bool = False) -> tuple[Any, Any]:
     return T5EncoderModel(T5Config(**sizes)), tokenizer
 
 
-def _decoder_sizes(tokenizer: Any) -> dict[str, Any]:
+def _decoder_sizes(tokenizer: Any, layers: int = 4) -> dict[str, Any]:
     """Of a small causal language model with grouped keys and values."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_WIDTH,
         "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
@@ -160,11 +160,12 @@ def _chat_tokenizer(template: str = "") -> Any:
 
 
 def qwen3(with_head: bool = False) -> tuple[Any, Any]:
-    """The bare model as Z-Image has it, or the language model of Flux.2 Klein."""
+    """The bare model as Z-Image has it, or the language model of Flux.2 Klein (layers 9, 18 and 27 are read)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     tokenizer = _chat_tokenizer()
-    return (Qwen3ForCausalLM if with_head else Qwen3Model)(Qwen3Config(**_decoder_sizes(tokenizer))), tokenizer
+    sizes = _decoder_sizes(tokenizer, 28 if with_head else 4)
+    return (Qwen3ForCausalLM if with_head else Qwen3Model)(Qwen3Config(**sizes)), tokenizer
 
 
 def qwen25_vl(template: str) -> tuple[Any, Any]:
@@ -206,7 +207,8 @@ def llama(template: str) -> tuple[Any, Any]:
 
 
 def mistral3(template: str) -> tuple[Any, Any]:
-    """With an image side, which text alone never runs, and a processor in the place of a tokenizer."""
+    """With an image side, which text alone never runs, and a processor in the place of a tokenizer; layers 10, 20 and
+    30 are read."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PixtralImageProcessor, PixtralProcessor
 
     marks = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
@@ -218,7 +220,7 @@ def mistral3(template: str) -> tuple[Any, Any]:
         model_max_length=1024,
     )
     config = Mistral3Config(
-        text_config={"model_type": "mistral", **_decoder_sizes(tokenizer)},
+        text_config={"model_type": "mistral", **_decoder_sizes(tokenizer, 31)},
         vision_config={
             "model_type": "pixtral",
             "hidden_size": 16,

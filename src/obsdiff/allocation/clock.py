@@ -31,29 +31,32 @@ PROCESS_S, LEAST_ROUNDS = 10.0, 5  # a new process times for so long, and at lea
 Calls = Sequence[Callable[[], Any]]
 
 
+def _now() -> float:
+    """Seconds that only rise; without an accelerator those that this thread runs."""
+    if not torch.accelerator.is_available():
+        return time.thread_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 @torch.no_grad()
 def time_calls(calls: Calls) -> list[float]:
-    """Mean seconds of each call in one round of short turns, so that a slow spell of the machine hits all alike.
+    """Median seconds of each call in one round of short turns, so that a slow spell of the machine hits all alike.
 
     A turn repeats one call, as sampling does, and does not count its first ``WARM_S``: right after another model a call
-    finds its weights out of the caches, which hides a part of what was saved. It is a mean, since a median would leave
-    out the other programs of a busy machine for short calls only.
+    finds its weights out of the caches, which hides a part of what was saved. Without an accelerator the seconds are
+    those that this thread runs: on a busy machine the others spread by several times as much (docs/results.md).
     """
 
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def turn(call: Callable[[], Any]) -> float:
-        times, started = list[float](), now()
+        times, started = list[float](), _now()
         ended = started
         while not times or ended - started < TURN_S:
             call()
-            begun, ended = ended, now()
+            begun, ended = ended, _now()
             if begun - started >= WARM_S:
                 times.append(ended - begun)
-        return statistics.fmean(times)
+        return statistics.median(times)
 
     return [turn(call) for call in calls]
 
@@ -137,8 +140,8 @@ def _time_files(folder: Path) -> None:
     denoisers = [{prefix: load(folder / f"{which}{prefix}") for prefix in arguments} for which in ("dense", "smaller")]
     calls = [call_of(parts, arguments) for parts in denoisers]
     time_calls(calls)  # allocations and kernels of the first calls are not what a sampling step costs
-    started, rounds = time.perf_counter(), list[list[float]]()
-    while len(rounds) < LEAST_ROUNDS or time.perf_counter() - started < settings["time_s"]:
+    started, rounds = _now(), list[list[float]]()
+    while len(rounds) < LEAST_ROUNDS or _now() - started < settings["time_s"]:
         rounds.append(time_calls(calls))
     write_json(folder / "rounds.json", rounds)
 

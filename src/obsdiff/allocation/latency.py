@@ -41,7 +41,7 @@ from obsdiff.ranks import rank, solved_in_turn
 from obsdiff.versions import versions
 
 FILE = "latency.json"
-POINTS, ROUNDS = 5, 24  # widths at which a kind of module is timed, and how often
+POINTS, ROUNDS = 5, 12  # widths at which a kind of module is timed, and how often
 CLOSE, FAR = 0.01, 0.03  # relative distances from the budget: up to here no correction, from here on a warning
 STEP = 2.0  # a correction changes what is saved at most by this factor
 Share = tuple[float, float, float]  # of the dense latency: value, and the 95 % interval of its measurement

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obsdiff.errors import UserError
 from obsdiff.models.calls import record_call, remembered_call
 from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.denoisers import Denoisers, denoisers_of, dtype_of
@@ -17,7 +18,8 @@ from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.rows import NEGATIVE, CallRows, Path, flattened, nested, row_paths, take_rows
 
-LENGTHS, WHICH = "@lengths", "@denoiser"  # of ragged conditions their lengths; the number of the denoiser that is asked
+# of ragged conditions their lengths; the number of the denoiser that is asked; what a list holds for each row
+LENGTHS, WHICH, EACH = "@lengths", "@denoiser", "@each"
 
 
 def call_denoiser(
@@ -40,7 +42,10 @@ def call_denoiser(
     if isinstance(denoiser, Denoisers):
         return _call_both(denoiser, latents, times, conditions, common)
     family, dtype = find_family(denoiser), dtype_of(denoiser)
-    given: dict[Path, Any] = {tuple(name.split(".")): value for name, value in (common or {}).items()}
+    given: dict[Path, Any] = {
+        tuple(name.removesuffix(EACH).split(".")): [value] * len(latents) if name.endswith(EACH) else value
+        for name, value in (common or {}).items()
+    }
     for name, value in conditions.items():
         if not name.endswith((LENGTHS, WHICH)):
             told: Any = value.to(dtype) if value.is_floating_point() and value.dim() > 1 else value
@@ -90,10 +95,17 @@ def split_call(
     other = [row for row in range(rows.each * rows.prompts) if row not in set(own)]
     for path, value in flattened(given).items():
         name = ".".join(path)
+        if name == family.mask and value is None:  # none of these prompts is padded, others may be
+            value = torch.ones(given[family.embeds].shape[:2], dtype=torch.bool)
         if path[0] in (family.sample, family.time, "return_dict") or value is None:
             continue
         if path not in paths:
             common[name] = value
+            continue
+        if isinstance(value, list) and not isinstance(value[0], Tensor):
+            if any(row != value[0] for row in value):
+                raise UserError(f"{rows.kind} tells its denoiser a different {name} for each row; that cannot be kept")
+            common[name + EACH] = value[0]
             continue
         for prefix, at in (("", own), (NEGATIVE, other)):
             if at:
@@ -105,8 +117,6 @@ def _packed(name: str, value: Any, at: list[int]) -> dict[str, Tensor]:
     if isinstance(value, Tensor):
         return {name: value[at].cpu()}
     chosen = [value[i] for i in at]
-    if not all(isinstance(row, Tensor) for row in chosen):
-        return {}
     return {
         name: nn.utils.rnn.pad_sequence([row.cpu() for row in chosen], batch_first=True),
         name + LENGTHS: torch.tensor([len(row) for row in chosen]),

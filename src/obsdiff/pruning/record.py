@@ -22,7 +22,7 @@ from obsdiff.models.conditioning import check_prompts, encode_prompts
 from obsdiff.models.content import DECODING, component_hashes, model_hash
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
-from obsdiff.models.rows import CallRows
+from obsdiff.models.rows import NEGATIVE, CallRows
 from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.progress import track
@@ -31,6 +31,7 @@ from obsdiff.pruning.trajectories import check_call, noise_seeds, run_trajectori
 from obsdiff.ranks import world_size
 
 INDEX, TENSORS = "trajectories.json", "trajectories.safetensors"
+TENSOR, TUPLE = "@tensor", "@tuple"  # how what JSON does not have is written
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Trajectories:
 
     Attributes:
         latents: What the denoiser saw, (prompts, calls, ...).
-        times: The time it was told at each call, (calls,).
+        times: The time it was told at each call, (calls,), or (calls, tokens) where each token has its own.
         embeds: What the denoiser is told of every prompt, by its own argument, negative prompts' included
             (:func:`obsdiff.models.calling.split_call`), (prompts, ...).
         common: What it is told in all rows.
@@ -136,7 +137,10 @@ def record_trajectories(
     def see(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal common, rows_each
         given = rows.look(model, args, kwargs)
-        if rows.repeated:  # skip-layer guidance asks twice about the same latents
+        if rows.repeated:  # the negative prompt's own call, or skip-layer guidance: the same latents again
+            if len(seen) == 1 and family.guidance == "calls":
+                negative, _ = split_call(rows, given, paths)
+                told[-1] |= {NEGATIVE + name: tensor for name, tensor in negative.items()}
             return
         if not seen:
             found, common = split_call(rows, given, paths)
@@ -145,7 +149,8 @@ def record_trajectories(
         time = torch.as_tensor(given[family.time])
         sample = given[family.sample]
         own = torch.stack(sample[rows.own]) if family.listed else sample[rows.own]
-        seen.append((own.cpu(), time.reshape(-1)[:1].float().cpu(), numbers[id(model)]))
+        one = time[:1] if time.dim() > 1 else time.reshape(-1)[:1]  # a time for each token, or for each row
+        seen.append((own.cpu(), one.float().cpu(), numbers[id(model)]))
 
     latents: list[Tensor] = []
     times, which = torch.empty(0), torch.empty(0)
@@ -160,19 +165,44 @@ def record_trajectories(
     if len(subject.components) > 1:
         tensors["denoisers"] = which
     tensors |= {f"embeds.{name}": stacked([part[name] for part in told]) for name in told[0]}
-    tensors |= {f"common.{name}": value.cpu() for name, value in common.items() if isinstance(value, Tensor)}
+    described = _described(common, "common", tensors)
     with whole_folder(folder, INDEX, replace=True) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         request = recording_request(pipe, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started
         index: dict[str, Any] = {"request": request, "model": model_hash(subject.denoiser)}
-        index["common"] = {name: value for name, value in common.items() if not isinstance(value, Tensor)}
-        index |= {"rows": rows_each, "processes": world_size(), "time_s": spent}
+        index |= {"common": described, "rows": rows_each, "processes": world_size(), "time_s": spent}
         write_json(temporary / INDEX, index)
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON of numbers, texts, lists, tuples and dictionaries; tensors inside go to ``tensors`` by their place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.cpu()
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {key: _described(inner, f"{name}.{key}", tensors) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        inside = [_described(inner, f"{name}.{i}", tensors) for i, inner in enumerate(value)]
+        return inside if isinstance(value, list) else {TUPLE: inside}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"the denoiser is told a {type(value).__name__} ({name}), which cannot be kept in a file")
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The opposite of :func:`_described`."""
+    if isinstance(value, dict):
+        if TENSOR in value:
+            return tensors[value[TENSOR]]
+        if TUPLE in value:
+            return tuple(_restored(inner, tensors) for inner in value[TUPLE])
+        return {key: _restored(inner, tensors) for key, inner in value.items()}
+    return [_restored(inner, tensors) for inner in value] if isinstance(value, list) else value
 
 
 def check_recording(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -201,7 +231,7 @@ def open_trajectories(folder: Path) -> Trajectories:
             tensors["latents"],
             tensors["times"],
             embeds,
-            {**index["common"], **_named(tensors, "common.")},
+            dict(_restored(index["common"], tensors)),
             tensors.get("denoisers"),
             dict(index["request"]),
             str(index["model"]),

@@ -44,6 +44,7 @@ class Family:
             pipeline as they are.
         conditions: Which of these the denoiser is given, by its own argument: every call is checked against them.
         text: Segments of the prompt token sequence, where padding is known from the tokenizers.
+        embeds: The denoiser's argument that holds the prompt's tokens.
         mask: The denoiser's argument that says which prompt tokens are real; it is believed before the tokenizers.
         tokens: What lies along the sequences that layers read, by shell-style name pattern; the first match counts.
         refused: Groups that cannot be cut, by shell-style name pattern, with the reason.
@@ -71,6 +72,7 @@ class Family:
     encoded: tuple[str, ...] = ()
     conditions: tuple[tuple[str, str], ...] = ()
     text: tuple[TextSegment, ...] = ()
+    embeds: str = "encoder_hidden_states"
     mask: str | None = None
     tokens: tuple[tuple[str, tuple[str, ...]], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)

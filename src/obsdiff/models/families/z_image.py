@@ -9,6 +9,7 @@ Z_IMAGE = Family(
     notes="Its guidance scale adds to one.",
     sample="x",
     time="t",
+    embeds="cap_feats",
     time_scale=-1 / 1000,
     time_offset=1.0,
     sign=-1,

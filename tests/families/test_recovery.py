@@ -1,0 +1,101 @@
+"""Every family recorded, replayed and recovered: from prompts, through its own text encoders, from a saved folder."""
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+import obsdiff
+from obsdiff.data.trajectories import TrajectoryDataset
+from obsdiff.models.calling import call_denoiser, drop_prompts
+from obsdiff.models.denoisers import denoiser_of, denoisers_of
+from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, write_info
+from obsdiff.pruning.record import open_trajectories, record_trajectories
+from tests.families.pipelines import PIPELINES, PROMPTS
+
+# an image-to-video pipeline is told of an image too, which a list of prompts does not hold
+WITH_PROMPTS = [name for name in PIPELINES if name != "wan21-i2v"]
+NO_GUIDANCE = {"qwen-image"}  # its guidance asks for a negative prompt
+
+
+def prompts_of(row):
+    """What the pipeline is asked for: texts, classes or nothing."""
+    if row.text == "class_labels":
+        return ["0", "5", "2"]
+    return list(PROMPTS[:3]) if row.text else [""] * 3
+
+
+def save(name, folder):
+    """The tiny pipeline as a folder of diffusers with obsdiff's information."""
+    row = PIPELINES[name]
+    row.build().save_pretrained(folder)
+    call = {key: value for key, value in row.call.items() if key in CALL_ARGUMENTS and value is not None}
+    write_info(PipelineInfo(name, call), folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=WITH_PROMPTS)
+def saved(request, tmp_path_factory):
+    """Name and folder of one family's pipeline."""
+    return request.param, save(request.param, tmp_path_factory.mktemp("saved") / request.param)
+
+
+class Heard:
+    """What the pipeline's denoisers answered while it was recorded: by call, the latents and the answers."""
+
+    def __init__(self, row, pipe):
+        self.row, self.answers, self.models = row, [], []
+        self.handles = [m.register_forward_hook(self.hear, with_kwargs=True) for m in denoisers_of(pipe).values()]
+
+    def hear(self, model, args, given, answer):
+        self.models.append(model)
+        answer = answer[0] if isinstance(answer, tuple) else answer.sample
+        self.answers.append(torch.stack(answer) if isinstance(answer, list) else answer)
+
+    def split(self, batches, guided):
+        """Answers (prompts, calls, ...) to the prompts themselves, and to the negative ones."""
+        for handle in self.handles:
+            handle.remove()
+        each = len(self.answers) // len(batches)
+        own, negative = [], []
+        for number, size in enumerate(batches):
+            calls = self.answers[number * each : (number + 1) * each]
+            if guided and self.row.guidance == "two calls":
+                own.append(torch.stack(calls[::2], dim=1))
+                negative.append(torch.stack(calls[1::2], dim=1))
+                continue
+            halves = [(x[:size], x[-size:]) for x in calls]
+            last = self.row.guidance == "negative first"
+            own.append(torch.stack([pair[last] for pair in halves], dim=1))
+            negative.append(torch.stack([pair[not last] for pair in halves], dim=1))
+        return torch.cat(own), torch.cat(negative)
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
+    """Rows, order, arguments, masks, times: of the prompts, and of the negative ones that dropped prompts become."""
+    name, folder = saved
+    row = PIPELINES[name]
+    pipe = obsdiff.load_pipeline(folder)
+    obsdiff.models.subject.subject_of(pipe).graph  # noqa: B018  # runs the denoiser, which must not be heard
+    heard = Heard(row, pipe)
+    record_trajectories(pipe, prompts_of(row), tmp_path / "recording", batch_size=2)
+    guided = row.guidance not in ("none", "embedded") and name not in NO_GUIDANCE
+    own, negative = heard.split([2, 1], guided)
+    recording = open_trajectories(tmp_path / "recording")
+    assert recording.latents.shape[:2] == own.shape[:2]
+    batch = default_collate(list(TrajectoryDataset(recording)))
+    denoiser = denoiser_of(pipe)
+
+    def replay(dropped):
+        embeds = drop_prompts(batch["embeds"], torch.full((len(batch["latents"]),), dropped))
+        with torch.no_grad():
+            answer = call_denoiser(denoiser, batch["latents"], batch["time"], embeds, recording.common)
+        return answer.unflatten(0, own.shape[:2])
+
+    close(replay(False), own)
+    if guided:
+        close(replay(True), negative)
+        assert not torch.allclose(own, negative, rtol=1e-3)
