@@ -50,8 +50,8 @@ def costs_of(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, cal
             fewer = shrunk_flops(pipe, call, shapes_with(graph, {name: group.count // 2}))
             per_unit[name] = (total - fewer) / (group.count - group.count // 2)
     else:
-        per_unit = {name: units_parameters(graph, group) for name, group in groups.items()}
-    planned = sum(per_unit[name] * groups[name].count for name in members)
+        per_unit = {name: float(units_parameters(graph, group)) for name, group in groups.items()}
+    planned = sum([per_unit[name] * groups[name].count for name in members])
     return costs_from(
         units, lambda name, pattern: per_unit[name] * kept_units(groups[name], pattern), total - planned, total, stays
     )
