@@ -51,9 +51,9 @@ def costs_of(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, cal
             per_unit[name] = (total - fewer) / (group.count - group.count // 2)
     else:
         per_unit = {name: float(units_parameters(graph, group)) for name, group in groups.items()}
-    planned = sum([per_unit[name] * groups[name].count for name in members])
+    whole = sum(per_unit[name] * groups[name].count for name in members)
     return costs_from(
-        units, lambda name, pattern: per_unit[name] * kept_units(groups[name], pattern), total - planned, total, stays
+        units, lambda name, pattern: per_unit[name] * kept_units(groups[name], pattern), total - whole, total, stays
     )
 
 
