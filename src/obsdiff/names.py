@@ -6,6 +6,7 @@ A rule test compares them with the tables of the code.
 METHODS = ("obs", "obs-diff", "admm", "sparsegpt", "wanda", "magnitude", "random")
 STRUCTURED_METHODS = ("obs", "obs-diff", "magnitude", "random")
 FUSIONS = ("reciprocal_rank", "relative_error")
+DEAD = ("report", "remove", "ignore")
 ALLOCATIONS = ("uniform", "measured", "owl")
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED = ("digits-sd3", "digits-ddpm")

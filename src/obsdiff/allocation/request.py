@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from obsdiff.errors import UserError
-from obsdiff.names import ALLOCATIONS, FUSIONS, METHODS, STRUCTURED_METHODS
+from obsdiff.names import ALLOCATIONS, DEAD, FUSIONS, METHODS, STRUCTURED_METHODS
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import Structured, parse_pattern
 from obsdiff.obs.timesteps import timestep_weights
@@ -74,6 +74,8 @@ def check_values(options: PruningOptions) -> None:
             raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {pattern}")
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
+    if options.dead not in DEAD:
+        raise UserError(f"unknown choice dead {options.dead!r}; choose one of {', '.join(DEAD)}")
     if options.allocation is not None and options.allocation not in ALLOCATIONS:
         raise UserError(f"unknown allocation {options.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
     if options.budget is not None:

@@ -24,13 +24,13 @@ from obsdiff.errors import UserError
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
-from obsdiff.models.subject import subject_of
+from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.defaults import departures
 from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, describe, packages_of, remarks
+from obsdiff.pruning.plan import Plan, describe, packages_of, remarks, without_dead
 from obsdiff.pruning.planfile import kinds_of
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 
@@ -56,13 +56,19 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
     Raises:
         UserError: The plan does not fit, a layer would not be pruned truly, or the pipeline is pruned already.
     """
+    subject, plan = _prepared(pipe, options, prune_again)
+    return subject.graph, plan
+
+
+def _prepared(pipe: Any, options: PruningOptions, prune_again: bool) -> tuple[Subject, Plan]:
     subject = subject_of(pipe)
-    graph = subject.graph
-    plan = first_plan(graph, options)
-    subject.check(plan.layers(graph))
+    plan = first_plan(subject.graph, options)
+    if options.dead == "remove":
+        plan = without_dead(subject.graph, plan, subject.dead, options.exclude)
+    subject.check(plan.layers(subject.graph))
     if not prune_again:
-        refuse_pruned(graph)
-    return graph, plan
+        refuse_pruned(subject.graph)
+    return subject, plan
 
 
 def measures(options: PruningOptions, statistics: Path | None) -> bool:
@@ -99,7 +105,8 @@ def prune_stage(
         UserError: The request cannot be met.
     """
     check_options(options, statistics, sensitivity)
-    graph, plan = prepare(pipe, options, prune_again)
+    subject, plan = _prepared(pipe, options, prune_again)
+    graph, dead = subject.graph, [] if options.dead == "ignore" else subject.dead
     settings = options.calibration
 
     def measure(sites: set[str] | None) -> Statistics:
@@ -126,6 +133,8 @@ def prune_stage(
         allocation = allocate(pipe, options, found, prompts, store=sensitivity, quiet=quiet)
         plan, record = allocation.plan, allocation.record
         allocate_s = allocation.earlier_s + time.perf_counter() - started
+        if options.dead == "remove":
+            plan = without_dead(graph, plan, dead, options.exclude)
     report = prune(
         pipe,
         plan,
@@ -139,9 +148,19 @@ def prune_stage(
         prune_again=prune_again,
         quiet=quiet,
     )
+    report.dead = dead
+    report.notes += _of_dead(dead, options.dead)
     report.allocation = record
     report.time_s["allocate"] = allocate_s
     return report
+
+
+def _of_dead(dead: Sequence[str], choice: str) -> list[str]:
+    """For people."""
+    if not dead:
+        return []
+    what = "removed" if choice == "remove" else "free to delete (--dead remove)"
+    return [f"{len(dead)} layers reach no output of the denoiser, {what}: {', '.join(dead)}"]
 
 
 def weighting_of(options: PruningOptions, statistics: Path | None) -> str:

@@ -201,6 +201,7 @@ def _report(
         },
         "allocation": done.allocation,
         "notes": done.notes,
+        "dead": done.dead,
         "sparsity": {
             "requested": _requested(done.plan),
             "achieved": done.sparsity,

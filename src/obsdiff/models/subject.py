@@ -18,7 +18,7 @@ from obsdiff.models.denoisers import denoisers_of, dtype_of, joined, parts_of
 from obsdiff.models.families import Family, find_family
 from obsdiff.models.graph import Graph, Group, Site, prunable, stages_of, walk
 from obsdiff.models.parts import groups_of
-from obsdiff.models.tracing import Trace, trace
+from obsdiff.models.tracing import Trace, dead_layers, trace
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,20 @@ class Subject:
     def graph(self) -> Graph:
         """What can be pruned."""
         return graph_of(self.denoiser, self.family, self.trace)
+
+    @cached_property
+    def dead(self) -> list[str]:
+        """Layers whose outputs reach no output of a denoiser: those of its last stage, where streams end.
+
+        That costs one call, of which gradients go no further back than that stage.
+        """
+        found: list[str] = []
+        for name, arguments in self.call.items():
+            prefix = f"{name}." if name else ""
+            last = [stage for stage in self.graph.stages if stage.startswith(prefix)][-1:]
+            layers = [layer for layer in self.graph.site_of if layer.startswith(tuple(f"{stage}." for stage in last))]
+            found += dead_layers(self.denoiser, {name: arguments}, layers)
+        return found
 
     def check(self, layers: Sequence[str]) -> None:
         """Refuse layers that would be pruned without effect, or wrongly.

@@ -157,7 +157,8 @@ def dead_layers(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]], laye
     """Layers whose outputs reach no output of the denoiser (the last text path of Qwen-Image): free to delete.
 
     Each layer's output is moved along a random direction by an amount of its own; where the answer's gradient by that
-    amount is exactly zero, nothing depends on the layer. No gradient of a weight is made.
+    amount is exactly zero, nothing depends on the layer. No gradient of a weight is made, and none goes further back
+    than the first of the layers.
 
     Args:
         denoiser, call: As for :func:`trace`.
@@ -182,7 +183,8 @@ def dead_layers(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]], laye
             outputs = [x for answer in run(denoiser, call) for x in _tensors(_plain(answer)) if x.requires_grad]
             total = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs)
             named = list(amounts.items())
-            assert isinstance(total, Tensor)
+            if not isinstance(total, Tensor):  # no output depends on any of them
+                return list(amounts)
             gradients = torch.autograd.grad(total, [amount for _, amount in named], allow_unused=True)
         finally:
             for parameter in frozen:

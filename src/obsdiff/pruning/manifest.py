@@ -65,6 +65,7 @@ class Manifest(BaseModel):
     statistics: _Calibration | None = None
     shrunk: _Shrunk | None
     notes: list[str] = []
+    dead: list[str] = []
 
 
 def manifest_of(report: PruneReport, source: str, component: str, denoiser: str) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "statistics": report.fingerprint,
         "shrunk": report.shrunk,
         "notes": report.notes,
+        "dead": report.dead,
         "versions": versions(),
     }
 

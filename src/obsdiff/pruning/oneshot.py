@@ -25,7 +25,7 @@ from obsdiff.progress import track
 from obsdiff.pruning.defaults import departures, pattern_by, spared_by
 from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan
-from obsdiff.pruning.solve import LayerResult, SolveOptions, portable, solve_groups, solve_site
+from obsdiff.pruning.solve import LayerResult, SolveOptions, emptied, portable, solve_groups, solve_site
 from obsdiff.pruning.statistics import Statistics, check_measured_on
 from obsdiff.pruning.surgery import (
     Edits,
@@ -66,6 +66,7 @@ class PruneReport:
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
         notes: For people: what cannot be done to this denoiser, and where the calibration was another than the method
             asks for.
+        dead: Layers that reach no output of the denoiser, as far as they were looked for.
     """
 
     pattern: Pattern
@@ -86,6 +87,7 @@ class PruneReport:
     model: str | None = None
     allocation: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
 
     @property
     def mean_layer_error(self) -> float | None:
@@ -262,9 +264,14 @@ def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
         return portable(solve_site(graph, layers, [entries[layer] for layer in layers], found, job.options))
 
     for _, results in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
-        for name, result in results.items():
+        for name, solved in results.items():
+            assert solved.mask is not None
+            result = emptied(solved) if name in job.plan.dead else solved
             assert result.mask is not None
-            job.edits.set_weight(graph.layer(name), result.weight)
+            bias = graph.layer(name).bias if name in job.plan.dead else None
+            job.edits.set_weight(
+                graph.layer(name), result.weight, torch.zeros_like(bias) if isinstance(bias, Tensor) else None
+            )
             job.edits.shift_bias(graph.layer(name), result.bias_shift)
             report.masks[name] = result.mask.cpu()
             report.sparsity_per_layer[name] = 1 - float(result.mask.sum()) / result.mask.numel()

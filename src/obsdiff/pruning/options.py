@@ -114,6 +114,9 @@ class PruningOptions:
         spare_blocks: Blocks to leave alone, negative from the end. Default: first and last for structured patterns,
             none with the measured allocation.
         fusion: Ranking of heads over the two streams of joint attention: reciprocal_rank or relative_error.
+        dead: What becomes of layers that reach no output of the denoiser, such as the end of Qwen-Image's text stream:
+            report them, remove them (their weights become zero; structured: modules of nothing else are cut to the
+            least), or ignore, which does not look for them.
         calibration: How layer inputs are measured.
     """
 
@@ -130,6 +133,7 @@ class PruningOptions:
     exclude: list[str] = field(default_factory=list)
     spare_blocks: list[int] | None = None
     fusion: str = "reciprocal_rank"
+    dead: str = "report"
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
 

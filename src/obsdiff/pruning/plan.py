@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -25,12 +25,14 @@ class Plan:
         entries: Pattern by name, in the order of a forward pass; a layer that stays dense has ratio 0.
         rule: How the entries were chosen: "uniform", "measured", "owl", or what a plan file says.
         budget: What they had to meet, such as "sparsity:0.5"; None: just ``pattern`` for all.
+        dead: Layers among the entries that reach no output and become zero whatever their entry says.
     """
 
     pattern: Pattern
     entries: dict[str, Pattern]
     rule: str = "uniform"
     budget: str | None = None
+    dead: tuple[str, ...] = ()
 
     @property
     def structured(self) -> bool:
@@ -220,6 +222,31 @@ def packages_of(graph: Graph, plan: Plan, packages: int) -> list[list[str]]:
     for i in range(packages):
         cuts.append(cuts[-1] + size + (i < larger))
     return [[name for unit in units[a:b] for name in unit] for a, b in pairwise(cuts)]
+
+
+def without_dead(graph: Graph, plan: Plan, dead: Sequence[str], exclude: Sequence[str] = ()) -> Plan:
+    """A plan that removes dead layers on top.
+
+    Args:
+        graph: What there is.
+        plan: The plan.
+        dead: Layers that reach no output of the denoiser (:attr:`obsdiff.models.subject.Subject.dead`).
+        exclude: Shell-style name patterns of what stays all the same.
+
+    Returns:
+        Unstructured and N:M: the plan's layers among them become zero. Structured: of modules with no other outputs
+        than theirs, spared or not, the fewest units stay that may.
+    """
+    if not plan.structured:
+        return replace(plan, dead=tuple(layer for layer in dead if layer in plan.entries))
+    entries = dict(plan.entries)
+    for group in graph.groups:
+        alone = all(s.layer in dead for s in group.consumers)
+        if alone and not any(fnmatchcase(group.name, rule) for rule in exclude):
+            assert isinstance(plan.pattern, Structured)
+            entries[group.name] = plan.pattern.choices(group.kind, group.count)[-1]
+    ordered = {group.name: entries[group.name] for group in graph.groups if group.name in entries}
+    return replace(plan, entries=ordered)
 
 
 def describe(pattern: Pattern) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from obsdiff.yamlfiles import read_yaml
 
 FILE = "plan.yaml"
 FORMAT = 1
-_KEYS = {"format", "denoiser", "model", "pattern", "rule", "budget", "layers"}
+_KEYS = {"format", "denoiser", "model", "pattern", "rule", "budget", "dead", "layers"}
 
 
 def write_plan(plan: Plan, path: Path, denoiser: str, model: str | None) -> None:
@@ -38,6 +39,7 @@ def write_plan(plan: Plan, path: Path, denoiser: str, model: str | None) -> None
         "pattern": str(plan.pattern),
         "rule": plan.rule,
         "budget": plan.budget,
+        "dead": list(plan.dead) or None,
         "layers": {name: str(pattern) for name, pattern in plan.entries.items()},
     }
     written = {key: value for key, value in content.items() if value is not None}
@@ -78,7 +80,10 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
             raise UserError(f"plan {path}, {name}: {error}") from None
         if isinstance(entries[name], Structured) is not structured:
             raise UserError(f"plan {path}, {name}: {text} does not go with {pattern}; structured plans are apart")
-    return Plan(pattern, entries, content.get("rule", "file"), content.get("budget")), content
+    dead = content.get("dead", [])
+    if not isinstance(dead, list) or any(name not in entries for name in dead) or (dead and structured):
+        raise UserError(f"plan {path}: dead is {_shown(dead)}; it must be a list of layers that the plan names")
+    return Plan(pattern, entries, content.get("rule", "file"), content.get("budget"), tuple(dead)), content
 
 
 def read_plan(path: str | Path, graph: Graph) -> Plan:
@@ -120,7 +125,7 @@ def fitted_plan(plan: Plan, graph: Graph, what: str = "the plan") -> Plan:
             f"{what} names {len(unknown)} that this denoiser has no {kind} for, such as {unknown[0]}; "
             f"there are {len(there)} such as {', '.join(likely(unknown[0], there))}"
         )
-    ordered = Plan(plan.pattern, {n: plan.entries[n] for n in there if n in plan.entries}, plan.rule, plan.budget)
+    ordered = replace(plan, entries={name: plan.entries[name] for name in there if name in plan.entries})
     check_fit(graph, ordered)
     return ordered
 

@@ -75,6 +75,12 @@ class LayerResult:
     refit_steps: int | None = None
 
 
+def emptied(result: LayerResult) -> LayerResult:
+    """The same layer without any weight, where nothing depends on it."""
+    assert result.mask is not None
+    return LayerResult(torch.zeros_like(result.weight), torch.zeros_like(result.mask), None)
+
+
 def portable(results: dict[str, LayerResult]) -> dict[str, LayerResult]:
     """The results on the CPU where another process is to have them; otherwise where they are."""
     if world_size() == 1:
