@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import default_collate
+from torchvision.transforms.functional import to_tensor
 
 import obsdiff
+from obsdiff.cli.main import main
 from obsdiff.data.trajectories import TrajectoryDataset
+from obsdiff.evaluation.sampling import FRAMES, sample
 from obsdiff.models.calling import call_denoiser, drop_prompts
 from obsdiff.models.denoisers import denoiser_of, denoisers_of
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, write_info
@@ -99,3 +103,22 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     if guided:
         close(replay(True), negative)
         assert not torch.allclose(own, negative, rtol=1e-3)
+
+
+def test_sampling(saved, tmp_path):
+    """Images in [0, 1] of every pipeline, each of its own seed and prompt alone; through the command line too."""
+    name, folder = saved
+    row = PIPELINES[name]
+    pipe, prompts = obsdiff.load_pipeline(folder), prompts_of(row)
+    images = sample(pipe, prompts, [3, 4, 3], batch_size=3)
+    alone = sample(pipe, prompts[1:2], [4])
+    frames = min(FRAMES, row.call.get("num_frames", 1))
+    side = row.call.get("height", 8 if row.sample == "sample" else 16)
+    assert images.shape == (3, 3, side, side * frames) and images.dtype == torch.float32
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    torch.testing.assert_close(alone[0], images[1], rtol=0, atol=1e-3)
+    assert not torch.allclose(images[0], images[1], atol=1e-2)
+    asked = ["--prompt", f"[{prompts[1]!r}]"] if row.text else ["--num_images", "1"]
+    main(["sample", str(folder), *asked, "--seed", "4", "--output", str(tmp_path / "one.png"), "--device", "cpu"])
+    drawn = to_tensor(Image.open(tmp_path / "one.png"))
+    torch.testing.assert_close(drawn, alone[0], rtol=0, atol=2 / 255)
