@@ -145,7 +145,10 @@ def fit(name, folder, tmp_path, pattern):
         str(folder),
         str(tmp_path / "run"),
         PruningOptions(
-            pattern=pattern, spare_blocks=[], calibration=CalibrationOptions(prompts=asked, num_prompts=2, batch_size=2)
+            pattern=pattern,
+            allocation="uniform",
+            spare_blocks=[],
+            calibration=CalibrationOptions(prompts=asked, num_prompts=2, batch_size=2),
         ),
         objective=Objective(distill_output=1.0, distill_features=0.1),
         optimization=Optimization(lr=1e-3, weight_decay=0.1, warmup_steps=0),
