@@ -19,6 +19,7 @@ from obsdiff.data.trajectories import TrajectoryDataModule, TrajectoryDataset
 from obsdiff.evaluation.sampling import FRAMES, sample
 from obsdiff.models.calling import call_denoiser, drop_prompts
 from obsdiff.models.denoisers import denoiser_of, denoisers_of
+from obsdiff.models.families import find_family
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, write_info
 from obsdiff.models.loading import absent
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions
@@ -101,6 +102,12 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     own, negative = heard.split([2, 1], guided)
     recording = open_trajectories(tmp_path / "recording")
     assert recording.latents.shape[:2] == own.shape[:2]
+    family = find_family(*denoisers_of(pipe).values())
+    assert (family.sign < 0) is (row.output == "negated")
+    assert family.learned_sigma is (row.output == "first half of the channels")
+    if row.output != "trigonometric":
+        told = recording.times if recording.times.dim() == 1 else recording.times[:, 0]
+        close(told, family.time_offset + family.time_scale * pipe.scheduler.timesteps.float())
     batch = default_collate(list(TrajectoryDataset(recording)))
     denoiser = denoiser_of(pipe)
 
@@ -192,7 +199,9 @@ def test_two_steps_of_distillation(saved, tmp_path, pattern):
     assert report["flops"]["pruned"] <= report["flops"]["dense"] and report["flops"]["dense"] > 0
     assert report["recovery"]["fidelity_after"]["mse"] > 0
     assert module.batch_flops > 3 * report["flops"]["pruned"]
-    plain = DiffusionPipeline.from_pretrained(result / "pipeline", **absent(result / "pipeline"), trust_remote_code=True)
+    plain = DiffusionPipeline.from_pretrained(
+        result / "pipeline", **absent(result / "pipeline"), trust_remote_code=True
+    )
     plain.set_progress_bar_config(disable=True)
     given = row.conditioning(1)
     assert torch.equal(row.sample_rows(plain, given, [0]), row.sample_rows(after, given, [0]))
