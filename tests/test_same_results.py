@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import obsdiff
-import obsdiff.pruning.options
+from obsdiff.pruning.options import PruningOptions, ScanOptions
 from tests.conftest import make_pipe
 
 RECORDED = Path(__file__).parent / "recorded" / "sd3.json"
@@ -53,8 +53,8 @@ def result(pipeline, pattern, allocation=False, packages=1, **options):
     pipe = PIPELINES[pipeline]()
     statistics = calibrated(pipe)
     if allocation:
-        scanning = obsdiff.pruning.options.ScanOptions(triples=6)
-        pattern = obsdiff.allocate(pipe, pattern, statistics, PROMPTS, rule="measured", scanning=scanning).plan
+        asked = PruningOptions(pattern=pattern, allocation="measured", scan=ScanOptions(triples=6))
+        pattern = obsdiff.allocate(pipe, asked, statistics, PROMPTS).plan
     if packages > 1:
         report = obsdiff.prune(pipe, pattern, statistics=lambda sites: calibrated(pipe, sites), packages=packages)
     else:

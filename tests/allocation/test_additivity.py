@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from obsdiff.allocation.additivity import Additivity
+from obsdiff.bench.additivity import Additivity
 from obsdiff.cli.main import main
 
 

@@ -10,7 +10,7 @@ from obsdiff.allocation.units import removed
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
-from obsdiff.pruning.options import Limits, ScanOptions
+from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import make_plan
 from tests.conftest import make_pipe
 
@@ -25,9 +25,12 @@ def statistics():
 PROMPTS = ["the digit two", "a seven", "the number nine", "a handwritten zero"]
 
 
-def made(pattern, statistics, *, pipe=None, scanning=QUICK, **options):
+def made(pattern, statistics, *, pipe=None, rule="measured", scan=QUICK, store=None, **options):
     pipe = make_pipe() if pipe is None else pipe
-    return allocate(pipe, pattern, statistics, PROMPTS, scanning=scanning, **options)
+    if rule == "measured" or scan is not QUICK:
+        options["scan"] = scan
+    asked = PruningOptions(pattern=pattern, allocation=rule, **options)
+    return allocate(pipe, asked, statistics, PROMPTS, store=store)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,7 @@ def test_owl_follows_outliers_within_its_range(statistics):
         ("unstructured:0.5", {"budget": "latency:0.5"}, "structured pattern"),
         ("unstructured:0.5", {"limits": Limits(floors={"*.nothing": 0.5})}, "matches none"),
         ("unstructured:0.5", {"limits": Limits(floors={"*": 0.9}, ceilings={"*": 0.5})}, "above its ceiling"),
-        ("unstructured:0.5", {"limits": Limits(ceilings={"*": 1.5})}, "between 0 and 1"),
+        ("unstructured:0.5", {"limits": Limits(ceilings={"*": 1.5})}, "from 0 to 1"),
         ("2:4", {"limits": Limits(floors={"*": 0.55}, ceilings={"*": 0.6})}, "no choice between"),
         ("unstructured:0.5", {"limits": Limits(share=["*.attn.to_q", "*.0.attn.*"])}, "both"),
         ("structured:0.5", {"limits": Limits(share=["*"])}, "in common"),
@@ -169,9 +172,9 @@ def test_owl_follows_outliers_within_its_range(statistics):
         ("2:4", {"limits": Limits(choices=["3:4"])}, "cannot be met"),
         ("unstructured:0.5", {"limits": Limits(choices=["dense"])}, "N:M patterns"),
         ("unstructured:0.5", {"rule": "dice"}, "unknown allocation"),
-        ("unstructured:0.5", {"scanning": ScanOptions(levels=[1.0])}, "levels"),
-        ("unstructured:0.5", {"scanning": ScanOptions(levels=[])}, "empty"),
-        ("unstructured:0.5", {"scanning": ScanOptions(triples=0)}, "triples"),
+        ("unstructured:0.5", {"scan": ScanOptions(levels=[1.0])}, "levels"),
+        ("unstructured:0.5", {"scan": ScanOptions(levels=[])}, "empty"),
+        ("unstructured:0.5", {"scan": ScanOptions(triples=0)}, "triples"),
     ],
 )
 def test_bad_requests_change_nothing(statistics, pattern, options, word):

@@ -12,6 +12,7 @@ from obsdiff.allocation import clock, latency
 from obsdiff.allocation.allocate import allocate
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
+from obsdiff.pruning.options import PruningOptions
 from tests.conftest import make_pipe
 
 PROMPTS = ["the digit two", "a seven"]
@@ -75,9 +76,9 @@ def clocks(monkeypatch):
     return use
 
 
-def chosen(statistics, budget, pattern=PATTERN, **options):
-    options = {"rule": "uniform", "spare_blocks": (), **options}
-    return allocate(make_pipe(), pattern, statistics, PROMPTS, budget=budget, **options)
+def chosen(statistics, budget, rule="uniform", **options):
+    asked = PruningOptions(pattern=PATTERN, allocation=rule, budget=budget, spare_blocks=[])
+    return allocate(make_pipe(), asked, statistics, PROMPTS, **options)
 
 
 def true_share(plan, statistics, fixed):
@@ -213,8 +214,8 @@ def test_the_real_clock_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "ROUNDS", 3)
     pipe = make_pipe().to(torch.bfloat16)
     statistics = obsdiff.calibrate(pipe, PROMPTS[:1], steps=1)
-    options = {"rule": "uniform", "spare_blocks": (), "budget": "latency:0.97", "store": tmp_path}
-    found = allocate(pipe, "structured:0.3", statistics, PROMPTS, **options)
+    asked = PruningOptions(pattern="structured:0.3", allocation="uniform", budget="latency:0.97", spare_blocks=[])
+    found = allocate(pipe, asked, statistics, PROMPTS, store=tmp_path)
     low, high = found.record["achieved_interval"]
     assert 0 < low <= found.record["achieved"] <= high < 2
     kept = json.loads((tmp_path / latency.FILE).read_text())["times"]

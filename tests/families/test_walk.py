@@ -13,7 +13,7 @@ from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
 from obsdiff.models.loading import absent
 from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.hessian import weight_matrices
-from obsdiff.pruning.options import ScanOptions
+from obsdiff.pruning.options import PruningOptions, ScanOptions
 from tests.families.pipelines import PIPELINES
 
 ROWS = 2
@@ -108,10 +108,9 @@ def test_structured(case, allocated, tmp_path):
     """The smaller model is the masked one, comes back from disk with plain diffusers, and can be pruned again."""
     pipe, pattern, options = case.traced(), case.structured, {"spare_blocks": ()}
     if allocated:
-        scanning = ScanOptions(triples=4, levels=[0.5])
-        found = obsdiff.allocate(
-            pipe, pattern, case.statistics, case.conditioning, budget="parameters:0.9", scanning=scanning
-        )
+        scan = ScanOptions(triples=4, levels=[0.5])
+        asked = PruningOptions(pattern=pattern, allocation="measured", budget="parameters:0.9", scan=scan)
+        found = obsdiff.allocate(pipe, asked, case.statistics, case.conditioning)
         pattern, options = found.plan, {}
     dense = sum(p.numel() for p in denoiser_of(pipe).parameters())
     report = obsdiff.prune(pipe, pattern, statistics=case.statistics, **options)

@@ -7,7 +7,7 @@ from torch import nn
 import obsdiff
 from obsdiff.allocation.stage import prepare
 from obsdiff.models.subject import subject_of
-from obsdiff.pruning.options import PruneOptions
+from obsdiff.pruning.options import PruneOptions, PruningOptions
 
 LAYER = "transformer_blocks.1.attn.to_q"
 
@@ -156,7 +156,7 @@ def test_odd_denoisers_are_refused(pipe, prompts, change, message):
         lambda: obsdiff.prune(pipe, "2:4", method="wanda", statistics=statistics),
         lambda: obsdiff.prune(pipe, "structured:0.5", method="magnitude", spare_blocks=[]),
         lambda: obsdiff.calibrate(pipe, prompts[:1], steps=1),
-        lambda: obsdiff.allocate(pipe, "unstructured:0.5", statistics, prompts[:1], rule="owl"),
+        lambda: obsdiff.allocate(pipe, PruningOptions(allocation="owl"), statistics, prompts[:1]),
         lambda: prepare(pipe, options),
     ):
         with pytest.raises(obsdiff.UserError, match=message):

@@ -9,10 +9,9 @@ import obsdiff
 from obsdiff.criteria import GroupProblem
 from obsdiff.criteria.structured import choose_groups
 from obsdiff.obs.structured import Consumer
-from obsdiff.pruning.options import ScanOptions
+from obsdiff.pruning.options import CalibrationOptions, PruningOptions, ScanOptions
 from obsdiff.pruning.planfile import parse_plan
 from obsdiff.pruning.record import record_trajectories
-from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.trajectories import noise_seeds
 
@@ -100,17 +99,17 @@ def test_sites_must_be_there(pipe, prompts):
     ("options", "message"),
     [
         ({"method": "foo"}, "unknown method 'foo'"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"scanning": ScanOptions(triples=0)}, "triples is 0"),
-        ({"scanning": ScanOptions(levels=[math.nan])}, "levels holds nan"),
-        ({"options": SolveOptions("obs", damping=math.nan)}, "damping is nan"),
+        ({"calibration": CalibrationOptions(batch_size=0)}, "batch_size is 0"),
+        ({"scan": ScanOptions(triples=0)}, "triples is 0"),
+        ({"scan": ScanOptions(levels=[math.nan])}, "levels holds nan"),
+        ({"calibration": CalibrationOptions(damping=math.nan)}, "damping is nan"),
     ],
 )
 def test_allocation_values(untouched, prompts, options, message):
     with pytest.raises(obsdiff.UserError, match=message):
-        obsdiff.allocate(untouched, "unstructured:0.5", Statistics({}), prompts, **options)
+        obsdiff.allocate(untouched, PruningOptions(**options), Statistics({}), prompts)
     with pytest.raises(obsdiff.UserError, match="one string"):
-        obsdiff.allocate(untouched, "unstructured:0.5", Statistics({}), prompts[0])
+        obsdiff.allocate(untouched, PruningOptions(), Statistics({}), prompts[0])
 
 
 def test_a_calibration_that_was_cut_off_is_not_continued_with_more_layers(pipe, prompts, tmp_path, monkeypatch):
@@ -156,7 +155,7 @@ def test_statistics_of_other_weights_are_refused(pipe, prompts, method):
     with pytest.raises(obsdiff.UserError, match=r"measured on other weights \(model \w+ there, \w+ now\)"):
         obsdiff.prune(pipe, "unstructured:0.5", method=method, statistics=statistics)
     with pytest.raises(obsdiff.UserError, match="measured on other weights"):
-        obsdiff.allocate(pipe, "unstructured:0.5", statistics, prompts[:2], rule="owl")
+        obsdiff.allocate(pipe, PruningOptions(allocation="owl"), statistics, prompts[:2])
 
 
 def test_pruning_again_needs_statistics_of_the_pruned_weights(pipe, prompts):

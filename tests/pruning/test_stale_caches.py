@@ -15,7 +15,7 @@ from obsdiff.models.content import component_hashes, denoiser_hash
 from obsdiff.models.info import info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.fingerprint import conditioning_hash, prompts_hash
-from obsdiff.pruning.options import ScanOptions
+from obsdiff.pruning.options import PruningOptions, ScanOptions
 from tests.conftest import make_pipe
 
 
@@ -135,13 +135,10 @@ def test_a_scan_is_keyed_by_what_the_denoiser_is_told(pipe, prompts):
 
 def test_a_scan_of_a_changed_text_encoder_is_refused(pipe, prompts, tmp_path):
     statistics = obsdiff.calibrate(pipe, prompts[:2], steps=1)
-    scanning = ScanOptions(levels=[0.5], triples=2)
-    include = ["transformer_blocks.1.ff.*"]
+    asked = PruningOptions(scan=ScanOptions(levels=[0.5], triples=2), include=["transformer_blocks.1.ff.*"])
 
     def allocated():
-        return obsdiff.allocate(
-            pipe, "unstructured:0.5", statistics, prompts[:2], scanning=scanning, include=include, store=tmp_path
-        )
+        return obsdiff.allocate(pipe, asked, statistics, prompts[:2], store=tmp_path)
 
     allocated()
     allocated()

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from obsdiff.allocation.allocate import check_request
-from obsdiff.allocation.request import Budget, parse_budget
+from obsdiff.allocation.request import Budget, check_values, parse_budget
 from obsdiff.criteria import GroupProblem, find_method
 from obsdiff.criteria.structured import RULES, choose_groups
 from obsdiff.diffusion.noising import DiffusionNoising
@@ -12,7 +11,7 @@ from obsdiff.models.told import Told
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.obs.structured import Consumer, fuse
 from obsdiff.obs.timesteps import timestep_weights
-from obsdiff.pruning.options import ScanOptions
+from obsdiff.pruning.options import PruningOptions
 from obsdiff.training.objectives import loss_terms
 
 NOTHING, LAYER = torch.zeros(1), torch.nn.Identity()
@@ -28,7 +27,7 @@ GROUPS = GroupProblem([Consumer(torch.ones(2, 4))], [], 4, 1, 1, "reciprocal_ran
         (lambda name: parse_pattern(f"{name}:0.5"), ["unstructured", "structured"]),
         (lambda name: parse_pattern(f"structured:{name}=0.5"), ["heads", "ffn"]),
         (find_method, ["obs", "sparsegpt", "random"]),
-        (lambda name: check_request(name, ScanOptions()), ["uniform", "measured", "owl"]),
+        (lambda name: check_values(PruningOptions(allocation=name)), ["uniform", "measured", "owl"]),
         (lambda name: parse_budget(f"{name}:0.5"), ["sparsity", "latency"]),
         (lambda name: Budget(name, 0.5), ["sparsity", "latency"]),
         (lambda name: DiffusionNoising(torch.ones(3), name), ["epsilon", "v_prediction", "sample"]),

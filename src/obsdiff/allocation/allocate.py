@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from obsdiff.allocation.assemble import achieved_share, plan_of, settle, table_cost
-from obsdiff.allocation.budget import Costs, costs_of, group_parameters
+from obsdiff.allocation.assemble import achieved_share, plan_of, settle
+from obsdiff.allocation.budget import Costs, costs_of, table_cost
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
-from obsdiff.allocation.knapsack import Infeasible, choose
-from obsdiff.allocation.latency import Timing, latency_costs, meet_latency, timing_of
+from obsdiff.allocation.knapsack import choose
+from obsdiff.allocation.latency import latency_costs, meet_latency, timing_of
 from obsdiff.allocation.owl import owl_offsets
+from obsdiff.allocation.planning import check_options, rule_of, solve_options
 from obsdiff.allocation.probe import Probe, record_probe
-from obsdiff.allocation.request import Budget, check_scan, parse_budget
-from obsdiff.allocation.scan import Sensitivity, passes_needed, scan
+from obsdiff.allocation.request import Budget, parse_budget
+from obsdiff.allocation.scan import Sensitivity, passes_needed, scan, triples_of
 from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
-from obsdiff.models.graph import Graph
+from obsdiff.models.graph import Graph, units_parameters
 from obsdiff.models.subject import Subject, subject_of
-from obsdiff.names import ALLOCATIONS
-from obsdiff.numbers import check_whole
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
-from obsdiff.pruning.oneshot import check_solving
-from obsdiff.pruning.options import Limits, ScanOptions
-from obsdiff.pruning.plan import Plan, make_plan
-from obsdiff.pruning.solve import SolveOptions
+from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
+from obsdiff.pruning.plan import Plan, kept_units, make_plan
 from obsdiff.pruning.statistics import Statistics, check_measured_on
 
-TRIPLES = 160
 CHECKS = 3  # passes of the probe that compare the plan and the uniform one with the dense outputs
-MOST_PASSES = 12.0  # cost of a scan that chooses its own number of triples, in bare passes over the calibration set
 
 
 @dataclass(frozen=True)
@@ -45,200 +41,166 @@ class Allocation:
 
     Attributes:
         plan: What to prune.
-        record: For reports: rule, budget, what it came to (by the clock with a 95 % interval), errors, and what the
-            scan cost; JSON-able.
+        record: For reports: rule, budget, what it came to (of latency with a 95 % interval), errors, and what the scan
+            cost; JSON-able.
         sensitivity: The scan, of the measured rule.
-        earlier_s: Seconds that earlier runs spent on what ``store`` held.
     """
 
     plan: Plan
     record: dict[str, Any]
     sensitivity: Sensitivity | None = None
-    earlier_s: float = 0.0
+
+    @property
+    def earlier_s(self) -> float:
+        """Seconds that earlier runs spent on the scan that the store held."""
+        return 0.0 if self.sensitivity is None else self.sensitivity.earlier_s
 
 
 def allocate(
     pipe: Any,
-    pattern: str | Pattern,
+    options: PruningOptions,
     statistics: Statistics,
     prompts: Sequence[str] | Conditioning,
     *,
-    rule: str = "measured",
-    budget: str | Budget | None = None,
-    method: str = "obs",
-    options: SolveOptions | None = None,
-    scanning: ScanOptions | None = None,
     store: str | Path | None = None,
-    limits: Limits | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    spare_blocks: Sequence[int] | None = None,
-    batch_size: int = 4,
     quiet: bool = True,
 ) -> Allocation:
     """Give each layer (structured: each attention and feed-forward module) its own pattern under one budget.
 
     Args:
         pipe: The dense pipeline; as before afterwards.
-        pattern: Its kind is what layers get, at shares of their own.
+        options: What is asked for. Of ``pattern`` the kind is what layers get, at shares of their own; ``allocation``
+            is "measured" (a sensitivity scan, then the least summed error), "owl" (2310.05175) or "uniform"; without a
+            ``budget`` it is what the uniform plan costs (total sparsity; structured: parameters). The scan prunes with
+            ``method`` and its options.
         statistics: Of a calibration of all layers.
         prompts: The calibration's prompts; the scan draws its triples from them.
-        rule: "measured" (a sensitivity scan, then the least summed error), "owl" (2310.05175) or "uniform".
-        budget: Such as "sparsity:0.5", "parameters:0.7", "flops:0.7", "latency:0.7"; None: what the uniform plan of
-            ``pattern`` costs (total sparsity; structured: parameters).
-        method: How layers are pruned; the scan prunes them so.
-        options: Refit, seed, damping and fusion, in place of ``method``'s defaults.
-        scanning: See :class:`obsdiff.pruning.options.ScanOptions`.
-        store: Folder to keep the scan in, and what the clock measured; what it holds of the same settings (and, of
-            the clock, the same machine) is not measured again.
-        limits: Floors, ceilings and shared values, see :class:`obsdiff.pruning.options.Limits`.
-        include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`; the measured rule spares no block
-            unless told to.
-        batch_size: Prompts per pipeline call.
+        store: Folder to keep the scan in, and what was timed; what it holds of the same settings (and, of times, the
+            same machine) is not measured again.
         quiet: No progress bar.
 
     Raises:
         UserError: The request cannot be met.
     """
-    pattern = parse_pattern(pattern)
-    scanning, limits = scanning or ScanOptions(), limits or Limits()
-    check_request(rule, scanning)
-    check_solving(pattern, options or SolveOptions(method))
+    check_options(options)
+    if options.plan is not None:
+        raise UserError(f"the plan {options.plan} has a pattern for each layer; leave it out to allocate")
     check_prompts(prompts)
-    check_whole("batch_size", batch_size, 1)
-    subject = subject_of(pipe, prompts)
+    subject, rule, folder = subject_of(pipe, prompts), rule_of(options), None if store is None else Path(store)
     graph = subject.graph
-    if budget is None:
-        budget = default_budget(graph, make_plan(graph, pattern, include, exclude, spare_blocks))
-    elif isinstance(budget, str):
-        budget = parse_budget(budget)
-    if isinstance(pattern, Unstructured) and budget.kind == "sparsity":
-        pattern = Unstructured(budget.share)
-    spared = () if rule == "measured" and spare_blocks is None else spare_blocks
-    base = make_plan(graph, pattern, include, exclude, spared)
+    budget, base = _asked(graph, options)
     subject.check(base.layers(graph))
     check_measured_on(statistics, graph.denoiser)
-    settings = settings_of(statistics, batch_size)
-    units = make_units(graph, base, limits)
-    keep = None if store is None else Path(store)
-    timing = None
-    if budget.kind == "latency":
-        timing = timing_of(pipe, graph, settings.call, keep)
-        costs = latency_costs(graph, units, budget, timing)
-    else:
+    settings = settings_of(statistics, options.calibration.batch_size)
+    units = make_units(graph, base, options.limits)
+    timing = timing_of(pipe, graph, settings.call, folder) if budget.kind == "latency" else None
+    if timing is None:
         costs = costs_of(pipe, graph, units, budget, settings.call)
-    _check_feasible(units, costs, budget)
-    job = _Job(subject, graph, base, rule, budget, units, costs, settings, timing, quiet)
+    else:
+        costs = latency_costs(graph, units, budget, timing)
+    _check_feasible(costs, budget)
+    scanned = None
     if rule == "measured":
-        free = make_units(graph, base, Limits(share=limits.share))
-        return _measured(job, free, statistics, prompts, options or SolveOptions(method), scanning, keep)
-    offsets = owl_offsets(graph, units, statistics) if rule == "owl" else [0.0] * len(units)
-    plan, achieved = _meet(job, lambda limit: meet_with_offsets(units, offsets, replace(costs, limit=limit)))
-    return Allocation(plan, {"rule": rule, "budget": str(budget), **achieved})
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What meeting a budget needs to know."""
-
-    subject: Subject
-    graph: Graph
-    base: Plan
-    rule: str
-    budget: Budget
-    units: Sequence[Unit]
-    costs: Costs
-    settings: Settings
-    timing: Timing | None
-    quiet: bool
-
-
-def _measured(
-    job: _Job,
-    free: Sequence[Unit],
-    statistics: Statistics,
-    prompts: Sequence[str] | Conditioning,
-    options: SolveOptions,
-    scanning: ScanOptions,
-    store: Path | None,
-) -> Allocation:
-    """Scan the ``free`` units (without limits: a store serves all), minimise the summed error, check the sum."""
-    probe, bare = probe_for(job.subject, free, prompts, job.settings, scanning)
-    sensitivity = scan(
-        job.graph,
-        free,
-        statistics,
-        options,
-        probe,
-        conditioning_hash(job.subject.pipe, prompts),
-        levels=scanning.levels,
-        store=store,
-        quiet=job.quiet,
-    )
-    errors = [_curve(unit, sensitivity) for unit in job.units]
-    bounds: dict[tuple[Pattern, ...], tuple[float, float]] = {}
-
-    def solve(limit: float) -> list[Pattern]:
-        found = choose(errors, job.costs.options, limit)
-        patterns = [unit.options[i] for unit, i in zip(job.units, found.picked, strict=True)]
-        bounds[tuple(patterns)] = found.error, found.bound
-        return patterns
-
-    plan, achieved = _meet(job, solve)
-    members = [unit.members[0] for unit in job.units]
-    chosen = tuple(plan.entries[name] for name in members)
-    # settled ratios differ by a few weights from the chosen ones, whose errors these then are
-    predicted, bound = bounds.get(chosen) or list(bounds.values())[-1]
-    even = meet_with_offsets(job.units, [0.0] * len(job.units), replace(job.costs, limit=_used(job, chosen)))
-    reference = plan_of(job.graph, job.base, job.units, even, "uniform", job.budget)
-    joint, uniform = joint_errors(job.graph, [plan, reference], statistics, options, probe)
-    record = {
-        "rule": job.rule,
-        "budget": str(job.budget),
-        **achieved,
-        "predicted_error": predicted,
-        "error_bound": bound,
+        scanned = _scanned(subject, base, options, statistics, prompts, settings, folder, quiet)
+        errors = [_curve(unit, scanned.sensitivity) for unit in units]
+        solve: Callable[[float], list[Pattern]] = partial(_least, units, errors, costs)
+    else:
+        offsets = owl_offsets(graph, units, statistics) if rule == "owl" else [0.0] * len(units)
+        solve = partial(meet_with_offsets, units, offsets, costs)
+    record: dict[str, Any] = {"rule": rule, "budget": str(budget)}
+    limit = costs.limit
+    if timing is None:
+        patterns = solve(limit)
+        if isinstance(base.pattern, Unstructured):
+            patterns = settle(graph, units, patterns, limit)
+        record["achieved"] = achieved_share(graph, units, patterns, costs, budget)
+    else:
+        patterns, (share, *interval) = meet_latency(graph, units, budget, costs, timing, solve, quiet)
+        record |= {"achieved": share, "achieved_interval": interval}
+        limit = table_cost(units, patterns, costs) + 1e-9 * costs.dense  # compared at what the choice costs
+    plan = plan_of(graph, base, units, patterns, rule, budget)
+    if scanned is None:
+        return Allocation(plan, record)
+    sensitivity, probe = scanned.sensitivity, scanned.probe
+    found = choose(errors, costs.options, limit)
+    even = plan_of(graph, base, units, meet_with_offsets(units, [0.0] * len(units), costs, limit), "uniform", budget)
+    joint, uniform = joint_errors(graph, [plan, even], statistics, solve_options(options), probe)
+    record |= {
+        "predicted_error": found.error,
+        "error_bound": found.bound,
         "joint_error": joint,
         "uniform_joint_error": uniform,
         "scan": {
             **sensitivity.cost,
             "triples": sensitivity.triples,
-            "bare_passes": bare,
+            "bare_passes": scanned.bare_passes,
             "denoiser_calls": probe.recorded + round(len(probe) * (sensitivity.cost["passes"] + CHECKS)),
         },
     }
-    return Allocation(plan, record, sensitivity, sensitivity.earlier_s)
+    return Allocation(plan, record, sensitivity)
 
 
-def _used(job: _Job, patterns: Sequence[Pattern]) -> float:
-    """The limit for a comparison under the same budget; by the clock only the table's cost of a choice is known."""
-    return table_cost(job.units, patterns, job.costs) if job.budget.kind == "latency" else job.costs.limit
-
-
-def _meet(job: _Job, solve: Callable[[float], list[Pattern]]) -> tuple[Plan, dict[str, Any]]:
-    """The plan that ``solve`` gives under the budget, and the budget's figure that it comes to, for the record."""
-    if job.timing is not None:
-        patterns, (share, *interval) = meet_latency(
-            job.graph, job.units, job.budget, job.costs, job.timing, solve, job.quiet
-        )
-        achieved: dict[str, Any] = {"achieved": share, "achieved_interval": interval}
+def _asked(graph: Graph, options: PruningOptions) -> tuple[Budget, Plan]:
+    """The budget, and the uniform plan of what may be pruned; the measured rule spares no stage unless told to."""
+    pattern, spared = parse_pattern(options.pattern), options.spare_blocks
+    chosen = options.include, options.exclude
+    if options.budget is None:
+        budget = default_budget(graph, make_plan(graph, pattern, *chosen, spared))
     else:
-        patterns = solve(job.costs.limit)
-        if isinstance(job.base.pattern, Unstructured):
-            patterns = settle(job.graph, job.units, patterns, job.costs.limit)
-        achieved = {"achieved": achieved_share(job.graph, job.units, patterns, job.costs, job.budget)}
-    return plan_of(job.graph, job.base, job.units, patterns, job.rule, job.budget), achieved
+        budget = parse_budget(options.budget)
+    if isinstance(pattern, Unstructured) and budget.kind == "sparsity":
+        pattern = Unstructured(budget.share)
+    return budget, make_plan(
+        graph, pattern, *chosen, () if rule_of(options) == "measured" and spared is None else spared
+    )
 
 
-def check_request(rule: str, scanning: ScanOptions) -> None:
-    """Refuse what can be refused without a pipeline.
+@dataclass(frozen=True)
+class _Scanned:
+    """A scan, the calls that it was measured on, and its cost in bare passes over the calibration set."""
 
-    Raises:
-        UserError: An unknown rule, or impossible scan options.
-    """
-    if rule not in ALLOCATIONS:
-        raise UserError(f"unknown allocation {rule!r}; choose one of {', '.join(ALLOCATIONS)}")
-    check_scan(scanning)
+    sensitivity: Sensitivity
+    probe: Probe
+    bare_passes: float
+
+
+def _scanned(
+    subject: Subject,
+    base: Plan,
+    options: PruningOptions,
+    statistics: Statistics,
+    prompts: Sequence[str] | Conditioning,
+    settings: Settings,
+    store: Path | None,
+    quiet: bool,
+) -> _Scanned:
+    """Scan all units without their limits, so that a store serves all."""
+    units = make_units(subject.graph, base, Limits(share=options.limits.share))
+    probe, bare = probe_for(subject, units, prompts, settings, options.scan)
+    sensitivity = scan(
+        subject.graph,
+        units,
+        statistics,
+        solve_options(options),
+        probe,
+        conditioning_hash(subject.pipe, prompts),
+        levels=options.scan.levels,
+        store=store,
+        quiet=quiet,
+    )
+    return _Scanned(sensitivity, probe, bare)
+
+
+def _least(units: Sequence[Unit], errors: Sequence[Sequence[float]], costs: Costs, limit: float) -> list[Pattern]:
+    """The patterns of the least summed error within the limit."""
+    picked = choose(errors, costs.options, limit).picked
+    return [unit.options[i] for unit, i in zip(units, picked, strict=True)]
+
+
+def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
+    """The unit's error at each of its options."""
+    shares = [removed(option) for option in unit.options]
+    return error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], shares)
 
 
 def settings_of(statistics: Statistics, batch_size: int) -> Settings:
@@ -259,20 +221,19 @@ def default_budget(graph: Graph, uniform: Plan) -> Budget:
     for group in uniform.groups(graph):
         pattern = uniform.entries[group.name]
         assert isinstance(pattern, Structured)
-        gone += group_parameters(graph, group, Structured(0, 0)) - group_parameters(graph, group, pattern)
+        gone += (group.count - kept_units(group, pattern)) * units_parameters(graph, group)
     return Budget("parameters", (total - gone) / total)
 
 
-def _check_feasible(units: Sequence[Unit], costs: Costs, budget: Budget) -> None:
-    try:
-        choose([[0.0] * len(of_unit) for of_unit in costs.options], costs.options, costs.limit)
-    except Infeasible as error:
-        share = (error.least + costs.fixed) / costs.dense
+def _check_feasible(costs: Costs, budget: Budget) -> None:
+    least = sum(min(of_unit) for of_unit in costs.options)
+    if least > costs.limit:
+        share = (least + costs.fixed) / costs.dense
         best = f"sparsity:{math.floor((1 - share) * 1e4) / 1e4:g}" if budget.kind == "sparsity" else f"{share:.2%}"
         raise UserError(
             f"budget {budget} cannot be met: with these layers, floors and ceilings the least is {best}; "
             "loosen the budget or the ceilings, or spare fewer layers and blocks"
-        ) from None
+        )
 
 
 def probe_for(
@@ -288,16 +249,3 @@ def probe_for(
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, settings.call)
     probe = record_probe(subject, conditioning, settings, triples)
     return probe, passes_needed(subject.graph, units, scanning.levels) * len(probe) / calls
-
-
-def triples_of(graph: Graph, units: Sequence[Unit], scanning: ScanOptions, calls: int) -> int:
-    """Triples to record, where a calibration pass makes ``calls`` calls of the denoiser (prompts times steps)."""
-    if scanning.triples is not None:
-        return min(scanning.triples, calls)
-    return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes_needed(graph, units, scanning.levels))))
-
-
-def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
-    """The unit's error at each of its options."""
-    shares = [removed(option) for option in unit.options]
-    return error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], shares)

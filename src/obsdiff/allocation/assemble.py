@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from obsdiff.allocation.budget import Costs
+from obsdiff.allocation.budget import Costs, table_cost
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.models.graph import Graph
@@ -13,40 +13,25 @@ from obsdiff.obs.pattern import Pattern, Structured, Unstructured
 from obsdiff.pruning.plan import Plan, kept_units
 
 
-def unit_sizes(graph: Graph, units: Sequence[Unit]) -> list[int]:
-    """Weights of each unit's layers."""
-    return [sum(graph.weight(name).numel() for name in unit.members) for unit in units]
-
-
 def settle(graph: Graph, units: Sequence[Unit], patterns: Sequence[Pattern], limit: float) -> list[Pattern]:
     """Move a few weights so that what unstructured layers keep is the limit to the weight, within floors and ceilings.
 
     Only units of one member are moved, the largest first; the others keep their ratios.
     """
-    sizes = unit_sizes(graph, units)
     ratios = [removed(pattern) for pattern in patterns]
-    gone = [
-        sum(round(ratio * graph.weight(name).numel()) for name in unit.members)
-        for unit, ratio in zip(units, ratios, strict=True)
-    ]
-    spare = math.floor(limit) - sum(size - count for size, count in zip(sizes, gone, strict=True))
-    for i in sorted(range(len(units)), key=lambda i: -sizes[i]):
+    sizes = [[graph.weight(name).numel() for name in unit.members] for unit in units]
+    gone = [[round(ratio * size) for size in of_unit] for ratio, of_unit in zip(ratios, sizes, strict=True)]
+    spare = math.floor(limit) - sum(map(sum, sizes)) + sum(map(sum, gone))
+    for i in sorted((i for i, unit in enumerate(units) if len(unit.members) == 1), key=lambda i: -sizes[i][0]):
         if spare == 0:
             break
-        if len(units[i].members) == 1:
-            least = math.ceil(removed(units[i].options[0]) * sizes[i] - 1e-6)
-            most = math.floor(removed(units[i].options[-1]) * sizes[i] + 1e-6)
-            moved = min(max(gone[i] - spare, least), most)
-            spare -= gone[i] - moved
-            gone[i] = moved
-            ratios[i] = moved / sizes[i]
+        options, [size], [before] = units[i].options, sizes[i], gone[i]
+        least = math.ceil(removed(options[0]) * size - 1e-6)
+        most = math.floor(removed(options[-1]) * size + 1e-6)
+        moved = min(max(before - spare, least), most)
+        spare -= before - moved
+        ratios[i] = moved / size
     return [Unstructured(float(f"{ratio:.10g}")) for ratio in ratios]
-
-
-def table_cost(units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs) -> float:
-    """What options cost by the table."""
-    triples = zip(units, patterns, costs.options, strict=True)
-    return sum(of_unit[unit.options.index(pattern)] for unit, pattern, of_unit in triples)
 
 
 def achieved_share(
@@ -54,13 +39,8 @@ def achieved_share(
 ) -> float:
     """The budget's figure that the patterns come to."""
     if all(isinstance(pattern, Unstructured) for pattern in patterns):  # settled ratios stand in no table
-        kept = float(
-            sum(
-                graph.weight(name).numel() - round(removed(pattern) * graph.weight(name).numel())
-                for unit, pattern in zip(units, patterns, strict=True)
-                for name in unit.members
-            )
-        )
+        weights, gone = _counted(graph, _entries(units, patterns))
+        kept = float(weights - gone)
     else:
         kept = table_cost(units, patterns, costs)
     share = (kept + costs.fixed) / costs.dense
@@ -71,20 +51,29 @@ def plan_of(
     graph: Graph, base: Plan, units: Sequence[Unit], patterns: Sequence[Pattern], rule: str, budget: Budget
 ) -> Plan:
     """The plan, in the order of a forward pass, under the overall pattern that the patterns come to."""
-    chosen = {name: pattern for unit, pattern in zip(units, patterns, strict=True) for name in unit.members}
+    chosen = _entries(units, patterns)
     entries = {name: chosen[name] for name in base.entries}
     overall = base.pattern
     if isinstance(overall, Unstructured):
-        sizes = {name: graph.weight(name).numel() for name in entries}
-        gone = sum(round(removed(pattern) * sizes[name]) for name, pattern in entries.items())
-        overall = Unstructured(round(gone / sum(sizes.values()), 6))
+        weights, gone = _counted(graph, entries)
+        overall = Unstructured(round(gone / weights, 6))
     elif isinstance(overall, Structured):
         shares = {kind: _share_gone(graph, entries, kind) for kind in ("heads", "ffn", "channels")}
         overall = Structured(**shares, multiple_of=overall.multiple_of)
     return Plan(overall, entries, rule, str(budget))
 
 
-def _share_gone(graph: Graph, entries: dict[str, Pattern], kind: str) -> float:
+def _entries(units: Sequence[Unit], patterns: Sequence[Pattern]) -> dict[str, Pattern]:
+    return {name: pattern for unit, pattern in zip(units, patterns, strict=True) for name in unit.members}
+
+
+def _counted(graph: Graph, entries: Mapping[str, Pattern]) -> tuple[int, int]:
+    """Weights of layers, and how many of them go."""
+    sizes = {name: graph.weight(name).numel() for name in entries}
+    return sum(sizes.values()), sum(round(removed(pattern) * sizes[name]) for name, pattern in entries.items())
+
+
+def _share_gone(graph: Graph, entries: Mapping[str, Pattern], kind: str) -> float:
     """Share of all units of a kind that structured entries remove."""
     kept = count = 0
     for groups in graph.groups:

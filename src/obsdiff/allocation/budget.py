@@ -8,9 +8,8 @@ from typing import Any
 
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
-from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops, shrunk_flops
-from obsdiff.models.graph import Graph, Group, shapes_with, units_parameters
+from obsdiff.models.graph import Graph, shapes_with, units_parameters
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.pruning.plan import kept_units
 
@@ -33,59 +32,41 @@ class Costs:
 
 
 def costs_of(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
-    """Cost tables under a budget in sparsity, parameters or FLOPs.
-
-    Raises:
-        UserError: The budget says nothing about these patterns.
-    """
-    structured = isinstance(units[0].options[0], Structured)
-    if budget.kind == "flops":
-        return _flop_costs(pipe, graph, units, budget, call)
+    """Cost tables under a budget in sparsity, parameters or FLOPs."""
     members = [member for unit in units for member in unit.members]
-    if structured:
-        total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
-        cost = _per_member(lambda name, pattern: group_parameters(graph, graph.group_of[name], pattern))
-        planned = sum(group_parameters(graph, graph.group_of[name], Structured(0, 0)) for name in members)
-        stays = 1 - budget.share if budget.kind == "sparsity" else budget.share
-        return costs_from(units, cost, total - planned, total, stays)
-    sizes = {name: graph.weight(name).numel() for name in members}
-    planned = sum(sizes.values())
-    cost = _per_member(lambda name, pattern: sizes[name] - round(removed(pattern) * sizes[name]))
-    if budget.kind == "sparsity":
-        return costs_from(units, cost, 0, planned, 1 - budget.share)
     total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
-    return costs_from(units, cost, total - planned, total, budget.share)
+    stays = 1 - budget.share if budget.kind == "sparsity" else budget.share
+    if not isinstance(units[0].options[0], Structured):
+        sizes = {name: graph.weight(name).numel() for name in members}
+        planned = sum(sizes.values())
+        dense = planned if budget.kind == "sparsity" else total
+        kept = lambda name, pattern: sizes[name] - round(removed(pattern) * sizes[name])  # noqa: E731
+        return costs_from(units, kept, dense - planned, dense, stays)
+    groups = {name: graph.group_of[name] for name in members}
+    if budget.kind == "flops":  # affine in each module's width: two counts per module give its slope
+        total = denoiser_flops(pipe, call)
+        per_unit: dict[str, float] = {}
+        for name, group in groups.items():
+            fewer = shrunk_flops(pipe, call, shapes_with(graph, {name: group.count // 2}))
+            per_unit[name] = (total - fewer) / (group.count - group.count // 2)
+    else:
+        per_unit = {name: float(units_parameters(graph, group)) for name, group in groups.items()}
+    whole = sum(per_unit[name] * groups[name].count for name in members)
+    return costs_from(
+        units, lambda name, pattern: per_unit[name] * kept_units(groups[name], pattern), total - whole, total, stays
+    )
 
 
 def costs_from(
-    units: Sequence[Unit], cost: Callable[[Unit, Pattern], float], fixed: float, dense: float, stays: float
+    units: Sequence[Unit], cost: Callable[[str, Any], float], fixed: float, dense: float, stays: float
 ) -> Costs:
-    """Tables of what ``cost`` says, under a budget of which the share ``stays`` of ``dense`` may stay."""
-    options = [[cost(unit, option) for option in unit.options] for unit in units]
+    """Tables of what ``cost`` says of a member under a pattern, where the share ``stays`` of ``dense`` may stay."""
+    options = [[float(sum(cost(name, option) for name in unit.members)) for option in unit.options] for unit in units]
     limit = stays * dense - fixed
     return Costs(fixed, options, dense, limit + 1e-9 * dense)  # the share is a decimal: let rounding not cost a weight
 
 
-def _per_member(cost: Callable[[str, Any], float]) -> Callable[[Unit, Pattern], float]:
-    return lambda unit, pattern: float(sum(cost(name, pattern) for name in unit.members))
-
-
-def group_parameters(graph: Graph, group: Group, pattern: Structured) -> int:
-    """Parameters of the units of a group that stay under ``pattern``."""
-    return kept_units(group, pattern) * units_parameters(graph, group)
-
-
-def _flop_costs(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
-    """FLOPs are affine in each module's width: two counts per module give its slope."""
-    if not isinstance(units[0].options[0], Structured):
-        raise UserError("a budget in FLOPs needs a structured pattern: dense kernels do not skip zeros")
-    dense = denoiser_flops(pipe, call)
-    groups, per_unit = graph.group_of, {}
-    for unit in units:
-        for name in unit.members:
-            count = groups[name].count
-            fewer = shrunk_flops(pipe, call, shapes_with(graph, {name: count // 2}))
-            per_unit[name] = (dense - fewer) / (count - count // 2)
-    cost = _per_member(lambda name, pattern: per_unit[name] * kept_units(groups[name], pattern))
-    planned = sum(per_unit[name] * groups[name].count for unit in units for name in unit.members)
-    return costs_from(units, cost, dense - planned, dense, budget.share)
+def table_cost(units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs) -> float:
+    """What options cost by the table."""
+    triples = zip(units, patterns, costs.options, strict=True)
+    return sum(of_unit[unit.options.index(pattern)] for unit, pattern, of_unit in triples)

@@ -20,13 +20,11 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from obsdiff.allocation.assemble import table_cost
-from obsdiff.allocation.budget import Costs, costs_from
+from obsdiff.allocation.budget import Costs, costs_from, table_cost
 from obsdiff.allocation.clock import call_of, time_calls, time_in_new_process
 from obsdiff.allocation.curves import interpolate
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit
-from obsdiff.errors import UserError
 from obsdiff.files import read_json, write_json
 from obsdiff.models.calls import remembered_call
 from obsdiff.models.content import denoiser_hash
@@ -95,13 +93,7 @@ def timing_of(pipe: Any, graph: Graph, call: Mapping[str, Any], store: Path | No
 
 @torch.no_grad()
 def latency_costs(graph: Graph, units: Sequence[Unit], budget: Budget, timing: Timing) -> Costs:
-    """Share of the dense latency of each option, from timing every kind of module at a few widths.
-
-    Raises:
-        UserError: The pattern does not change latency.
-    """
-    if not isinstance(units[0].options[0], Structured):
-        raise UserError("a budget in latency needs a structured pattern: dense kernels do not skip zeros")
+    """Share of the dense latency of each option, from timing every kind of module at a few widths."""
     kinds: dict[str, str] = {}
     examples: dict[str, Any] = {}  # of each kind a group, and a call of the module around it
 
@@ -125,8 +117,8 @@ def latency_costs(graph: Graph, units: Sequence[Unit], budget: Budget, timing: T
         found = {kind: timing.times(kind, partial(_table, graph, whole, *of)) for kind, of in examples.items()}
     tables = {name: list(zip(_widths(graph.group_of[name]), found[kind], strict=True)) for name, kind in kinds.items()}
 
-    def cost(unit: Unit, pattern: Any) -> float:
-        return sum(interpolate(tables[name], kept_units(graph.group_of[name], pattern)) for name in unit.members)
+    def cost(name: str, pattern: Any) -> float:
+        return interpolate(tables[name], kept_units(graph.group_of[name], pattern))
 
     # modules timed alone may add up to more than the whole; what they save is what counts
     return costs_from(units, cost, 1 - sum(table[-1][1] for table in tables.values()), 1, budget.share)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from obsdiff.allocation.allocate import check_request, triples_of
 from obsdiff.allocation.request import check_values
-from obsdiff.allocation.scan import passes_needed
+from obsdiff.allocation.scan import passes_needed, triples_of
 from obsdiff.allocation.units import make_units
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
@@ -66,7 +65,6 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
     packages = packages_for(options, statistics)
     check_solving(pattern, solve_options(options), packages)
     rule = rule_of(options)
-    check_request(rule, options.scan)
     if packages > 1 and statistics is not None:
         raise UserError(
             "several packages calibrate with earlier layers pruned, which a statistics folder cannot hold; "

@@ -79,7 +79,9 @@ def check_values(options: PruningOptions) -> None:
     if options.allocation is not None and options.allocation not in ALLOCATIONS:
         raise UserError(f"unknown allocation {options.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
     if options.budget is not None:
-        parse_budget(options.budget)
+        kind = parse_budget(options.budget).kind
+        if kind in ("flops", "latency") and options.plan is None and not isinstance(pattern, Structured):
+            raise UserError(f"a budget in {kind} needs a structured pattern: dense kernels do not skip zeros")
     check_seed("seed", options.seed)
     _check_calibration(options.calibration)
     check_scan(options.scan)

@@ -17,6 +17,7 @@ from obsdiff.files import read_json, write_json
 from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import NM, Pattern, Structured
 from obsdiff.progress import track
+from obsdiff.pruning.options import ScanOptions
 from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import Statistics, check_fingerprint
 from obsdiff.pruning.surgery import Edits
@@ -28,6 +29,8 @@ SAVE_EVERY_S = 30.0
 SOLVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)  # shares at which layers are solved
 MEASURED = (0.5, 0.8, 0.98)  # and those at which the denoiser runs; the last is the usual ceiling: no extrapolation
 MEASURED_STRUCTURED = (0.25, 0.5, 0.75)
+TRIPLES = 160
+MOST_PASSES = 12.0  # cost of a scan that chooses its own number of triples, in bare passes over the calibration set
 BROKEN = 1e9  # stands for an error that is not finite
 
 
@@ -75,6 +78,13 @@ def passes_needed(graph: Graph, units: Sequence[Unit], levels: Sequence[float] |
             first = unit.stage
         runs += len(measured_levels(unit, levels)) * (stages - first)
     return runs / stages
+
+
+def triples_of(graph: Graph, units: Sequence[Unit], scanning: ScanOptions, calls: int) -> int:
+    """Triples to record, where a calibration pass makes ``calls`` calls of the denoiser (prompts times steps)."""
+    if scanning.triples is not None:
+        return min(scanning.triples, calls)
+    return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes_needed(graph, units, scanning.levels))))
 
 
 def scan(

@@ -17,7 +17,6 @@ from obsdiff.allocation.planning import (
     first_plan,
     packages_for,
     rule_of,
-    solve_options,
 )
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
@@ -108,7 +107,7 @@ def prune_stage(
     check_options(options, statistics, sensitivity)
     subject, plan = _prepared(pipe, options, prune_again)
     graph, dead = subject.graph, [] if options.dead == "ignore" else subject.dead
-    settings, solving = options.calibration, solve_options(options)
+    settings = options.calibration
 
     def measure(sites: set[str] | None) -> Statistics:
         return calibrate(
@@ -131,23 +130,7 @@ def prune_stage(
     record, allocate_s = None, 0.0
     if allocates(options):
         started = time.perf_counter()
-        allocation = allocate(
-            pipe,
-            options.pattern,
-            found,
-            prompts,
-            rule=rule_of(options),
-            budget=options.budget,
-            options=solving,
-            scanning=options.scan,
-            store=sensitivity,
-            limits=options.limits,
-            include=options.include,
-            exclude=options.exclude,
-            spare_blocks=options.spare_blocks,
-            batch_size=settings.batch_size,
-            quiet=quiet,
-        )
+        allocation = allocate(pipe, options, found, prompts, store=sensitivity, quiet=quiet)
         plan, record = allocation.plan, allocation.record
         allocate_s = allocation.earlier_s + time.perf_counter() - started
         if options.dead == "remove":

@@ -12,17 +12,16 @@ from obsdiff.obs.pattern import Pattern, Unstructured
 BISECTIONS = 60
 
 
-def meet_with_offsets(units: Sequence[Unit], offsets: Sequence[float], costs: Costs) -> list[Pattern]:
+def meet_with_offsets(units: Sequence[Unit], offsets: Sequence[float], costs: Costs, limit: float) -> list[Pattern]:
     """Each unit removes a common share plus its offset, within its options, so that the budget is met.
 
     Ratios are continuous. Heads, widths and N:M come in steps: there the options nearest to the targets are chosen, by
     the summed squared distances weighted with what the units cost dense.
 
-    Raises:
-        obsdiff.allocation.knapsack.Infeasible: Even the sparsest options exceed the limit.
+    The sparsest options must be within the ``limit``.
     """
     if all(isinstance(option, Unstructured) for unit in units for option in unit.options):
-        return _ratios(units, offsets, costs)
+        return _ratios(units, offsets, costs, limit)
 
     def distances(common: float) -> list[list[float]]:
         return [
@@ -36,15 +35,14 @@ def meet_with_offsets(units: Sequence[Unit], offsets: Sequence[float], costs: Co
             for d, of_unit in zip(distances(common), costs.options, strict=True)
         )
 
-    choose(distances(1.0), costs.options, costs.limit)  # raises if nothing fits
     # the largest common share that is too dear: from there the allocator moves as little as the limit asks
-    common = _bisect(lambda value: nearest(value) <= costs.limit)
-    picked = list(choose(distances(common), costs.options, costs.limit).picked)
-    _spend(picked, distances(common), costs)
+    common = _bisect(lambda value: nearest(value) <= limit)
+    picked = list(choose(distances(common), costs.options, limit).picked)
+    _spend(picked, distances(common), costs, limit)
     return [unit.options[i] for unit, i in zip(units, picked, strict=True)]
 
 
-def _spend(picked: list[int], distances: Sequence[Sequence[float]], costs: Costs) -> None:
+def _spend(picked: list[int], distances: Sequence[Sequence[float]], costs: Costs, limit: float) -> None:
     """Step by step to denser options while the limit allows, each time the one that strays least from its target.
 
     Nearest options often leave a head's worth of the budget over; comparisons are at equal cost, so it is spent.
@@ -54,7 +52,7 @@ def _spend(picked: list[int], distances: Sequence[Sequence[float]], costs: Costs
         return sum(of_unit[i] for of_unit, i in zip(costs.options, picked, strict=True))
 
     while True:
-        spare = costs.limit - cost()
+        spare = limit - cost()
         steps = [
             (distances[unit][i - 1] - distances[unit][i], unit)
             for unit, i in enumerate(picked)
@@ -65,7 +63,7 @@ def _spend(picked: list[int], distances: Sequence[Sequence[float]], costs: Costs
         picked[min(steps)[1]] -= 1
 
 
-def _ratios(units: Sequence[Unit], offsets: Sequence[float], costs: Costs) -> list[Pattern]:
+def _ratios(units: Sequence[Unit], offsets: Sequence[float], costs: Costs, limit: float) -> list[Pattern]:
     def ratios(common: float) -> list[float]:
         return [
             min(max(common + offset, removed(unit.options[0])), removed(unit.options[-1]))
@@ -77,8 +75,7 @@ def _ratios(units: Sequence[Unit], offsets: Sequence[float], costs: Costs) -> li
     def kept(common: float) -> float:
         return sum(size * (1 - ratio) for size, ratio in zip(dense, ratios(common), strict=True))
 
-    choose([[0.0] * len(of_unit) for of_unit in costs.options], costs.options, costs.limit)  # raises if nothing fits
-    low = _bisect(lambda value: kept(value) <= costs.limit)
+    low = _bisect(lambda value: kept(value) <= limit)
     return [Unstructured(round(ratio, 10)) for ratio in ratios(low + 1e-12)]
 
 

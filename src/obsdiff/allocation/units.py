@@ -88,9 +88,9 @@ def _shared(names: Sequence[str], rules: Sequence[str]) -> list[tuple[str, ...]]
 
 
 def _options(pattern: Pattern, groups: Group | None, name: str, limits: Limits) -> list[Pattern]:
-    floor = _limit(limits.floors, name, 0.0, "floor")
+    floor = _limit(limits.floors, name, 0.0)
     highest = max(HIGHEST, (1 + pattern.ratio) / 2) if isinstance(pattern, Unstructured) else 1.0
-    ceiling = _limit(limits.ceilings, name, highest, "ceiling")
+    ceiling = _limit(limits.ceilings, name, highest)
     if floor > ceiling:
         raise UserError(f"{name}: its floor {floor:g} is above its ceiling {ceiling:g}")
     if isinstance(pattern, Unstructured):
@@ -119,11 +119,6 @@ def _nm_options(pattern: NM, choices: Sequence[str]) -> list[Pattern]:
     return [option for name, option in every.items() if not choices or name in choices]
 
 
-def _limit(rules: Mapping[str, float], name: str, default: float, what: str) -> float:
-    value = default
-    for rule, given in rules.items():
-        if fnmatchcase(name, rule):
-            value = float(given)
-    if not 0 <= value <= 1:
-        raise UserError(f"{name}: its {what} is {value:g}; it must be between 0 and 1")
-    return value
+def _limit(rules: Mapping[str, float], name: str, default: float) -> float:
+    """What the last rule that matches a name says."""
+    return float([default, *(given for rule, given in rules.items() if fnmatchcase(name, rule))][-1])

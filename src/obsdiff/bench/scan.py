@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from obsdiff.allocation.additivity import check_additivity
 from obsdiff.allocation.allocate import default_budget, probe_for, settings_of
 from obsdiff.allocation.budget import costs_of
 from obsdiff.allocation.scan import scan
 from obsdiff.allocation.units import make_units
+from obsdiff.bench.additivity import check_additivity
 from obsdiff.bench.workloads import Preset, forward_only
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.subject import subject_of

@@ -61,7 +61,7 @@ def check_additivity(
     predicted, drawn = [], []
     for _ in range(plans):
         offsets = (SPREAD * (2 * torch.rand(len(units), generator=generator) - 1)).tolist()
-        patterns = meet_with_offsets(units, offsets, costs)
+        patterns = meet_with_offsets(units, offsets, costs, costs.limit)
         predicted.append(sum(map(_predicted, units, patterns, [sensitivity] * len(units))))
         entries = {name: p for unit, p in zip(units, patterns, strict=True) for name in unit.members}
         drawn.append(Plan(base.pattern, {name: entries[name] for name in base.entries}))
