@@ -1,5 +1,6 @@
 """What the rows claim is what the graphs have, and the pages that are written from the rows are up to date."""
 
+import re
 from pathlib import Path
 
 import diffusers
@@ -44,6 +45,15 @@ def test_the_command_prints_the_table(capsys):
 def test_the_page_is_written_from_the_rows():
     """python -c "from obsdiff.export.families import document; print(document(), end='')" > docs/families.md"""
     assert (ROOT / "docs" / "families.md").read_text() == document()
+
+
+def test_the_guide_shows_what_is_in_the_files():
+    """Its excerpts are lines of the family that was added by it."""
+    text = (ROOT / "docs" / "adding-a-family.md").read_text()
+    blocks = [block for block in re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL) if "ura" in block][1:]
+    files = ["src/obsdiff/models/families/aura_flow.py", "src/obsdiff/models/parts.py", "tests/families/dits.py"]
+    for block, file in zip(blocks, files, strict=True):
+        assert block in (ROOT / file).read_text()
 
 
 def test_the_readme_has_the_table():
