@@ -35,7 +35,7 @@ from obsdiff.pruning.oneshot import check_solving
 from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import Plan, kept_units, make_plan
 from obsdiff.pruning.solve import SolveOptions
-from obsdiff.pruning.statistics import Statistics, check_measured_on
+from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 
 TRIPLES = 160
 CHECKS = 3  # passes of the probe that compare the plan and the uniform one with the dense outputs
@@ -124,6 +124,7 @@ def allocate(
     base = make_plan(graph, pattern, include, exclude, spared)
     subject.check(base.layers(graph))
     check_measured_on(statistics, graph.denoiser)
+    check_serves(statistics, {"gram"} if rule == "measured" else {"diagonal"}, f"the {rule} allocation")
     settings = settings_of(statistics, batch_size)
     units = make_units(graph, base, limits)
     keep = None if store is None else Path(store)
