@@ -9,7 +9,9 @@ from torch.utils.data import Dataset
 from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
+from obsdiff.errors import UserError
 from obsdiff.models.calling import WHICH
+from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.numbers import check_whole
 from obsdiff.paths import user_path
@@ -95,6 +97,8 @@ class TrajectoryDataModule(RecoveryData):
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         pipe = load_pipeline(self.pipeline)
+        if not told_nothing(pipe, self.named) and self.named is None:
+            raise UserError(f"give data.prompts: {self.pipeline} draws what it is told")
         if not told_nothing(pipe, self.named) and self.named is None:
             raise UserError(f"give data.prompts: {self.pipeline} draws what it is told")
         if (self.folder / INDEX).exists():

@@ -1,15 +1,31 @@
 """Every family recorded, replayed and recovered: from prompts, through its own text encoders, from a saved folder."""
 
+import json
+from pathlib import Path
+
+import lightning
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 from torch.utils.data import default_collate
+from torchvision.transforms.functional import to_tensor
 
 import obsdiff
-from obsdiff.data.trajectories import TrajectoryDataset
+from obsdiff.callbacks.checkpoint import LastCheckpoint
+from obsdiff.callbacks.export import Export
+from obsdiff.cli.main import main
+from obsdiff.data.trajectories import TrajectoryDataModule, TrajectoryDataset
+from obsdiff.evaluation.sampling import FRAMES, sample
 from obsdiff.models.calling import call_denoiser, drop_prompts
 from obsdiff.models.denoisers import denoiser_of, denoisers_of
+from obsdiff.models.families import find_family
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, write_info
+from obsdiff.models.loading import absent
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions
 from obsdiff.pruning.record import open_trajectories, record_trajectories
+from obsdiff.training.options import Objective, Optimization
+from obsdiff.training.recovery import Recovery
 from tests.families.pipelines import PIPELINES, PROMPTS
 
 # an image-to-video pipeline is told of an image too, which a list of prompts does not hold
@@ -86,6 +102,12 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     own, negative = heard.split([2, 1], guided)
     recording = open_trajectories(tmp_path / "recording")
     assert recording.latents.shape[:2] == own.shape[:2]
+    family = find_family(*denoisers_of(pipe).values())
+    assert (family.sign < 0) is (row.output == "negated")
+    assert family.learned_sigma is (row.output == "first half of the channels")
+    if row.output != "trigonometric":
+        told = recording.times if recording.times.dim() == 1 else recording.times[:, 0]
+        close(told, family.time_offset + family.time_scale * pipe.scheduler.timesteps.float())
     batch = default_collate(list(TrajectoryDataset(recording)))
     denoiser = denoiser_of(pipe)
 
@@ -99,3 +121,87 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     if guided:
         close(replay(True), negative)
         assert not torch.allclose(own, negative, rtol=1e-3)
+
+
+def test_sampling(saved, tmp_path):
+    """Images in [0, 1] of every pipeline, each of its own seed and prompt alone; through the command line too."""
+    name, folder = saved
+    row = PIPELINES[name]
+    pipe, prompts = obsdiff.load_pipeline(folder), prompts_of(row)
+    images = sample(pipe, prompts, [3, 4, 3], batch_size=3)
+    alone = sample(pipe, prompts[1:2], [4])
+    frames = min(FRAMES, row.call.get("num_frames", 1))
+    side = row.call.get("height", 8 if row.sample == "sample" else 16)
+    assert images.shape == (3, 3, side, side * frames) and images.dtype == torch.float32
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    torch.testing.assert_close(alone[0], images[1], rtol=0, atol=1e-3)
+    assert not torch.allclose(images[0], images[1], atol=1e-2)
+    asked = ["--prompt", f"[{prompts[1]!r}]"] if row.text else ["--num_images", "1"]
+    main(["sample", str(folder), *asked, "--seed", "4", "--output", str(tmp_path / "one.png"), "--device", "cpu"])
+    drawn = to_tensor(Image.open(tmp_path / "one.png"))
+    torch.testing.assert_close(drawn, alone[0], rtol=0, atol=2 / 255)
+
+
+def fit(name, folder, tmp_path, pattern):
+    """Two optimizer steps by distillation on recorded trajectories, as a user's own trainer runs them; the module."""
+    asked = None
+    if PIPELINES[name].text:
+        asked = str(tmp_path / "prompts.txt")
+        Path(asked).write_text("\n".join(prompts_of(PIPELINES[name])))
+    module = Recovery(
+        str(folder),
+        str(tmp_path / "run"),
+        PruningOptions(
+            pattern=pattern,
+            allocation="uniform",
+            spare_blocks=[],
+            calibration=CalibrationOptions(prompts=asked, num_prompts=2, batch_size=2),
+        ),
+        objective=Objective(distill_output=1.0, distill_features=0.1),
+        optimization=Optimization(lr=1e-3, weight_decay=0.1, warmup_steps=0),
+        evaluation=EvaluationOptions(num_images=2, prompts=asked),
+        prompt_dropout=0.5,
+    )
+    data = TrajectoryDataModule(str(folder), str(tmp_path / "recording"), asked, num_prompts=3, batch_size=3)
+    runner = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        callbacks=[Export(), LastCheckpoint(dirpath=str(tmp_path / "run" / "checkpoints"))],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    runner.fit(module, datamodule=data)
+    return module
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.4"])
+def test_two_steps_of_distillation(saved, tmp_path, pattern):
+    """Masks hold, each denoiser learns, the teacher stays out of the checkpoint, the result is plain diffusers'."""
+    name, folder = saved
+    row = PIPELINES[name]
+    module = fit(name, folder, tmp_path, pattern)
+    result = tmp_path / "run" / "recovered"
+    before, after = (obsdiff.load_pipeline(tmp_path / "run" / run) for run in ("pruned", "recovered"))
+    for component, model in denoisers_of(after).items():
+        old = dict(denoisers_of(before)[component].named_parameters())
+        changed = [key for key, p in model.named_parameters() if not torch.equal(p, old[key])]
+        assert len(changed) > len(old) // 2
+    masks = module.named_masks()
+    assert bool(masks) is pattern.startswith("unstructured")
+    trained = dict(denoiser_of(after).named_parameters())
+    assert all(bool((trained[key][~kept] == 0).all()) for key, kept in masks.items())
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert set(checkpoint["state_dict"]) == {f"denoiser.{key}" for key in module.denoiser.state_dict()}
+    report = json.loads((result / "report.json").read_text())
+    assert report["flops"]["pruned"] <= report["flops"]["dense"] and report["flops"]["dense"] > 0
+    assert report["recovery"]["fidelity_after"]["mse"] > 0
+    assert module.batch_flops > 3 * report["flops"]["pruned"]
+    plain = DiffusionPipeline.from_pretrained(
+        result / "pipeline", **absent(result / "pipeline"), trust_remote_code=True
+    )
+    plain.set_progress_bar_config(disable=True)
+    given = row.conditioning(1)
+    assert torch.equal(row.sample_rows(plain, given, [0]), row.sample_rows(after, given, [0]))

@@ -76,6 +76,18 @@ def test_defaults_of_the_shift_are_the_pipelines():
         assert f'"{name}", {default})' in source
 
 
+@pytest.mark.parametrize("kind", [diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler])
+def test_multistep_samplers_of_flows(pipe, kind):
+    pipe.scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    noising = noising_of_pipeline(pipe, (8, 8))
+    pipe.scheduler.set_timesteps(STEPS)
+    plain = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    plain.set_timesteps(STEPS)
+    shifted = noising.shifted(plain.sigmas[:STEPS])
+    torch.testing.assert_close(shifted, 1000 * pipe.scheduler.sigmas[:STEPS], rtol=1e-4, atol=0.1)
+    assert float((shifted - pipe.scheduler.timesteps).abs().max()) <= 1  # whole times
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_discrete_diffusion_trains_at_every_time_that_a_spacing_can_ask_for(pipe, spacing, prediction):
@@ -98,7 +110,7 @@ def test_discrete_diffusion_trains_at_every_time_that_a_spacing_can_ask_for(pipe
         (diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500), "counts time to 500"),
         (diffusers.EDMEulerScheduler(), "neither"),
         (
-            diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+            diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
             "flow_predict",
         ),
     ],

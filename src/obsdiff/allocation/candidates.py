@@ -45,7 +45,7 @@ class Solver:
 
     def candidates(self, members: Sequence[str], patterns: Sequence[Pattern]) -> list[Candidate]:
         """The unit of these members under each pattern."""
-        if members[0] in self.graph.group_of:
+        if isinstance(patterns[0], Structured):  # a group may be called as a layer
             bundles = self.graph.bundles(members)
             parts = [
                 [self.bundle({group.name: pattern for group in bundle}) for pattern in patterns]  # type: ignore[misc]

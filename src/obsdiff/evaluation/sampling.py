@@ -13,11 +13,14 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.evaluation.measures import finite_images
 from obsdiff.files import check_writable, whole_file
+from obsdiff.models.conditioning import asked_for
 from obsdiff.models.info import CALL_ARGUMENTS, MOST, call_arguments, info_of
 from obsdiff.models.modes import eval_mode
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.paths import user_path
 from obsdiff.progress import track
+
+FRAMES = 4  # of a video, in its image
 
 
 @torch.no_grad()
@@ -33,11 +36,11 @@ def sample(
 ) -> Tensor:
     """One image per prompt: float32 (n, channels, height, width) in [0, 1], on the CPU.
 
-    All models are in eval mode meanwhile.
+    Of a video it shows four frames side by side, from the first to the last. All models are in eval mode meanwhile.
 
     Args:
         pipe: The pipeline.
-        prompts: One per image; empty ones for a pipeline that takes none.
+        prompts: One per image; numbers or names of classes, or empty ones, for a pipeline that takes these.
         seeds: One per image; an image depends on its own seed only, not on the batch.
         batch_size: Images per pipeline call.
         call: Call arguments over the pipeline's own defaults (steps, guidance, size).
@@ -51,9 +54,7 @@ def sample(
     accepted = inspect.signature(type(pipe).__call__).parameters
     if foreign := sorted(name for name, value in (call or {}).items() if value is not None and name not in accepted):
         raise UserError(f"a call of {type(pipe).__name__} takes no {foreign[0]}; leave it out")
-    takes_prompts = "prompt" in accepted
-    if not takes_prompts and any(prompts):
-        raise UserError(f"{info_of(pipe).source} draws without prompts; leave {next(filter(None, prompts))!r} out")
+    asked = asked_for(pipe, prompts)
     arguments = call_arguments(pipe, **(call or {}))
     starts = range(0, len(prompts), batch_size)
     images = []
@@ -62,18 +63,34 @@ def sample(
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             try:
-                asked = {"prompt": list(prompts[part])} if takes_prompts else {"batch_size": len(generators)}
-                result = pipe(**asked, generator=generators, output_type="pt", **arguments)
+                told = asked[part].arguments(pipe._execution_device)
+                (made, *_) = pipe(**told, generator=generators, output_type="pt", return_dict=False, **arguments)
             except UserError:
                 raise
             except ValueError as error:  # how diffusers refuses sizes and lengths
                 reason = " ".join(str(error).split())[:300]
                 raise UserError(f"{info_of(pipe).source} cannot draw with {arguments}: {reason}") from error
-            drawn = result.images.float().cpu()
+            drawn = as_images(made)
             if not allow_nonfinite:
                 check_finite(drawn, prompts[part], seeds[part])
             images.append(drawn)
     return torch.cat(images)
+
+
+def as_images(made: Any) -> Tensor:
+    """What a pipeline made as images, float32 (n, channels, height, width) on the CPU.
+
+    Args:
+        made: Images (n, c, h, w) or videos (n, frames, c, h, w); as numpy, which some pipelines give whatever they are
+            asked for, with the channels last.
+    """
+    drawn = torch.as_tensor(made).float().cpu()
+    if not isinstance(made, Tensor):
+        drawn = drawn.movedim(-1, -3)
+    if drawn.dim() == 4:
+        return drawn
+    shown = torch.linspace(0, drawn.shape[1] - 1, min(FRAMES, drawn.shape[1])).round().long()
+    return torch.cat(list(drawn[:, shown].unbind(1)), dim=-1)
 
 
 def check_request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -215,52 +216,63 @@ def _like(negative: Tensor, tensor: Tensor) -> Tensor:
     return rows
 
 
-@torch.no_grad()
-def encode_images(pipe: Any, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents of images (n, c, h, w) in [-1, 1], drawn from the autoencoder's posterior and normalised as it says; the
-    images themselves of a pipeline that has none."""
-    if getattr(pipe, "vae", None) is None:
-        return images
-    posterior = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
-    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    return (posterior.mean + posterior.std * noise - shift) * pipe.vae.config.scaling_factor
-
-
 class PromptEncoder:
     """Prompts to what the denoiser is told, through the pipeline's frozen text encoders; each distinct prompt is
     encoded once.
 
     Attributes:
         common: What the denoiser is told in all rows of a call; there after the first prompt.
+        latents: The shape of an image's latents in that call.
     """
 
     def __init__(self, pipe: Any, keep: int = 4096) -> None:
         self.pipe = pipe
         self.keep = keep
         self.common: dict[str, Any] = {}
+        self.latents: tuple[int, ...] = ()
         self._known: dict[str, dict[str, Tensor]] = {}
+        self._size: tuple[int, int] | None = None
 
-    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Conditions of ``prompts`` (:func:`split_call`), on the CPU."""
-        if len(self._known) + len(set(prompts)) > self.keep:
+    def __call__(self, prompts: list[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Conditions of ``prompts`` (:func:`split_call`), on the CPU.
+
+        Args:
+            prompts: The prompts.
+            size: Height and width in pixels of the images that they go with; None: the pipeline's own.
+        """
+        if len(self._known) + len(set(prompts)) > self.keep or size != self._size:
             self._known.clear()
+            self._size = size
         for prompt in set(prompts) - self._known.keys():
             # one at a time: in a batch the last bit would depend on which others are new, unlike in a resumed run
             conditioning = encode_prompts(self.pipe, [prompt], call_arguments(self.pipe))
-            found, self.common = conditions_of(self.pipe, conditioning)
+            found, self.common, self.latents = conditions_of(self.pipe, conditioning, size)
             self._known[prompt] = {name: tensor[0] for name, tensor in found.items()}
         names = self._known[prompts[0]]
         return {name: stacked([self._known[prompt][name][None] for prompt in prompts]) for name in names}
 
 
-def conditions_of(pipe: Any, conditioning: Conditioning) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a pipeline tells its denoiser of one prompt, and of all: its call is recorded, at its own size."""
+def conditions_of(
+    pipe: Any, conditioning: Conditioning, size: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any], tuple[int, ...]]:
+    """What a pipeline tells its denoiser of one prompt, and of all, and the shape of its latents: its call is recorded.
+
+    Args:
+        pipe: The pipeline.
+        conditioning: The prompt.
+        size: Height and width in pixels of the single image; None: what the pipeline draws by itself.
+    """
     components = denoisers_of(pipe)
     family: Family = find_family(*components.values())
-    found = record_call(pipe, family, components, conditioning, call_arguments(pipe) | {"num_inference_steps": 1})
-    call = next(iter(found.values()))
+    call = call_arguments(pipe) | ({"num_inference_steps": 1} if len(components) == 1 else {})
+    if size is not None:
+        accepted = inspect.signature(type(pipe).__call__).parameters
+        wanted = {"height": size[0], "width": size[1], "num_frames": 1, "use_resolution_binning": False}
+        call |= {key: value for key, value in wanted.items() if key in accepted}
+    found = record_call(pipe, family, components, conditioning, call)
+    given = next(iter(found.values()))
     rows = CallRows(pipe, family, conditioning)
     rows.begin(slice(0, len(conditioning)))
-    rows.look(next(iter(components.values())), (), call)
-    return split_call(rows, call, row_paths(call, rows.each * rows.prompts))
+    rows.look(next(iter(components.values())), (), given)
+    conditions, common = split_call(rows, given, row_paths(given, rows.each * rows.prompts))
+    return conditions, common, tuple(given[family.sample][0].shape)

@@ -13,6 +13,7 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.models.denoisers import denoisers_of
 from obsdiff.models.families import Family, find_family
+from obsdiff.models.info import info_of
 from obsdiff.models.modes import eval_mode
 
 ENCODE_BATCH = 32
@@ -136,20 +137,34 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -
     """
     check_prompts(prompts)
     family = find_family(*denoisers_of(pipe).values())
-    if family.input == "nothing":
-        return Conditioning({}, count=len(prompts))
-    if family.input == "class_labels":
-        return Conditioning({"class_labels": [_class_label(pipe, prompt) for prompt in prompts]})
+    if family.input != "prompt":
+        return asked_for(pipe, prompts)
     tokenizers = [name for segment in family.text for name in segment.tokenizers]
     if tokenizers and all(getattr(pipe, name, None) is None for name in tokenizers):
         raise UserError(
             f"this {type(pipe).__name__} has none of its tokenizers ({', '.join(tokenizers)}), so prompts cannot be "
             "encoded; keep them, or give the embeds as a Conditioning"
         )
-    embeds = _encoded(pipe, family, prompts, call) if family.encoded else {"prompt": list(prompts)}
+    embeds = _encoded(pipe, family, prompts, call) if family.encoded else asked_for(pipe, prompts).embeds
     if not family.text:
         return Conditioning(embeds)
     return Conditioning(embeds, token_mask(pipe, family, prompts, call), token_mask(pipe, family, [""], call)[0])
+
+
+def asked_for(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    """``prompts`` as a user of the pipeline gives them: texts, classes by number or name, or only how many there are.
+
+    Raises:
+        UserError: There is no such class, or the pipeline takes no prompts.
+    """
+    kind = find_family(*denoisers_of(pipe).values()).input
+    if kind == "class_labels":
+        return Conditioning({"class_labels": [_class_label(pipe, prompt) for prompt in prompts]})
+    if kind == "prompt" and "prompt" in inspect.signature(type(pipe).__call__).parameters:
+        return Conditioning({"prompt": list(prompts)})
+    if any(prompts):
+        raise UserError(f"{info_of(pipe).source} draws without prompts; leave {next(filter(None, prompts))!r} out")
+    return Conditioning({}, count=len(prompts))
 
 
 def _encoded(pipe: Any, family: Family, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Tensor]:

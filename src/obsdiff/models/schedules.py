@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from obsdiff.diffusion.noising import Noising, flow_noising, noising_of, shifts_plainly
+from obsdiff.diffusion.noising import FlowNoising, Noising, flow_noising, noising_of, shifts_plainly
 from obsdiff.errors import UserError
-from obsdiff.models.denoisers import denoiser_of
+from obsdiff.models.info import call_arguments
+from obsdiff.models.latents import patch_of
 
 POSITIONS = 1000  # at which a sampler is asked for its noise levels
 
@@ -28,7 +29,11 @@ def noising_of_pipeline(pipe: Any, size: tuple[int, int]) -> Noising:
     """
     scheduler = pipe.scheduler
     try:
-        alphas = getattr(scheduler, "alphas_cumprod", None)
+        alphas, config = getattr(scheduler, "alphas_cumprod", None), scheduler.config
+        if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+            if config.get("use_dynamic_shifting"):
+                raise ValueError("its shift depends on the size")
+            return FlowNoising(float(config.get("flow_shift") or 1.0))  # Sana's and Wan's multistep samplers
         if alphas is not None or (_is_flow(scheduler) and shifts_plainly(scheduler.config)):
             return noising_of(scheduler.config, alphas)
         if not _is_flow(scheduler):
@@ -39,7 +44,9 @@ def noising_of_pipeline(pipe: Any, size: tuple[int, int]) -> Noising:
         levels = torch.linspace(float(scheduler.sigma_max), float(scheduler.sigma_min), POSITIONS)
         return flow_noising(levels, asked.sigmas[:POSITIONS])
     except (ValueError, TypeError) as error:
-        raise UserError(f"cannot train with {type(scheduler).__name__}: {error}") from error
+        raise UserError(
+            f"cannot train on images with {type(scheduler).__name__}: {error}; distil on recorded trajectories instead"
+        ) from error
 
 
 def _is_flow(scheduler: Any) -> bool:
@@ -61,10 +68,11 @@ def shift_of_size(pipe: Any, size: tuple[int, int]) -> dict[str, float]:
         return {}
     modules = [sys.modules[kind.__module__] for kind in type(pipe).__mro__]
     shift = next((module.calculate_shift for module in modules if hasattr(module, "calculate_shift")), None)
+    tokens = (size[0] // patch_of(pipe)) * (size[1] // patch_of(pipe))
+    fitted = next((module.compute_empirical_mu for module in modules if hasattr(module, "compute_empirical_mu")), None)
+    if fitted is not None:  # Flux.2
+        return {"mu": float(fitted(tokens, call_arguments(pipe)["num_inference_steps"]))}
     if shift is None:
         raise ValueError(f"{type(pipe).__name__} knows no dynamic shift")
-    denoiser: Any = denoiser_of(pipe)
-    patch = int(denoiser.config.get("patch_size") or 1)
     given = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.16}
-    tokens = (size[0] // patch) * (size[1] // patch)
     return {"mu": float(shift(tokens, *(config.get(name, default) for name, default in given.items())))}

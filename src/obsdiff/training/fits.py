@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import check_measurable
 from obsdiff.evaluation.sampling import cycle_prompts
+from obsdiff.models.calling import conditions_of
 from obsdiff.models.calls import remembered_call
-from obsdiff.models.conditioning import told_nothing
+from obsdiff.models.conditioning import encode_prompts, told_nothing
 from obsdiff.models.content import DECODING, component_hashes
-from obsdiff.models.denoisers import denoiser_of, denoisers_of
+from obsdiff.models.denoisers import denoisers_of
 from obsdiff.models.families import find_family
-from obsdiff.models.info import info_of
+from obsdiff.models.info import call_arguments, info_of
+from obsdiff.models.latents import encode_images, patch_of, vae_factor
 from obsdiff.models.rows import flattened
 from obsdiff.models.schedules import noising_of_pipeline
 from obsdiff.pruning.options import EvaluationOptions
@@ -44,7 +47,14 @@ def check_data(dense: Any, data: Any) -> None:
         check_trajectories(dense, recording, f"the recording in {getattr(data, 'folder', what)}")
     if (shape := getattr(data, "image_shape", None)) is not None:
         check_images(dense, shape, str(what))
-        noising_of_pipeline(dense, (int(shape[-2]) // vae_factor(dense), int(shape[-1]) // vae_factor(dense)))
+        height, width = (int(side) for side in shape[-2:])
+        noising_of_pipeline(dense, (height // vae_factor(dense), width // vae_factor(dense)))
+        model = next(iter(denoisers_of(dense).values()))
+        blank = torch.zeros(1, *shape, device=next(model.parameters()).device)
+        latents = encode_images(dense, blank, torch.Generator()).shape[1:]
+        example = "0" if find_family(model).input == "class_labels" else ""
+        conditioning = encode_prompts(dense, [example], call_arguments(dense))
+        check_encoded(dense, latents, conditions_of(dense, conditioning, (height, width))[2])
 
 
 def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
@@ -73,18 +83,17 @@ def check_images(pipe: Any, shape: Sequence[int], what: str) -> None:
         UserError: Naming both numbers.
     """
     channels, height, width = (int(size) for size in shape)
-    denoiser = cast(Any, denoiser_of(pipe)).config
+    denoiser: Any = next(iter(denoisers_of(pipe).values())).config
     if getattr(pipe, "vae", None) is None:
         check_latents(pipe, (channels, height, width), what)
         return
     config = pipe.vae.config
-    if channels != config.in_channels:
+    own = config.get("in_channels") or config.get("input_channels") or 3
+    if channels != own:
         raise UserError(
-            f"{what} has images of {channels} channels, the autoencoder of {info_of(pipe).source} takes "
-            f"{config.in_channels}"
+            f"{what} has images of {channels} channels, the autoencoder of {info_of(pipe).source} takes {own}"
         )
-    factor = vae_factor(pipe)
-    patch = int(denoiser.get("patch_size") or 1)
+    factor, patch = vae_factor(pipe), patch_of(pipe)
     for side in (height, width):
         if side % (factor * patch):
             raise UserError(
@@ -92,6 +101,19 @@ def check_images(pipe: Any, shape: Sequence[int], what: str) -> None:
                 f"{factor * patch} ({factor} per latent, {patch} latents per patch)"
             )
     check_latents(pipe, (int(denoiser.in_channels), height // factor, width // factor), what)
+
+
+def check_encoded(pipe: Any, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Refuse latents of images that are not laid out as the pipeline's own.
+
+    Raises:
+        UserError: Naming both shapes.
+    """
+    if tuple(found) != tuple(wanted):
+        raise UserError(
+            f"images become latents of {' x '.join(map(str, found))}, but {info_of(pipe).source} works on "
+            f"{' x '.join(map(str, wanted))} at their size; distil on recorded trajectories instead"
+        )
 
 
 def check_latents(pipe: Any, shape: Sequence[int], what: str) -> None:
@@ -109,7 +131,7 @@ def check_latents(pipe: Any, shape: Sequence[int], what: str) -> None:
         raise UserError(
             f"{what} has latents of {channels} channels, the denoiser of {source} takes {config.in_channels}"
         )
-    patch, table = int(config.get("patch_size") or 1), config.get("pos_embed_max_size")
+    patch, table = patch_of(pipe), config.get("pos_embed_max_size")
     for side in sides:
         if side % patch:
             raise UserError(f"{what} has latents of {' x '.join(map(str, sides))}, {source} takes multiples of {patch}")
@@ -171,8 +193,3 @@ def check_trajectories(pipe: Any, found: Trajectories, what: str) -> None:
             f"{what} was recorded from another pipeline: its {', '.join(different)} is not what {info_of(pipe).source} "
             "has now; delete it or name another folder"
         )
-
-
-def vae_factor(pipe: Any) -> int:
-    """Pixels per latent."""
-    return int(getattr(pipe, "vae_scale_factor", 8))

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from obsdiff.diffusion.noising import Noising
 from obsdiff.errors import UserError
-from obsdiff.models.calling import PromptEncoder, drop_prompts, encode_images
+from obsdiff.models.calling import WHICH, PromptEncoder, drop_prompts
 from obsdiff.models.calls import moved
-from obsdiff.models.denoisers import denoiser_of
+from obsdiff.models.conditioning import told_nothing
+from obsdiff.models.denoisers import denoiser_of, denoisers_of
 from obsdiff.models.families import find_family
+from obsdiff.models.latents import encode_images, vae_factor
 from obsdiff.models.schedules import noising_of_pipeline
 from obsdiff.models.told import Told
-from obsdiff.training.fits import check_embeds, check_images, check_latents
+from obsdiff.training.fits import check_embeds, check_encoded, check_images, check_latents
 
 
 @dataclass
@@ -38,9 +40,8 @@ class Inputs:
     _noising: dict[tuple[int, int], Noising] = field(default_factory=dict)
     _fit: set[tuple[int, ...]] = field(default_factory=set)
 
-    def noising(self, latents: Tensor) -> Noising:
-        """The noise process for latents (n, c, h, w) of this size."""
-        size = (int(latents.shape[-2]), int(latents.shape[-1]))
+    def noising(self, size: tuple[int, int]) -> Noising:
+        """The noise process for images of this height and width in latents."""
         if size not in self._noising:
             self._noising[size] = noising_of_pipeline(self.pipe, size)
         return self._noising[size]
@@ -60,14 +61,22 @@ class Inputs:
             check_embeds(self.pipe, embeds, "a training batch")
         elif "image" in batch:
             self._check(batch["image"], lambda shape: check_images(self.pipe, shape, "a training batch"))
-            clean = encode_images(self.pipe, batch["image"].to(device), generator)
+            images = batch["image"].to(device)
+            height, width = (int(side) for side in images.shape[-2:])
+            told = list(batch["prompt"]) if "prompt" in batch else self._unsaid(batch)
+            encoded = self.encode(told, (height, width))
+            clean = encode_images(self.pipe, images, generator)
+            check_encoded(self.pipe, clean.shape[1:], self.encode.latents)
             noise = torch.randn(clean.shape, generator=generator).to(clean)
-            noising = self.noising(clean)
+            factor = vae_factor(self.pipe)
+            noising = self.noising((height // factor, width // factor))
             times = noising.draw(len(clean), generator).to(clean.device)
             latents, target = noising.add_noise(clean, noise, times), noising.target(clean, noise, times)
             family = find_family(denoiser_of(self.pipe))
+            if len(denoisers_of(self.pipe)) > 1:  # the first is asked about the noisier latents
+                boundary = 1000 * float(self.pipe.config.boundary_ratio)
+                encoded[WHICH] = (times < boundary).long()
             times, target = family.time_offset + family.time_scale * times, family.sign * target
-            encoded = self.encode(list(batch["prompt"]))
             embeds = {name: tensor.to(device) for name, tensor in encoded.items()}
             common = self.encode.common
         else:
@@ -77,6 +86,12 @@ class Inputs:
         dropped = torch.rand(len(latents), generator=generator) < self.prompt_dropout
         shared = moved(dict(common), device, torch.float32, torch.float32)
         return Told(latents, times, drop_prompts(embeds, dropped), shared), target
+
+    def _unsaid(self, batch: Mapping[str, Any]) -> list[str]:
+        """Prompts of images that come without."""
+        if not told_nothing(self.pipe):
+            raise UserError(f"a training batch needs image and prompt; it has {sorted(batch)}")
+        return [""] * len(batch["image"])
 
     def _check(self, tensor: Tensor, check: Callable[[tuple[int, ...]], None]) -> None:
         """Data modules that say nothing of their images are checked when the first of a shape comes."""

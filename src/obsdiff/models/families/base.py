@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 TEXT, IMAGE = "text", "image"
 
@@ -49,6 +50,9 @@ class Family:
         tokens: What lies along the sequences that layers read, by shell-style name pattern; the first match counts.
         refused: Groups that cannot be cut, by shell-style name pattern, with the reason.
         apart: What looks like blocks and is none, by shell-style name pattern: left alone.
+        video: Whether its autoencoder is one of videos (n, c, frames, h, w).
+        packed: Gives an autoencoder's normalised latents the layout that the denoiser is given, if it is another one;
+            called with the pipeline and the latents.
         latents: Whether the pipeline can return latents (``output_type="latent"``).
         spare: Stages that structured pruning spares by default, negative ones from the end.
         known: Whether parts of it may be cut out: False for classes that are only traced.
@@ -77,6 +81,8 @@ class Family:
     tokens: tuple[tuple[str, tuple[str, ...]], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     apart: tuple[str, ...] = ()
+    video: bool = False
+    packed: Callable[[Any, Any], Any] | None = None
     latents: bool = True
     spare: tuple[int, ...] = (0, -1)
     known: bool = True

@@ -1,6 +1,14 @@
 """Flux.2 and Klein: no biases, fused single blocks of [text, image]; padding is attended and not known."""
 
+from typing import Any
+
 from obsdiff.models.families.base import IMAGE, TEXT, Family
+
+
+def packed(pipe: Any, latents: Any) -> Any:
+    """Latents of 2 x 2 patches (n, c, h, w) as tokens (n, h · w, c)."""
+    return pipe._pack_latents(latents)
+
 
 FLUX2 = Family(
     denoiser="Flux2Transformer2DModel",
@@ -11,6 +19,7 @@ FLUX2 = Family(
         " layer (24,576 wide in dev, 2.4 GB of Hessian each)."
     ),
     time_scale=1 / 1000,
+    packed=packed,
     guidance="calls",
     tokens=(
         ("single_transformer_blocks.*", (TEXT, IMAGE)),

@@ -5,6 +5,7 @@ from obsdiff.models.families.base import IMAGE, TEXT, Family
 HUNYUAN_VIDEO = Family(
     denoiser="HunyuanVideoTransformer3DModel",
     title="HunyuanVideo",
+    video=True,
     pipelines=("HunyuanVideoPipeline",),
     notes="Guidance is embedded. The refiner of the text is cut too.",
     guidance="calls",

@@ -6,6 +6,7 @@ WAN = Family(
     denoiser="WanTransformer3DModel",
     components=("transformer", "transformer_2"),
     title="Wan 2.1, 2.2",
+    video=True,
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     notes=(
         "Queries and keys are normalised over all heads: see below. Of Wan 2.2 both denoisers are "

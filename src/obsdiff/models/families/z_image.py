@@ -1,6 +1,14 @@
 """Z-Image: lists of latents and texts, time backwards, a negated output; its learned filler tokens are attended."""
 
+from typing import Any
+
 from obsdiff.models.families.base import Family
+
+
+def packed(pipe: Any, latents: Any) -> Any:
+    """Latents (n, c, h, w) with a frame axis, (n, c, 1, h, w)."""
+    return latents.unsqueeze(2)
+
 
 Z_IMAGE = Family(
     denoiser="ZImageTransformer2DModel",
@@ -14,5 +22,6 @@ Z_IMAGE = Family(
     time_offset=1.0,
     sign=-1,
     listed=True,
+    packed=packed,
     guidance="last",
 )
