@@ -7,6 +7,7 @@ from torch import nn
 import obsdiff
 from obsdiff.allocation.stage import prune_stage
 from obsdiff.cli.main import main
+from obsdiff.export.inspection import inspect_run
 from obsdiff.files import read_json
 from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import PipelineInfo, attach_info
@@ -69,9 +70,8 @@ def test_dead_layers_become_zero_and_nothing_changes(name, options):
     plain, reported = pruned(name, **options)
     pipe, report = pruned(name, **options, dead="remove")
     dead = set(PIPELINES[name].dead) & {n for n, m in denoiser_of(plain).named_modules() if isinstance(m, nn.Linear)}
+    assert report.dead == dict.fromkeys(report.dead, "zero") and reported.dead == dict.fromkeys(reported.dead, "left")
     assert set(report.dead) == set(reported.dead) == dead
-    assert any("free to delete (--dead remove)" in note for note in reported.notes)
-    assert any("removed" in note for note in report.notes)
     for layer in dead:
         module = denoiser_of(pipe).get_submodule(layer)
         assert not module.weight.any() and (module.bias is None or not module.bias.any())
@@ -86,7 +86,7 @@ def test_dead_layers_become_zero_and_nothing_changes(name, options):
 
 def test_they_are_not_looked_for_where_that_is_not_wanted():
     _, report = pruned("qwen-image", pattern="2:4", method="magnitude", dead="ignore")
-    assert report.dead == [] and not any("reach no output" in note for note in report.notes)
+    assert report.dead == {}
 
 
 def test_structured_plans_cut_modules_of_nothing_else(tmp_path):
@@ -94,6 +94,9 @@ def test_structured_plans_cut_modules_of_nothing_else(tmp_path):
     pipe, report = pruned("qwen-image", pattern="structured:0.5", method="magnitude", dead="remove")
     assert report.masks["transformer_blocks.2.txt_mlp"].sum() == 8  # the multiple that widths are kept to
     assert report.masks.keys().isdisjoint({"transformer_blocks.2.attn", "transformer_blocks.2.img_mlp"})
+    fates = {layer.rpartition("2.")[2]: fate for layer, fate in report.dead.items()}
+    assert fates["attn.to_add_out"] == fates["attn.add_q_proj"] == "left"
+    assert {fate for layer, fate in report.dead.items() if "txt_mlp" in layer} == {"cut"}
     plain, _ = pruned("qwen-image", pattern="structured:0.5", method="magnitude")
     subject = subject_of(plain)
     torch.testing.assert_close(answer(subject, denoiser_of(pipe)), answer(subject, denoiser_of(plain)), rtol=0, atol=0)
@@ -120,9 +123,13 @@ def test_the_command_says_so(pipe_folder, tmp_path, capsys):
     output = tmp_path / "out"
     options = ["--pattern", "2:4", "--method", "magnitude", "--evaluation.num_images", "0", "--device", "cpu"]
     main(["prune", "--pipeline", str(pipe_folder), "--output", str(output), *options, "--dead", "remove"])
-    assert "reach no output of the denoiser, removed" in capsys.readouterr().out
     layer = "transformer_blocks.2.attn.add_q_proj"
-    assert read_json(output / "pruning.json", "")["dead"] == read_json(output / "report.json", "")["dead"] == [layer]
+    said = f"{layer}: made zero"
+    assert (
+        said in capsys.readouterr().out and said in (output / "report.md").read_text() and said in inspect_run(output)
+    )
+    found = [read_json(output / file, "")["dead"] for file in ("pruning.json", "report.json")]
+    assert found == [{layer: "zero"}, {layer: "zero"}]
     assert obsdiff.load_pipeline(output) is not None
     with pytest.raises(SystemExit):
         main(["prune", "--pipeline", str(pipe_folder), "--output", str(tmp_path / "b"), "--dead", "bury"])

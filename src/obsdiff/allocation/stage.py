@@ -32,7 +32,7 @@ from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.defaults import departures
 from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, describe, packages_of, remarks, without_dead
+from obsdiff.pruning.plan import Plan, describe, fate_of_dead, packages_of, remarks, without_dead
 from obsdiff.pruning.planfile import kinds_of
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 
@@ -149,19 +149,10 @@ def prune_stage(
         prune_again=prune_again,
         quiet=quiet,
     )
-    report.dead = dead
-    report.notes += _of_dead(dead, options.dead)
+    report.dead = fate_of_dead(graph, plan, dead) if options.dead == "remove" else dict.fromkeys(dead, "left")
     report.allocation = record
     report.time_s["allocate"] = allocate_s
     return report
-
-
-def _of_dead(dead: Sequence[str], choice: str) -> list[str]:
-    """For people."""
-    if not dead:
-        return []
-    what = "removed" if choice == "remove" else "free to delete (--dead remove)"
-    return [f"{len(dead)} layers reach no output of the denoiser, {what}: {', '.join(dead)}"]
 
 
 def weighting_of(options: PruningOptions, statistics: Path | None) -> str:

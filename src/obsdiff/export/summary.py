@@ -60,6 +60,7 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
         ("pruned", f"{report['pipeline']}: {_done(report)}"),
         ("parameters", _parameters(report)),
         *_allocation(report),
+        *dead_rows(report),
         *(("note", note) for note in report.get("notes", ())),
     ]
     figures = []
@@ -75,6 +76,15 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
     )
     rows.append(("result", _contents(output)))
     return aligned(rows)
+
+
+def dead_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Layers that reach no output, by what became of them; of a report or a manifest."""
+    said = {"left": "free to delete (--dead remove)", "zero": "made zero", "cut": "cut to the least"}
+    found: dict[str, list[str]] = {}
+    for layer, fate in (report.get("dead") or {}).items():
+        found.setdefault(fate, []).append(layer)
+    return [("dead layers", f"{', '.join(layers)}: {said[fate]}") for fate, layers in found.items()]
 
 
 def recovery_summary(report: Mapping[str, Any], output: str | Path, total_s: float | None = None) -> str:

@@ -65,7 +65,7 @@ class Manifest(BaseModel):
     statistics: _Calibration | None = None
     shrunk: _Shrunk | None
     notes: list[str] = []
-    dead: list[str] = []
+    dead: dict[str, Literal["left", "zero", "cut"]] = {}
 
 
 def manifest_of(report: PruneReport, source: str, component: str, denoiser: str) -> dict[str, Any]:

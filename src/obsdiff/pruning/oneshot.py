@@ -66,7 +66,8 @@ class PruneReport:
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
         notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
             for, and what it could not tell.
-        dead: Layers that reach no output of the denoiser, as far as they were looked for.
+        dead: Layers that reach no output of the denoiser, as far as they were looked for, and what became of them:
+            "left", "zero" or "cut".
     """
 
     pattern: Pattern
@@ -87,7 +88,7 @@ class PruneReport:
     model: str | None = None
     allocation: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    dead: list[str] = field(default_factory=list)
+    dead: dict[str, str] = field(default_factory=dict)
 
     @property
     def mean_layer_error(self) -> float | None:

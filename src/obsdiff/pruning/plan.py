@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -240,13 +240,24 @@ def without_dead(graph: Graph, plan: Plan, dead: Sequence[str], exclude: Sequenc
     if not plan.structured:
         return replace(plan, dead=tuple(layer for layer in dead if layer in plan.entries))
     entries = dict(plan.entries)
-    for group in graph.groups:
-        alone = all(s.layer in dead for s in group.consumers)
-        if alone and not any(fnmatchcase(group.name, rule) for rule in exclude):
+    for group in _dead_groups(graph, dead):
+        if not any(fnmatchcase(group.name, rule) for rule in exclude):
             assert isinstance(plan.pattern, Structured)
             entries[group.name] = plan.pattern.choices(group.kind, group.count)[-1]
     ordered = {group.name: entries[group.name] for group in graph.groups if group.name in entries}
     return replace(plan, entries=ordered)
+
+
+def _dead_groups(graph: Graph, dead: Collection[str]) -> list[Group]:
+    return [group for group in graph.groups if all(s.layer in dead for s in group.consumers)]
+
+
+def fate_of_dead(graph: Graph, plan: Plan, dead: Sequence[str]) -> dict[str, str]:
+    """What a plan that removes dead layers (:func:`without_dead`) makes of each: "zero", "cut" to the least, or "left",
+    where a module serves others too or was excluded."""
+    groups = [group for group in _dead_groups(graph, dead) if plan.structured and group.name in plan.entries]
+    fates = dict.fromkeys(plan.dead, "zero") | {layer: "cut" for group in groups for layer in group.layers}
+    return {layer: fates.get(layer, "left") for layer in dead}
 
 
 def describe(pattern: Pattern) -> str:
