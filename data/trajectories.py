@@ -9,9 +9,7 @@ from torch.utils.data import Dataset
 from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
-from obsdiff.errors import UserError
 from obsdiff.models.calling import WHICH
-from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.numbers import check_whole
 from obsdiff.paths import user_path

@@ -91,7 +91,7 @@ def test_the_pipeline_decodes_what_was_encoded(built, monkeypatch):
 
 
 def test_images_are_trained_on(built):
-    """Told as the pipeline tells it at the images' size; the target has the shape of the answer; gradients are finite."""
+    """Told as the pipeline tells it at the images' size; the target has the answer's shape; gradients are finite."""
     name, pipe = built
     row, images = PIPELINES[name], 2 * pictures(pipe, PIPELINES[name].call.get("height")) - 1
     data = type("Data", (), {"image_shape": tuple(images.shape[1:]), "source": "it"})()
