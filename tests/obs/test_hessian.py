@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
+from obsdiff.obs.hessian import Gram, activation_matrices, weight_matrices
 from obsdiff.obs.timesteps import timestep_weights
 
 
@@ -13,7 +13,7 @@ def tokens(n, columns, seed=0):
 def test_equals_the_weighted_sum_of_outer_products():
     """OBS-Diff eq. 5, token by token, with eq. 4's weights; wide enough to be halved twice."""
     weights = timestep_weights("log_decrease", 4)
-    found = SiteStatistics.empty(300)
+    found = Gram.empty(300)
     expected = torch.zeros(300, 300, dtype=torch.float64)
     mean = torch.zeros(300, dtype=torch.float64)
     for step, alpha in enumerate(weights):
@@ -29,7 +29,7 @@ def test_equals_the_weighted_sum_of_outer_products():
 
 
 def test_halves_merge_to_the_whole():
-    whole, a, b = (SiteStatistics.empty(20) for _ in range(3))
+    whole, a, b = (Gram.empty(20) for _ in range(3))
     for part, half in ((tokens(11, 20, 1), a), (tokens(5, 20, 2), b)):
         whole.add(part, 0.9)
         half.add(part, 0.9)
@@ -41,7 +41,7 @@ def test_halves_merge_to_the_whole():
 
 def test_batch_split_does_not_matter():
     x = tokens(64, 30)
-    whole, parts = SiteStatistics.empty(30), SiteStatistics.empty(30)
+    whole, parts = Gram.empty(30), Gram.empty(30)
     whole.add(x, 1.1)
     for part in x.split(5, dim=1):
         parts.add(part, 1.1)
@@ -51,7 +51,7 @@ def test_batch_split_does_not_matter():
 def test_half_precision_is_cast_before_it_is_scaled():
     """60,000 · sqrt(1.2) overflows float16, and so does its square; the published code scales first."""
     x = torch.full((1, 2, 4), 60_000.0, dtype=torch.float16)
-    found = SiteStatistics.empty(4)
+    found = Gram.empty(4)
     found.add(x, 1.2)
     assert found.is_finite()
     torch.testing.assert_close(found.hessian(), torch.full((4, 4), 3.6e9))
@@ -60,7 +60,7 @@ def test_half_precision_is_cast_before_it_is_scaled():
 def test_non_finite_inputs_are_noticed():
     x = tokens(3, 4)
     x[0, 1, 2] = float("nan")
-    found = SiteStatistics.empty(4)
+    found = Gram.empty(4)
     found.add(x, 1.0)
     assert not found.is_finite()
 

@@ -8,7 +8,7 @@ import obsdiff
 from obsdiff.criteria import METHODS
 from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.graph import Graph, Site
-from obsdiff.obs.hessian import SiteStatistics
+from obsdiff.obs.hessian import Gram
 from obsdiff.obs.pattern import Unstructured
 from obsdiff.pruning.solve import SolveOptions, solve_site
 
@@ -53,7 +53,7 @@ def other_layer(found):
 def test_the_cause_is_named(method, damage, cause):
     torch.manual_seed(0)
     graph = Graph(nn.ModuleDict({"layer": nn.Linear(8, 4)}), SD3, (), {"layer": 0}, (Site(("layer",)),), ())
-    found = SiteStatistics.empty(8)
+    found = Gram.empty(8)
     found.add(torch.randn(1, 50, 8), 1.0)
     damage(found)
     with pytest.raises(obsdiff.UserError, match=cause) as refused:

@@ -3,8 +3,7 @@
 import torch
 from torch import distributed, multiprocessing
 
-from obsdiff.obs.hessian import SiteStatistics
-from obsdiff.pruning.calibrate import add_up_moments
+from obsdiff.obs.hessian import Gram
 
 OFFSETS = (0.0, 1e3, 1e5)
 
@@ -22,11 +21,11 @@ def share(rank, folder):
     results = []
     for offset in OFFSETS:
         for alone in (False, True):
-            found = SiteStatistics.empty(12, groups=2)
+            found = Gram.empty(12, groups=2)
             if rank == 0 or not alone:
                 for part in inputs(offset)[:, rank * 100 : 300 if rank else 100].split(30, dim=1):
                     found.add(part, 0.5 + rank)
-            add_up_moments(found)
+            found.add_up()
             results.append((found.comoment, found.centre, found.weight_sum, found.num_tokens))
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

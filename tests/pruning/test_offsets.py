@@ -7,7 +7,7 @@ from torch import nn
 from obsdiff.criteria import METHODS
 from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.graph import Graph, Group, Site, Slices
-from obsdiff.obs.hessian import SiteStatistics
+from obsdiff.obs.hessian import Gram
 from obsdiff.obs.pattern import Structured, parse_pattern
 from obsdiff.pruning.solve import SolveOptions, solve_groups, solve_site
 
@@ -26,7 +26,7 @@ def inputs(offset, seed=0):
 
 
 def statistics_of(x, parts=4):
-    found = SiteStatistics.empty(x.shape[1])
+    found = Gram.empty(x.shape[1])
     for i, part in enumerate(x.chunk(parts)):
         found.add(part[None], 1.2 - 0.1 * i)
     return found
@@ -161,11 +161,11 @@ def test_inputs_that_do_not_vary(method):
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_moments_do_not_depend_on_batches_or_shards(offset):
     x = inputs(offset)
-    whole, split, merged = (SiteStatistics.empty(COLUMNS) for _ in range(3))
+    whole, split, merged = (Gram.empty(COLUMNS) for _ in range(3))
     whole.add(x[None], 0.9)
     for part in x.split([3, 1, 96, 400, 100]):
         split.add(part[None], 0.9)
-        shard = SiteStatistics.empty(COLUMNS)
+        shard = Gram.empty(COLUMNS)
         shard.add(part[None], 0.9)
         merged.merge(shard)
     mean = x.double().mean(0)
@@ -180,7 +180,7 @@ def test_moments_do_not_depend_on_batches_or_shards(offset):
 
 
 def test_nothing_is_added_by_no_inputs():
-    found = SiteStatistics.empty(4)
+    found = Gram.empty(4)
     found.add(torch.zeros(1, 0, 4), 1.0)
-    found.merge(SiteStatistics.empty(4))
+    found.merge(Gram.empty(4))
     assert found.num_tokens == 0 and found.weight_sum == 0.0 and found.is_finite()

@@ -7,14 +7,14 @@ from torch import nn
 from obsdiff.criteria import METHODS
 from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.graph import Graph, Site
-from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
+from obsdiff.obs.hessian import Gram, activation_matrices, weight_matrices
 from obsdiff.obs.pattern import Unstructured
 from obsdiff.pruning.solve import SolveOptions, solve_site
 
 
 def measured(layer, x):
     matrices = activation_matrices(layer, x)
-    statistics = SiteStatistics.empty(matrices.shape[-1], matrices.shape[0])
+    statistics = Gram.empty(matrices.shape[-1], matrices.shape[0])
     statistics.add(matrices, 1.0)
     return statistics
 

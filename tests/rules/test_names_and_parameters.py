@@ -14,7 +14,7 @@ LONG = {
     "obsdiff.data.images.ImageCaptionDataModule.__init__": 10,
     "obsdiff.data.trajectories.TrajectoryDataModule.__init__": 11,
     "obsdiff.embedded.pretrain_sd3.DigitsSD3Pretraining.__init__": 9,
-    "obsdiff.pruning.calibrate.calibrate": 11,
+    "obsdiff.pruning.calibrate.calibrate": 12,
     "obsdiff.pruning.oneshot.prune": 14,
     "obsdiff.training.recovery.Recovery.__init__": 11,
 }

@@ -7,7 +7,7 @@ from importlib import import_module
 
 # name: (module, attribute path, at which call, after the call instead of before it)
 MOMENTS = {
-    "calibration": ("obsdiff.obs.hessian", "SiteStatistics.add", 40, False),
+    "calibration": ("obsdiff.obs.hessian", "Gram.add", 40, False),
     "statistics written": ("obsdiff.pruning.calibrate", "save_statistics", 1, True),
     "scanning": ("obsdiff.allocation.scan", "_measure", 20, False),
     "solving": ("obsdiff.pruning.oneshot", "solve_site", 3, False),

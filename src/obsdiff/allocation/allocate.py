@@ -30,7 +30,7 @@ from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan, kept_units, make_plan
-from obsdiff.pruning.statistics import Statistics, check_measured_on
+from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 
 CHECKS = 3  # passes of the probe that compare the plan and the uniform one with the dense outputs
 
@@ -91,6 +91,7 @@ def allocate(
     budget, base = _asked(graph, options)
     subject.check(base.layers(graph))
     check_measured_on(statistics, graph.denoiser)
+    check_serves(statistics, {"gram"} if rule == "measured" else {"diagonal"}, f"the {rule} allocation")
     settings = settings_of(statistics, options.calibration.batch_size)
     units = make_units(graph, base, options.limits)
     timing = timing_of(pipe, graph, settings.call, folder) if budget.kind == "latency" else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from obsdiff.allocation.units import Unit
 from obsdiff.models.graph import Graph
-from obsdiff.obs.hessian import SiteStatistics, weight_matrices
+from obsdiff.obs.hessian import weight_matrices
 from obsdiff.pruning.statistics import Statistics
 
 OUTLIER = 5.0  # M: a score above M times the mean is an outlier
@@ -42,7 +42,7 @@ def owl_offsets(graph: Graph, units: Sequence[Unit], statistics: Statistics, spr
 
 def _scores(graph: Graph, layer: str, statistics: Statistics) -> Tensor:
     """Wanda's scores of one layer, flat."""
-    site: SiteStatistics = statistics.site(graph.site_of[layer].name, graph.weight(layer).device)
+    site = statistics.site(graph.site_of[layer].name, graph.weight(layer).device)
     weights = weight_matrices(graph.layer(layer)).detach().float()
     norms = site.power().sqrt()
     return (weights.abs() * norms[:, None, :]).flatten()

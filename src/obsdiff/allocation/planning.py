@@ -18,6 +18,7 @@ from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan, make_plan
 from obsdiff.pruning.planfile import parse_plan, read_plan
 from obsdiff.pruning.solve import SolveOptions
+from obsdiff.pruning.statistics import INDEX
 
 
 def rule_of(options: PruningOptions) -> str:
@@ -48,6 +49,13 @@ def packages_for(options: PruningOptions, statistics: Path | None) -> int:
     if options.calibration.packages is not None:
         return options.calibration.packages
     return 1 if statistics is not None or allocates(options) else find_method(options.method).packages
+
+
+def needs_for(options: PruningOptions, statistics: Path | None) -> frozenset[str]:
+    """What a calibration measures: what the method needs; all there is where it is kept, for every other method too, or
+    where an allocation goes by it."""
+    kept = statistics is not None and not (statistics / INDEX).exists()
+    return frozenset({"gram"}) if kept or allocates(options) else solve_options(options).needs
 
 
 def check_options(options: PruningOptions, statistics: Path | None = None, sensitivity: Path | None = None) -> None:

@@ -15,8 +15,10 @@ from obsdiff.allocation.planning import (
     check_options,
     describe_scan,
     first_plan,
+    needs_for,
     packages_for,
     rule_of,
+    solve_options,
 )
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
@@ -73,9 +75,7 @@ def _prepared(pipe: Any, options: PruningOptions, prune_again: bool) -> tuple[Su
 
 def measures(options: PruningOptions, statistics: Path | None) -> bool:
     """Whether the stage calibrates: the method needs it, or a folder was named to keep it in."""
-    method = find_method(options.method)
-    refits = method.refit if options.refit is None else options.refit
-    return method.needs_statistics or refits or statistics is not None or allocates(options)
+    return bool(solve_options(options).needs) or statistics is not None or allocates(options)
 
 
 def prune_stage(
@@ -121,6 +121,7 @@ def prune_stage(
             seed=options.seed,
             store=statistics,
             sites=sites,
+            needs=needs_for(options, statistics),
             quiet=quiet,
         )
 
@@ -169,7 +170,8 @@ def announce(
     sites = plan.sites(graph)
     chosen = [site for site in graph.sites if statistics is not None or site.name in sites]
     numbers = [weight_matrices(graph.layer(site.name)).shape for site in chosen]
-    hessians = sum(4 * groups * columns**2 for groups, _, columns in numbers)
+    whole = "gram" in needs_for(options, statistics)
+    hessians = sum(4 * groups * columns ** (2 if whole else 1) for groups, _, columns in numbers)
     what = describe(plan.pattern)
     if allocates(options):
         what = f"{rule_of(options)} allocation, budget {options.budget or f'as uniform {plan.pattern}'}"
@@ -188,7 +190,8 @@ def announce(
         passes = len(packages_of(graph, plan, packages))
         lines.append(
             f"calibration: {num_prompts} prompts x {steps} steps, guidance {call.get('guidance_scale')}, "
-            f"{passes} pass{'es' if passes > 1 else ''}; Hessians take {hessians / passes / 2**20:,.0f} MiB"
+            f"{passes} pass{'es' if passes > 1 else ''}; {'Hessians' if whole else 'diagonals of Hessians'} take "
+            f"{hessians / passes / 2**20:,.0f} MiB"
         )
         lines += departures(options.method, {"weighting": weighting_of(options, statistics)}, packages)
     if rule_of(options) == "measured":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from obsdiff.bench.workloads import Preset, build, forward_only
+from obsdiff.criteria import find_method
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.calibrate import calibrate
@@ -38,6 +39,7 @@ def bench_prune(
             guidance_scale=preset.guidance_scale,
             batch_size=preset.batch_size,
             store=store,
+            needs=find_method(method).needs if store is None else ("gram",),
             sites=None if store is not None else sites,
         )
 

@@ -21,9 +21,9 @@ METHODS: dict[str, Method] = {
     ),
     "admm": Method(admm.solve, refit=True, centred=True, allocation="measured"),
     "sparsegpt": Method(sparsegpt.solve, weighting="uniform"),
-    "wanda": Method(wanda.solve),
-    "magnitude": Method(magnitude.solve, needs_statistics=False, structured="magnitude"),
-    "random": Method(random.solve, needs_statistics=False, structured="random"),
+    "wanda": Method(wanda.solve, needs=frozenset({"diagonal"})),
+    "magnitude": Method(magnitude.solve, needs=frozenset(), structured="magnitude"),
+    "random": Method(random.solve, needs=frozenset(), structured="random"),
 }
 
 

@@ -23,6 +23,7 @@ class Problem:
             measured.
         damping: Relative dampening of H.
         seeds: One per layer, for methods that draw.
+        power: diag H, float32 (columns,), where it was measured alone.
     """
 
     weights: Sequence[Tensor]
@@ -30,6 +31,7 @@ class Problem:
     hessian: Tensor | None
     damping: float
     seeds: Sequence[int]
+    power: Tensor | None = None
 
     @property
     def measured(self) -> Tensor:
@@ -37,6 +39,11 @@ class Problem:
         if self.hessian is None:
             raise ValueError("this method needs the statistics of a calibration")
         return self.hessian
+
+    @property
+    def powers(self) -> Tensor:
+        """diag H, for methods that need no more."""
+        return self.measured.diagonal() if self.power is None else self.power
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class Method:
         solve: Prunes the layers of one site.
         refit: Whether least squares on the kept weights follows by default.
         refit_steps: Conjugate-gradient steps it needs at least; fewer where the start is already compensated.
-        needs_statistics: Whether it cannot do without a calibration.
+        needs: What it needs of a calibration, names of :data:`obsdiff.obs.observers.OBSERVERS`; none: it goes by the
+            weights alone.
         structured: How it chooses heads and neurons, a name of :data:`obsdiff.criteria.structured.RULES`; None: it
             cannot.
         compensates: Whether what stays of heads and neurons is solved for even without a refit.
@@ -97,7 +105,7 @@ class Method:
     solve: Callable[[Problem], list[Solution]]
     refit: bool = False
     refit_steps: int = STEPS
-    needs_statistics: bool = True
+    needs: frozenset[str] = frozenset({"gram"})
     structured: str | None = None
     compensates: bool = False
     weighting: str = "log_decrease"

@@ -5,7 +5,7 @@ from obsdiff.obs.select import keep_best_per_row
 
 
 def solve(problem: Problem) -> list[Solution]:
-    norms = problem.measured.diagonal().sqrt()
+    norms = problem.powers.sqrt()
     masks = [
         keep_best_per_row(weight.abs() * norms, pattern)
         for weight, pattern in zip(problem.weights, problem.patterns, strict=True)

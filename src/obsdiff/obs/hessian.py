@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+from obsdiff.ranks import add_up, rank, world_size
 
 BASE = 128  # columns below which a full product is faster than its upper triangle
 
@@ -59,19 +64,21 @@ def _add_upper_product(total: Tensor, x: Tensor, weight: float) -> None:
 
 
 @dataclass
-class SiteStatistics:
+class Centred(ABC):
     """Weighted moments of everything one site has seen, centred while they accumulate.
 
     Real models have channels whose mean is thousands of times their spread; the difference of two raw sums would leave
-    nothing of their variance in float32. Two parts are merged by Chan's rule (Chan, Golub, LeVeque 1979).
+    nothing of their variance in float32. Two parts are merged by Chan's rule (Chan, Golub, LeVeque 1979). How much of
+    the co-moments is kept is a subclass's: all of them (:class:`Gram`), or their diagonal
+    (:class:`obsdiff.obs.diagonal.Diagonal`).
 
     Attributes:
-        comoment: ``Σ α (x − μ)(x − μ)ᵀ``, float32 (groups, n, n); only the upper triangle is kept up to date.
+        comoment: What is kept of ``Σ α (x − μ)(x − μ)ᵀ``, float32, first dimension groups.
         centre: The weighted mean input μ, float64 (float32 where the device has no float64), (groups, n).
         weight_sum: ``Σ α`` over all inputs seen.
         num_tokens: Inputs seen.
-        disposable: Nobody else needs the moments: :meth:`covariance` and :meth:`hessian` may work in their memory,
-            once per group.
+        disposable: Nobody else needs the moments: those who read them may work in their memory, once per group.
+        gives: Which needs of a method it serves.
     """
 
     comoment: Tensor
@@ -79,13 +86,31 @@ class SiteStatistics:
     weight_sum: float = 0.0
     num_tokens: int = 0
     disposable: bool = False
+    gives: ClassVar[frozenset[str]]
 
     @classmethod
-    def empty(cls, columns: int, groups: int = 1, device: torch.device | str = "cpu") -> SiteStatistics:
-        """Statistics of nothing yet."""
-        return cls(torch.zeros(groups, columns, columns), torch.zeros(groups, columns)).to(device)
+    @abstractmethod
+    def shape(cls, groups: int, columns: int) -> tuple[int, ...]:
+        """Of :attr:`comoment`."""
 
-    def to(self, device: torch.device | str) -> SiteStatistics:
+    @abstractmethod
+    def accumulate(self, u: Tensor, weight: float) -> None:
+        """``comoment += weight · Σ u uᵀ`` over inputs u (groups, tokens, n), as far as it is kept."""
+
+    @abstractmethod
+    def about(self, centre: Tensor) -> Tensor:
+        """``Σ α (x − m)(x − m)ᵀ`` about another centre m (groups, n), a new tensor like :attr:`comoment`."""
+
+    @abstractmethod
+    def variances(self) -> Tensor:
+        """The diagonal of :attr:`comoment`, (groups, n)."""
+
+    @classmethod
+    def empty(cls, columns: int, groups: int = 1, device: torch.device | str = "cpu") -> Self:
+        """Moments of nothing yet."""
+        return cls(torch.zeros(cls.shape(groups, columns)), torch.zeros(groups, columns)).to(device)
+
+    def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
         exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
         return replace(self, comoment=self.comoment.to(device), centre=self.centre.to(device, exact))
@@ -113,14 +138,13 @@ class SiteStatistics:
         rest = centre - near.to(exact)  # what rounding to float32 left of the mean
         delta = mean - rest
         u -= (rest + (1 - math.sqrt(1 - share)) * delta).float()[:, None]
-        for total, inputs in zip(self.comoment, u, strict=True):
-            _add_upper_product(total, inputs, weight)
+        self.accumulate(u, weight)
         self.centre = centre + share * delta
         self.weight_sum += added
         self.num_tokens += x.shape[1]
 
     @torch.no_grad()
-    def merge(self, other: SiteStatistics) -> None:
+    def merge(self, other: Self) -> None:
         """Add another part (another half of the prompts)."""
         if other.weight_sum == 0:
             return
@@ -132,10 +156,74 @@ class SiteStatistics:
         self.weight_sum = total
         self.num_tokens += other.num_tokens
 
+    def add_up(self) -> None:
+        """Replace one process's moments by those over all processes, the same to the bit on each of them."""
+        groups, columns = self.centre.shape
+        parts = torch.zeros(world_size(), groups * columns + 2, dtype=self.centre.dtype, device=self.centre.device)
+        parts[rank(), :-2] = self.centre.flatten()
+        parts[rank(), -2], parts[rank(), -1] = self.weight_sum, self.num_tokens
+        add_up([parts])  # each row is one process's, so that all know all
+        weights = parts[:, -2]
+        if not bool(weights.sum() > 0):
+            return
+        centre = ((weights / weights.sum()) @ parts[:, :-2]).view(groups, columns)
+        self.comoment = self.about(centre)
+        add_up([self.comoment])
+        self.centre = centre
+        self.weight_sum, self.num_tokens = float(weights.sum()), int(parts[:, -1].sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a store keeps, besides :attr:`weight_sum` and :attr:`num_tokens`."""
+        return {"comoment": self.comoment.cpu(), "mean": self.centre.cpu()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], weight_sum: float, num_tokens: int) -> Self:
+        """What :meth:`tensors` gave.
+
+        Raises:
+            KeyError, ValueError: It gave something else.
+        """
+        comoment, mean = tensors["comoment"], tensors["mean"]
+        if mean.dim() != 2 or comoment.shape != cls.shape(*mean.shape):
+            raise ValueError(f"shapes {tuple(comoment.shape)} and {tuple(mean.shape)} do not belong together")
+        return cls(comoment, mean, weight_sum, num_tokens)
+
+    def released(self) -> Self:
+        """The same moments, which nobody else needs any more."""
+        return replace(self, disposable=True)
+
+    def mean(self, group: int = 0) -> Tensor:
+        """Weighted mean input, (n,), in the dtype of :attr:`centre`."""
+        return self.centre[group]
+
+    def power(self) -> Tensor:
+        """``diag H``: the weighted mean square of each input, float32 (groups, n)."""
+        return self.variances() / self.weight_sum + self.centre.float().square()
+
+    def is_finite(self) -> bool:
+        """Whether every activation seen was finite. The diagonal sees each one, and squares never cancel."""
+        return all(bool(torch.isfinite(part).all()) for part in (self.variances(), self.centre, self.comoment))
+
+
+class Gram(Centred):
+    """All co-moments (groups, n, n), so H itself; only their upper triangle is kept up to date."""
+
+    gives = frozenset({"gram", "diagonal"})
+
+    @classmethod
+    def shape(cls, groups: int, columns: int) -> tuple[int, ...]:
+        return groups, columns, columns
+
+    def accumulate(self, u: Tensor, weight: float) -> None:
+        for total, inputs in zip(self.comoment, u, strict=True):
+            _add_upper_product(total, inputs, weight)
+
     def about(self, centre: Tensor) -> Tensor:
-        """``Σ α (x − m)(x − m)ᵀ`` about another centre m (groups, n), a new tensor like :attr:`comoment`."""
         distance = (self.centre - centre).float()
         return torch.baddbmm(self.comoment, distance[:, :, None], distance[:, None, :], alpha=self.weight_sum)
+
+    def variances(self) -> Tensor:
+        return self.comoment.diagonal(dim1=-2, dim2=-1)
 
     def covariance(self, group: int = 0) -> Tensor:
         """``C = Σ α (x − μ)(x − μ)ᵀ / Σ α``, symmetric float32 (n, n)."""
@@ -147,16 +235,3 @@ class SiteStatistics:
         """``H = Σ α x xᵀ / Σ α = C + μ μᵀ``, symmetric float32 (n, n) (OBS-Diff eq. 5 up to a constant)."""
         mean = self.centre[group].float()
         return self.covariance(group).addr_(mean, mean)
-
-    def mean(self, group: int = 0) -> Tensor:
-        """Weighted mean input, (n,), in the dtype of :attr:`centre`."""
-        return self.centre[group]
-
-    def power(self) -> Tensor:
-        """``diag H``: the weighted mean square of each input, float32 (groups, n)."""
-        return self.comoment.diagonal(dim1=-2, dim2=-1) / self.weight_sum + self.centre.float().square()
-
-    def is_finite(self) -> bool:
-        """Whether every activation seen was finite. The diagonal sees each one, and squares never cancel."""
-        diagonal = self.comoment.diagonal(dim1=-2, dim2=-1)
-        return all(bool(torch.isfinite(part).all()) for part in (diagonal, self.centre, self.comoment))

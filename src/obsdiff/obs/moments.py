@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from obsdiff.obs.hessian import SiteStatistics
+from obsdiff.obs.hessian import Gram
 from obsdiff.obs.linalg import quadratic_error
+from obsdiff.obs.observers import Observer
 
 ROUNDING = 2.0**-44  # a variance below this share of the squared mean is rounding of float32 inputs
 
@@ -26,17 +27,12 @@ class Moments:
         centred: C, float32 (columns, columns).
     """
 
-    def __init__(self, statistics: SiteStatistics, group: int = 0) -> None:
+    def __init__(self, statistics: Gram, group: int = 0) -> None:
         self.num_tokens = statistics.num_tokens
         self.mean = statistics.mean(group)
         self.centred = statistics.covariance(group)
         variance, square = float(self.centred.diagonal().sum()), float(self.mean.square().sum())
-        if not math.isfinite(variance + square) or not bool(torch.isfinite(self.centred).all()):
-            raise UnusableStatistics("hold non-finite values")
-        if bool((self.centred.diagonal() < 0).any()):
-            raise UnusableStatistics("hold negative variances")
-        if variance + square <= 0:
-            raise UnusableStatistics("saw only zeros")
+        _check(self.centred, self.centred.diagonal(), variance + square)
         self.varies = variance > ROUNDING * square
 
     @cached_property
@@ -60,6 +56,28 @@ class Moments:
     def output(self, dense: Tensor) -> tuple[float, float]:
         """Of the dense layer's output without its bias: variance ``tr(W₀ C W₀ᵀ)`` and squared mean ``‖W₀ μ‖²``."""
         return self.spread(dense), float(self.through(dense).square().sum())
+
+
+class Powers:
+    """What is known of a site's input where only the diagonal of H was measured.
+
+    Attributes:
+        power: diag H, float32 (columns,).
+    """
+
+    def __init__(self, statistics: Observer, group: int = 0) -> None:
+        self.num_tokens = statistics.num_tokens
+        self.power = statistics.power()[group]
+        _check(self.power, self.power, float(self.power.sum()))
+
+
+def _check(values: Tensor, variances: Tensor, total: float) -> None:
+    if not math.isfinite(total) or not bool(torch.isfinite(values).all()):
+        raise UnusableStatistics("hold non-finite values")
+    if bool((variances < 0).any()):
+        raise UnusableStatistics("hold negative variances")
+    if total <= 0:
+        raise UnusableStatistics("saw only zeros")
 
 
 def relative_error(error: float, variance: float, square: float) -> float:

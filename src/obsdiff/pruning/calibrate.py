@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.numbers import check_seed, check_whole
-from obsdiff.obs.hessian import SiteStatistics
+from obsdiff.obs.observers import observer_for
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.progress import track
 from obsdiff.pruning.collect import collecting
@@ -28,13 +28,14 @@ from obsdiff.pruning.statistics import (
     UNFINISHED,
     Statistics,
     check_fingerprint,
+    check_serves,
     check_store,
     open_statistics,
     remove_unfinished,
     save_statistics,
 )
 from obsdiff.pruning.trajectories import check_call, counted_calls, noise_seeds, run_trajectories
-from obsdiff.ranks import add_up, from_all, own_share, rank, wait_for_all, world_size
+from obsdiff.ranks import from_all, own_share, rank, wait_for_all, world_size
 
 SAVE_EVERY_S = 300.0
 
@@ -51,6 +52,7 @@ def calibrate(
     seed: int = 0,
     store: str | Path | None = None,
     sites: Collection[str] | None = None,
+    needs: Collection[str] = ("gram",),
     quiet: bool = True,
 ) -> Statistics:
     """Measure the inputs of every prunable layer over whole denoising trajectories (OBS-Diff 2510.06751 §4.1).
@@ -67,6 +69,8 @@ def calibrate(
         store: Folder to keep the statistics in. A finished store of the same settings is opened instead of measured
             again, an unfinished one (kept beside it, with ``.unfinished`` added to the name) is continued.
         sites: Only these sites (names of their first layers); None: all.
+        needs: What the statistics are for, names of :data:`obsdiff.obs.observers.OBSERVERS`: "gram" serves every
+            method, "diagonal" (of H) only those that need no more (wanda), at a fraction of time and memory.
         quiet: No progress bar.
 
     Returns:
@@ -78,6 +82,7 @@ def calibrate(
     call = call_arguments(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     settings = Settings(call, seed, weighting, tokens, batch_size)
     _check(settings, prompts)
+    observer = observer_for(needs)
     subject = subject_of(pipe, prompts)
     graph = subject.graph
     if isinstance(sites, str):
@@ -87,7 +92,7 @@ def calibrate(
         raise UserError(f"there is no site {unknown[0]}; sites are named after the first layer that reads them")
     subject.check(list(graph.layers) if sites is None else [layer for site in chosen for layer in site.layers])
     fingerprint = fingerprint_of(subject, prompts, settings)
-    statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0})
+    statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0}, observer=observer)
     partial_store = None
     if store is not None:
         store = Path(store)
@@ -95,10 +100,11 @@ def calibrate(
         if (store / INDEX).exists():
             found = open_statistics(store)
             check_fingerprint(found.fingerprint, fingerprint, store)
+            check_serves(found, needs, "what is asked for")
             return found
         part = "" if world_size() == 1 else f"-{rank()}-of-{world_size()}"
         partial_store = store.with_name(store.name + UNFINISHED + part)
-        statistics = _continue_partial(partial_store, fingerprint, chosen) or statistics
+        statistics = _continue_partial(partial_store, statistics, chosen) or statistics
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, call)
     _measure(subject, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
     _add_up_processes(statistics, chosen)
@@ -122,13 +128,15 @@ def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
     check_seed("seed", settings.seed)
 
 
-def _continue_partial(folder: Path, fingerprint: Mapping[str, Any], sites: Sequence[Site]) -> Statistics | None:
+def _continue_partial(folder: Path, wanted: Statistics, sites: Sequence[Site]) -> Statistics | None:
     """The sums of a calibration that was cut off, if they fit."""
     check_store(folder)
     if not (folder / INDEX).exists():
         return None
     found = open_statistics(folder)
-    check_fingerprint(found.fingerprint, fingerprint, folder)
+    check_fingerprint(found.fingerprint, wanted.fingerprint, folder)
+    if found.observer != wanted.observer:
+        raise UserError(f"{folder} was begun for the {found.observer}, not the {wanted.observer} of H; delete it")
     if missing := [site.name for site in sites if site.name not in found]:
         raise UserError(
             f"{folder} was begun without {len(missing)} of the layers, such as {missing[0]}; delete it to measure all"
@@ -188,27 +196,10 @@ def _add_up_processes(statistics: Statistics, sites: Sequence[Site]) -> None:
     if world_size() == 1:
         return
     for site in sites:
-        add_up_moments(statistics.sites[site.name])
+        statistics.sites[site.name].add_up()
     everyone = from_all((statistics.prompts_done, statistics.time_s))
     statistics.prompts_done = sum(done for done, _ in everyone)
     statistics.time_s = {key: max(times[key] for _, times in everyone) for key in statistics.time_s}
-
-
-def add_up_moments(found: SiteStatistics) -> None:
-    """Replace one process's moments of a site by those over all processes, the same to the bit on each of them."""
-    groups, columns = found.centre.shape
-    parts = torch.zeros(world_size(), groups * columns + 2, dtype=found.centre.dtype, device=found.centre.device)
-    parts[rank(), :-2] = found.centre.flatten()
-    parts[rank(), -2], parts[rank(), -1] = found.weight_sum, found.num_tokens
-    add_up([parts])  # each row is one process's, so that all know all
-    weights = parts[:, -2]
-    if not bool(weights.sum() > 0):
-        return
-    centre = ((weights / weights.sum()) @ parts[:, :-2]).view(groups, columns)
-    found.comoment = found.about(centre)
-    add_up([found.comoment])
-    found.centre = centre
-    found.weight_sum, found.num_tokens = float(weights.sum()), int(parts[:, -1].sum())
 
 
 def _check_measured(sites: Sequence[Site], statistics: Statistics) -> None:

@@ -17,7 +17,8 @@ from obsdiff.models.families.base import TEXT
 from obsdiff.models.graph import Site
 from obsdiff.models.rows import CallRows
 from obsdiff.models.subject import Subject
-from obsdiff.obs.hessian import SiteStatistics, activation_matrices, weight_matrices
+from obsdiff.obs.hessian import activation_matrices, weight_matrices
+from obsdiff.obs.observers import OBSERVERS
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.statistics import Statistics
@@ -150,7 +151,7 @@ def collecting(
     for site in sites:  # an entry for each, so that one never reached is noticed
         groups, _, columns = weight_matrices(graph.layer(site.name)).shape
         device = graph.weight(site.name).device
-        statistics.sites.setdefault(site.name, SiteStatistics.empty(columns, groups, device))
+        statistics.sites.setdefault(site.name, OBSERVERS[statistics.observer].empty(columns, groups, device))
     device = next(subject.denoiser.parameters()).device
     rows = CallRows(subject.pipe, subject.family, conditioning)
     collector = Collector(statistics, settings, counter, rows, device)

@@ -39,7 +39,7 @@ def departures(method: str, measured: Mapping[str, Any] | None, packages: int) -
         packages: Calibration passes.
     """
     row = find_method(method)
-    if measured is None or not row.needs_statistics:
+    if measured is None or not row.needs:
         return []
     found = []
     if (weighting := measured.get("weighting")) != row.weighting:

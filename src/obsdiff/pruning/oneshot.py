@@ -17,8 +17,8 @@ from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph, Group, Site
 from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
-from obsdiff.obs.hessian import SiteStatistics
 from obsdiff.obs.linalg import DAMPING
+from obsdiff.obs.observers import Observer
 from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
@@ -26,7 +26,7 @@ from obsdiff.pruning.defaults import departures, pattern_by, spared_by
 from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.solve import LayerResult, SolveOptions, emptied, portable, solve_groups, solve_site
-from obsdiff.pruning.statistics import Statistics, check_measured_on
+from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 from obsdiff.pruning.surgery import (
     Edits,
     become_shrunk,
@@ -40,7 +40,7 @@ from obsdiff.ranks import solved_in_turn
 
 ZEROED = 0.01  # more exact zeros in a layer than this were put there
 Calibrate = Callable[[set[str]], Statistics]
-Read = Callable[[str, torch.device], SiteStatistics]
+Read = Callable[[str, torch.device], Observer]
 
 
 @dataclass
@@ -64,8 +64,8 @@ class PruneReport:
         packages: Calibration passes.
         model: Hash of the dense denoiser.
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
-        notes: For people: what cannot be done to this denoiser, and where the calibration was another than the method
-            asks for.
+        notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
+            for, and what it could not tell.
         dead: Layers that reach no output of the denoiser, as far as they were looked for, and what became of them:
             "left", "zero" or "cut".
     """
@@ -161,6 +161,7 @@ def prune(
         refuse_pruned(graph)
     if isinstance(statistics, Statistics):
         check_measured_on(statistics, graph.denoiser)
+        check_serves(statistics, options.needs, f"method {method}")
     report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages)
     report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
     with undone_on_error() as edits:
@@ -172,6 +173,7 @@ def prune(
             if report.model is None:  # the first package: still dense
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
+                check_serves(found, options.needs, f"method {method}")
                 report.fingerprint = found.fingerprint
                 _add(report.time_s, found.time_s)
             solve_started = time.perf_counter()
@@ -182,6 +184,8 @@ def prune(
             become_shrunk(edits, graph.denoiser, report.shrunk)
         _count(graph, report)
     report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, packages)]
+    if report.fingerprint is not None and not report.layer_error:
+        report.notes.append("only the diagonal of H was measured, so there are no layer errors")
     report.time_s["total"] = time.perf_counter() - started
     return report
 
@@ -226,14 +230,13 @@ def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) ->
 
 def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int) -> None:
     check_solving(pattern, options, packages)
-    method = find_method(options.method)
     if not (statistics is None or isinstance(statistics, Statistics) or callable(statistics)):
         raise UserError(
             f"statistics are a {type(statistics).__name__}; give what obsdiff.calibrate returns (it opens a store too)"
         )
     if packages > 1 and not callable(statistics):
         raise UserError("several packages calibrate with earlier layers pruned; stored statistics cannot serve them")
-    if statistics is None and (method.needs_statistics or options.refits):
+    if statistics is None and options.needs:
         raise UserError(f"method {options.method}{' with refit' if options.refits else ''} needs statistics; calibrate")
 
 

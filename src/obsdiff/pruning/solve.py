@@ -14,9 +14,10 @@ from obsdiff.criteria import METHODS, GroupProblem, Problem, Solution
 from obsdiff.criteria.structured import choose_groups
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph, Group
-from obsdiff.obs.hessian import SiteStatistics, weight_matrices
+from obsdiff.obs.hessian import Gram, weight_matrices
 from obsdiff.obs.linalg import DAMPING, SingularHessian
-from obsdiff.obs.moments import Moments, UnusableStatistics, relative_error
+from obsdiff.obs.moments import Moments, Powers, UnusableStatistics, relative_error
+from obsdiff.obs.observers import Observer
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.obs.refit import STEPS, refit
 from obsdiff.obs.structured import Consumer, compensate
@@ -49,6 +50,11 @@ class SolveOptions:
     @property
     def refits(self) -> bool:
         return METHODS[self.method].refit if self.refit is None else self.refit
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What of a calibration."""
+        return METHODS[self.method].needs | ({"gram"} if self.refits else set())
 
     @property
     def compensates(self) -> bool:
@@ -105,7 +111,7 @@ def solve_site(
     graph: Graph,
     layers: Sequence[str],
     patterns: Sequence[Pattern],
-    statistics: SiteStatistics | None,
+    statistics: Observer | None,
     options: SolveOptions,
 ) -> dict[str, LayerResult]:
     """Prune the layers of one site together, on one Hessian (and one factor) per group of a convolution."""
@@ -117,7 +123,7 @@ def solve_layers(
     graph: Graph,
     layers: Sequence[str],
     patterns: Sequence[Pattern],
-    statistics: SiteStatistics | None,
+    statistics: Observer | None,
     options: SolveOptions,
 ) -> list[LayerResult]:
     """Like :func:`solve_site`, in a list: a layer may stand in ``layers`` several times, with different patterns."""
@@ -127,12 +133,14 @@ def solve_layers(
     centred = options.refits and method.centred and all(bias is not None for bias in biases)
     found: list[list[_Part]] = [[] for _ in layers]
     for group in range(len(dense[0])):
-        moments = None if statistics is None else _moments(statistics, layers[0], dense[0], group)
+        known = None if statistics is None else _known(statistics, layers[0], dense[0], group)
+        moments = known if isinstance(known, Moments) else None
         weights = [matrix[group] for matrix in dense]
         seeds = [layer_seed(options.seed + group, name) for name in layers]
-        hessian = moments.seen(centred) if moments is not None and method.needs_statistics else None
+        hessian = moments.seen(centred) if moments is not None and method.needs else None
+        power = known.power if isinstance(known, Powers) else None
         try:
-            solutions = method.solve(Problem(weights, patterns, hessian, options.damping, seeds))
+            solutions = method.solve(Problem(weights, patterns, hessian, options.damping, seeds, power))
         except SingularHessian as error:
             raise UserError(f"cannot solve layer {layers[0]}: {error}; raise --calibration.damping") from error
         for name, solution, old, bias, parts in zip(layers, solutions, weights, biases, found, strict=True):
@@ -165,20 +173,20 @@ def _biases(layer: nn.Module, groups: int) -> Tensor | None:
     return bias.detach().view(groups, -1) if isinstance(bias, Tensor) else None
 
 
-def _moments(statistics: SiteStatistics, layer: str, weight: Tensor, group: int = 0) -> Moments:
-    """The moments of a site's group.
+def _known(statistics: Observer, layer: str, weight: Tensor, group: int = 0) -> Moments | Powers:
+    """What is known of the inputs of a site's group.
 
     Raises:
         UserError: They are damaged, or of another layer.
     """
-    columns = statistics.centre.shape[-1]
-    if columns != weight.shape[-1] or group >= len(statistics.centre):
+    groups, columns = statistics.power().shape
+    if columns != weight.shape[-1] or group >= groups:
         raise UserError(
             f"the statistics of layer {layer} are of {columns} inputs, the layer has {weight.shape[-1]}; "
             "calibrate again"
         )
     try:
-        return Moments(statistics, group)
+        return Moments(statistics, group) if isinstance(statistics, Gram) else Powers(statistics, group)
     except UnusableStatistics as error:
         raise UserError(
             f"cannot solve layer {layer}: its statistics {error}; calibrate again (in float32 or bfloat16) "
@@ -259,7 +267,7 @@ def _relative(parts: Sequence[_Part]) -> float | None:
 def solve_groups(
     graph: Graph,
     bundle: Mapping[str, Structured],
-    statistics: Mapping[str, SiteStatistics] | None,
+    statistics: Mapping[str, Observer] | None,
     options: SolveOptions,
 ) -> tuple[dict[str, Tensor], dict[str, LayerResult]]:
     """Choose the units to keep, and the consumers' weights on the kept channels.
@@ -276,7 +284,8 @@ def solve_groups(
     groups = [graph.group_of[name] for name in bundle]
     layers = list(dict.fromkeys(s.layer for group in groups for s in group.consumers))
     dense = {name: weight_matrices(graph.layer(name))[0].detach().float() for name in layers}
-    moments = {name: _moments(site, name, dense[name]) for name, site in (statistics or {}).items()}
+    known = {name: _known(site, name, dense[name]) for name, site in (statistics or {}).items()}
+    moments = {name: found for name, found in known.items() if isinstance(found, Moments)}
     seen = {name: _seen(moments.get(name), graph.layer(name), options) for name in layers}
     try:
         kept = {

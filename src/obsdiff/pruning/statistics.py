@@ -10,8 +10,8 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import nn
 from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.files import check_folder, check_writable, read_json, remove_folder, whole_folder, write_json
 from obsdiff.models.content import model_hash as model_hash  # part of what this module offers
-from obsdiff.obs.hessian import SiteStatistics
+from obsdiff.obs.observers import OBSERVERS, Observer
 
 INDEX = "statistics.json"
 UNFINISHED = ".unfinished"  # added to a store's name for what a calibration has so far
@@ -40,14 +40,16 @@ class Statistics:
         folder: the store they are read from, one at a time.
         prompts_done: Prompts that are in the sums.
         time_s: Seconds spent: "calibrate" in all, "forward_only" in the denoiser itself.
+        observer: What was accumulated at each site, a name of :data:`obsdiff.obs.observers.OBSERVERS`.
     """
 
     fingerprint: dict[str, Any]
-    sites: dict[str, SiteStatistics] = field(default_factory=dict)
+    sites: dict[str, Observer] = field(default_factory=dict)
     folder: Path | None = None
     prompts_done: int = 0
     time_s: dict[str, float] = field(default_factory=dict)
     index: dict[str, Any] = field(default_factory=dict)
+    observer: str = "gram"
 
     def __contains__(self, site: str) -> bool:
         return site in self.sites or site in self.index
@@ -55,7 +57,7 @@ class Statistics:
     def __iter__(self) -> Iterator[str]:
         yield from self.sites if self.folder is None else self.index
 
-    def site(self, name: str, device: torch.device | str = "cpu") -> SiteStatistics:
+    def site(self, name: str, device: torch.device | str = "cpu") -> Observer:
         """The statistics of one site.
 
         Raises:
@@ -65,13 +67,13 @@ class Statistics:
             return self.sites[name]
         if self.folder is None or name not in self.index:
             raise UserError(f"the statistics hold no site {name}; calibrate again with the layers you want to prune")
-        return _read_site(self.folder, name, self.index[name], device)
+        return _read_site(self, name, device)
 
-    def take(self, name: str, device: torch.device | str = "cpu") -> SiteStatistics:
+    def take(self, name: str, device: torch.device | str = "cpu") -> Observer:
         """Like :meth:`site`, and forget it: for statistics that serve one prune only."""
         found = self.site(name, device)
         self.sites.pop(name, None)
-        return replace(found, disposable=True)
+        return found.released()
 
 
 def check_measured_on(statistics: Statistics, denoiser: nn.Module) -> None:
@@ -85,6 +87,21 @@ def check_measured_on(statistics: Statistics, denoiser: nn.Module) -> None:
         raise UserError(
             f"the statistics were measured on other weights (model {_short(there)} there, {_short(now)} now); "
             "calibrate this pipeline as it is"
+        )
+
+
+def check_serves(statistics: Statistics, needs: Collection[str], what: str) -> None:
+    """Refuse statistics that hold less than ``what`` needs.
+
+    Raises:
+        UserError: They do.
+    """
+    if missing := sorted(set(needs) - OBSERVERS[statistics.observer].gives):
+        place = "" if statistics.folder is None else f" in {statistics.folder}"
+        other = "" if statistics.folder is None else ", into another folder"
+        raise UserError(
+            f"the statistics{place} hold only the {statistics.observer} of H, {what} needs {', '.join(missing)}; "
+            f"calibrate for that (needs={missing}){other}"
         )
 
 
@@ -121,7 +138,7 @@ def save_statistics(statistics: Statistics, folder: Path) -> None:
         (temporary / "sites").mkdir()
         index = {}
         for number, (name, site) in enumerate(statistics.sites.items()):
-            content = save({"comoment": site.comoment.cpu(), "mean": site.centre.cpu()})
+            content = save(site.tensors())
             file = f"sites/{number:05d}.safetensors"
             (temporary / file).write_bytes(content)
             index[name] = {
@@ -135,6 +152,7 @@ def save_statistics(statistics: Statistics, folder: Path) -> None:
             {
                 "format": FORMAT,
                 "fingerprint": statistics.fingerprint,
+                "observer": statistics.observer,
                 "prompts_done": statistics.prompts_done,
                 "time_s": statistics.time_s,
                 "sites": index,
@@ -183,7 +201,12 @@ def open_statistics(folder: Path) -> Statistics:
             prompts_done=int(content["prompts_done"]),
             time_s=dict(content["time_s"]),
             index=dict(content["sites"]),
+            observer=content.get("observer", "gram"),  # stores of earlier versions hold that
         )
+        if statistics.observer not in OBSERVERS:
+            raise UserError(
+                f"{folder} holds {brief(statistics.observer)}, which this version does not know; calibrate again"
+            )
     except MALFORMED as error:
         if isinstance(error, UserError):
             raise
@@ -193,7 +216,9 @@ def open_statistics(folder: Path) -> Statistics:
     return statistics
 
 
-def _read_site(folder: Path, name: str, entry: Mapping[str, Any], device: torch.device | str) -> SiteStatistics:
+def _read_site(store: Statistics, name: str, device: torch.device | str) -> Observer:
+    folder, entry = store.folder, store.index[name]
+    assert folder is not None
     damaged = f"the statistics of site {brief(name)} are missing or damaged; delete {folder} and calibrate again"
     try:
         if not re.fullmatch(r"sites/[0-9]+\.safetensors", entry["file"]):
@@ -203,11 +228,8 @@ def _read_site(folder: Path, name: str, entry: Mapping[str, Any], device: torch.
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != entry["sha256"]:
             raise UserError(damaged)
-        tensors = load_file(path)
-        comoment, mean = tensors["comoment"], tensors["mean"]
-        if comoment.dim() != 3 or comoment.shape[1:] != (*mean.shape[1:], *mean.shape[1:]):
-            raise UserError(damaged)
-        return SiteStatistics(comoment, mean, float(entry["weight_sum"]), int(entry["num_tokens"])).to(device)
+        numbers = float(entry["weight_sum"]), int(entry["num_tokens"])
+        return OBSERVERS[store.observer].of_tensors(load_file(path), *numbers).to(device)
     except (OSError, SafetensorError, *MALFORMED) as error:
         if isinstance(error, UserError):
             raise

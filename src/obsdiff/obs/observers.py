@@ -1,0 +1,80 @@
+"""What a calibration pass can accumulate at a site; ``OBSERVERS`` is the table, by the need each is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from obsdiff.errors import UserError
+from obsdiff.obs.diagonal import Diagonal
+from obsdiff.obs.hessian import Gram
+
+
+class Observer(Protocol):
+    """Accumulates rows of something that a site shows, in parts that merge to the whole.
+
+    The rows are the layers' inputs now. Rows of another kind need no other protocol: gradients of a layer's outputs
+    (n = outputs, H of the loss), or the inputs of the dense and of the pruned model side by side (n = 2 · inputs, whose
+    off-diagonal block is the cross moment). They need a hook that hands such rows to :meth:`add`.
+
+    Attributes:
+        gives: Needs of a method that it serves.
+        weight_sum: Sum of the weights of all rows.
+        num_tokens: Rows.
+    """
+
+    gives: ClassVar[frozenset[str]]
+    weight_sum: float
+    num_tokens: int
+
+    @classmethod
+    def empty(cls, columns: int, groups: int = 1, device: torch.device | str = "cpu") -> Self:
+        """Of nothing yet: rows of ``columns`` entries, for each of ``groups`` (of a convolution)."""
+
+    def add(self, x: Tensor, weight: float) -> None:
+        """Add rows (groups, rows, columns) of one weight > 0."""
+
+    def merge(self, other: Self) -> None:
+        """Add another part."""
+
+    def add_up(self) -> None:
+        """Become the whole of the parts of all processes, on each of them; all must call it."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a store keeps, besides the two numbers."""
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], weight_sum: float, num_tokens: int) -> Self:
+        """What a store has kept; KeyError or ValueError if it is damaged."""
+
+    def released(self) -> Self:
+        """The same, which may be worked in: nobody else needs it."""
+
+    def is_finite(self) -> bool:
+        """Whether every row was."""
+
+    def power(self) -> Tensor:
+        """Weighted mean square of each entry, float32 (groups, columns)."""
+
+
+OBSERVERS: dict[str, type[Observer]] = {"diagonal": Diagonal, "gram": Gram}  # the cheapest first
+
+
+def observer_for(needs: Collection[str]) -> str:
+    """The name of the cheapest observer that serves all ``needs``.
+
+    Raises:
+        UserError: There is none.
+    """
+    wanted = {needs} if isinstance(needs, str) else set(needs)
+    for name, observer in OBSERVERS.items():
+        if wanted <= observer.gives:
+            return name
+    unknown = sorted(wanted - set(OBSERVERS))
+    raise UserError(f"nothing measures {', '.join(unknown)}; needs are of {', '.join(OBSERVERS)}")
