@@ -47,6 +47,9 @@ structured patterns are refused. [adding-a-family.md](adding-a-family.md) says h
 - **Padding.** Where the denoiser masks padded tokens they stay out of the statistics too, by its own mask; where it
   attends to them and the tokenizers say which they are, they are left out by these; otherwise they count like
   others.
+- **Recovery.** Distillation replays recorded calls, dropped prompts included. Fine-tuning on images encodes them by the
+  pipeline's own autoencoder, normalised and laid out as its denoiser is given latents (videos: of one frame); DDPM is
+  trained on pixels. A scheduler whose noise is neither that of DDPM nor of flow matching (Sana Sprint's) is refused.
 - **Derived pipelines** (image to image, inpainting, ControlNet, PAG) share their denoiser with a plain pipeline;
   prune through that, `FluxPipeline.from_pipe(pipe, dtype=pipe.dtype)` say, and save either.
 """
@@ -54,12 +57,12 @@ structured patterns are refused. [adding-a-family.md](adding-a-family.md) says h
 
 def table(families: Sequence[Family] = FAMILIES) -> str:
     """A table in Markdown, one row a family, its columns aligned for terminals."""
-    head = ("models", "unstructured, N:M", "heads", "FFN neurons", "ResNet channels", "guidance", "padding")
+    head = ("models", "unstructured, N:M", "heads", "FFN neurons", "ResNet channels", "guidance", "padding", "recovery")
     rows = [head, tuple("---" for _ in head)]
     for family in families:
         cells = [family.title, "yes", *(_cell(family, kind) for kind in KINDS)]
-        rows.append((*cells, _guidance(family), _padding(family)))
-    rows.append(("any other", "yes", *("-" for _ in KINDS), "as it is called", "counts"))
+        rows.append((*cells, _guidance(family), _padding(family), _recovery(family)))
+    rows.append(("any other", "yes", *("-" for _ in KINDS), "as it is called", "counts", "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = []
     for row in rows:
@@ -89,6 +92,11 @@ def _padding(family: Family) -> str:
     if family.input != "prompt":
         return "-"
     return "masked" if family.mask else "by tokenizer" if family.text else "counts"
+
+
+def _recovery(family: Family) -> str:
+    excepted = "".join(f" (not {name})" for name in family.distilled)
+    return f"distillation, images{excepted}"
 
 
 def _time(family: Family) -> str:
