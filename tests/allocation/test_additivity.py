@@ -27,7 +27,7 @@ def test_bench_scan_prints_one_json_line(capsys, monkeypatch):
     small = {**tiny.transformer, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
     monkeypatch.setitem(workloads.PRESETS, "sd3-tiny-cpu", replace(tiny, transformer=small, num_prompts=2, steps=2))
     capsys.readouterr()
-    main(["bench", "scan", "--triples", "3", "--plans", "8", "--method", "magnitude"])
+    main(["bench", "scan", "--triples", "3", "--plans", "40", "--method", "magnitude"])
     [line] = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert found["triples"] == 3 and found["units"] == 21 and found["bare_passes"] > 0
