@@ -123,6 +123,23 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
         assert not torch.allclose(own, negative, rtol=1e-3)
 
 
+def test_prompts_are_encoded_once(saved, tmp_path):
+    """A second pass over the same prompts runs no text encoder, and sees the same."""
+    name, folder = saved
+    row, pipe = PIPELINES[name], obsdiff.load_pipeline(folder)
+    encoders = [m for part, m in pipe.components.items() if part.startswith("text_encoder")]
+    assert bool(encoders) is row.prompts
+    record_trajectories(pipe, prompts_of(row), tmp_path / "first", batch_size=2)
+    ran = []
+    for encoder in encoders:
+        encoder.register_forward_pre_hook(lambda *_: ran.append(1))
+    record_trajectories(pipe, prompts_of(row), tmp_path / "second", batch_size=2)
+    assert len(ran) <= (6 if find_family(*denoisers_of(pipe).values()).encoded else 0)  # SD3: once over all prompts
+    first, second = (open_trajectories(tmp_path / which) for which in ("first", "second"))
+    assert torch.equal(first.latents, second.latents) and first.embeds.keys() == second.embeds.keys()
+    assert all(torch.equal(first.embeds[key], second.embeds[key]) for key in first.embeds)
+
+
 def test_sampling(saved, tmp_path):
     """Images in [0, 1] of every pipeline, each of its own seed and prompt alone; through the command line too."""
     name, folder = saved

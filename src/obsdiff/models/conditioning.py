@@ -127,7 +127,8 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -
     """What the pipeline makes of ``prompts`` before it denoises (negative prompt "", as when a user gives none).
 
     Where the family's row says what ``encode_prompt`` returns, the text encoders run once over all prompts; otherwise
-    the prompts go to the pipeline as they are, batch by batch.
+    the prompts go to the pipeline as they are, batch by batch, and :mod:`obsdiff.models.texts` remembers what they
+    become.
 
     Args:
         pipe: The pipeline.
