@@ -95,7 +95,6 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     name, folder = saved
     row = PIPELINES[name]
     pipe = obsdiff.load_pipeline(folder)
-    obsdiff.models.subject.subject_of(pipe).graph  # noqa: B018  # runs the denoiser, which must not be heard
     heard = Heard(row, pipe)
     record_trajectories(pipe, prompts_of(row), tmp_path / "recording", batch_size=2)
     guided = row.guidance not in ("none", "embedded") and name not in NO_GUIDANCE
