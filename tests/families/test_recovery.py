@@ -192,7 +192,19 @@ def fit(name, folder, tmp_path, pattern):
     return module
 
 
-@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.4"])
+PATTERNS = ("unstructured:0.5", "structured:0.4")
+USUAL = {  # the others take minutes together
+    *((name, PATTERNS[0]) for name in ("qwen-image", "ddpm", "z-image", "wan22", "cogvideox-5b")),
+    *((name, PATTERNS[1]) for name in ("flux", "sdxl", "dit", "wan22", "ltx")),
+}
+RECOVERED = [
+    pytest.param(name, pattern, marks=() if (name, pattern) in USUAL else pytest.mark.slow)
+    for name in WITH_PROMPTS
+    for pattern in PATTERNS
+]
+
+
+@pytest.mark.parametrize(("saved", "pattern"), RECOVERED, indirect=["saved"])
 def test_two_steps_of_distillation(saved, tmp_path, pattern):
     """Masks hold, each denoiser learns, the teacher stays out of the checkpoint, the result is plain diffusers'."""
     name, folder = saved
