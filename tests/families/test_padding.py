@@ -32,7 +32,7 @@ def statistics(name, spoilt):
 
 @pytest.mark.parametrize("name", MASKED)
 def test_what_is_padded_does_not_count(name):
-    """Whatever stands in the padded places, the statistics of all layers are the same; text layers count real tokens."""
+    """Whatever stands in the padded places, all layers' statistics are the same; text layers count real tokens."""
     graph, found, masks = statistics(name, spoilt=False)
     _, other, _ = statistics(name, spoilt=True)
     real = sum(int(mask.sum()) for mask in masks.values())

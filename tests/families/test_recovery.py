@@ -16,12 +16,14 @@ from obsdiff.callbacks.checkpoint import LastCheckpoint
 from obsdiff.callbacks.export import Export
 from obsdiff.cli.main import main
 from obsdiff.data.trajectories import TrajectoryDataModule, TrajectoryDataset
+from obsdiff.errors import UserError
 from obsdiff.evaluation.sampling import FRAMES, sample
 from obsdiff.models.calling import call_denoiser, drop_prompts
 from obsdiff.models.denoisers import denoiser_of, denoisers_of
 from obsdiff.models.families import find_family
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, write_info
 from obsdiff.models.loading import absent
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions
 from obsdiff.pruning.record import open_trajectories, record_trajectories
 from obsdiff.training.options import Objective, Optimization
@@ -95,6 +97,7 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     name, folder = saved
     row = PIPELINES[name]
     pipe = obsdiff.load_pipeline(folder)
+    _ = subject_of(pipe).call  # remembered, so that only what is recorded is heard
     heard = Heard(row, pipe)
     record_trajectories(pipe, prompts_of(row), tmp_path / "recording", batch_size=2)
     guided = row.guidance not in ("none", "embedded") and name not in NO_GUIDANCE
@@ -233,3 +236,10 @@ def test_two_steps_of_distillation(saved, tmp_path, pattern):
     plain.set_progress_bar_config(disable=True)
     given = row.conditioning(1)
     assert torch.equal(row.sample_rows(plain, given, [0]), row.sample_rows(after, given, [0]))
+
+
+def test_a_pipeline_that_needs_an_image_says_what_to_give(tmp_path):
+    pipe = PIPELINES["wan21-i2v"].build()
+    with pytest.raises(UserError, match=r"WanImageToVideoPipeline is told an image .* as a Conditioning"):
+        record_trajectories(pipe, ["a cat"], tmp_path / "recording")
+    assert not list(tmp_path.iterdir())

@@ -56,9 +56,10 @@ def test_the_diagonal_does_not_serve_methods_that_need_more(pipe, diagonal, opti
 
 
 def test_the_diagonal_serves_owl_and_no_scan(pipe, diagonal):
-    assert obsdiff.allocate(pipe, "unstructured:0.5", diagonal, PROMPTS, rule="owl").plan.rule == "owl"
+    owl = PruningOptions(pattern="unstructured:0.5", allocation="owl")
+    assert obsdiff.allocate(pipe, owl, diagonal, PROMPTS).plan.rule == "owl"
     with pytest.raises(obsdiff.UserError, match="the measured allocation needs gram"):
-        obsdiff.allocate(pipe, "unstructured:0.5", diagonal, PROMPTS)
+        obsdiff.allocate(pipe, PruningOptions(pattern="unstructured:0.5"), diagonal, PROMPTS)
 
 
 def test_magnitude_takes_heads_by_either(diagonal):

@@ -69,7 +69,7 @@ def counted(call: Callable[[], Any]) -> int:
 
 
 def counted_in_full(call: Callable[[], Any]) -> int:
-    """:func:`counted` where there are weights: attention as plain products, since fused kernels of CPUs count as none."""
+    """:func:`counted` where there are weights: attention as plain products, since fused ones count as none on CPUs."""
     with sdpa_kernel(SDPBackend.MATH):
         return counted(call)
 

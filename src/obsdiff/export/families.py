@@ -47,6 +47,7 @@ structured patterns are refused. [adding-a-family.md](adding-a-family.md) says h
 - **Padding.** Where the denoiser masks padded tokens they stay out of the statistics too, by its own mask; where it
   attends to them and the tokenizers say which they are, they are left out by these; otherwise they count like
   others.
+<<<<<<< HEAD
 - **Recovery.** Distillation works for all: what the denoiser is told is recorded from the pipeline's own calls and
   told again, so nothing of guidance, masks, packing or lists is rebuilt. Of two denoisers each learns from its own
   share of the steps. Fine-tuning on images goes through the pipeline's own autoencoder and normalisation (video models
@@ -56,6 +57,11 @@ structured patterns are refused. [adding-a-family.md](adding-a-family.md) says h
   as prompts.
 - **Budgets in FLOPs** are counted without weights. Lumina 2 does not run without (its lengths are values), so its
   structured budgets are in parameters.
+=======
+- **Recovery.** Distillation replays recorded calls, dropped prompts included. Fine-tuning on images encodes them by the
+  pipeline's own autoencoder, normalised and laid out as its denoiser is given latents (videos: of one frame); DDPM is
+  trained on pixels. A scheduler whose noise is neither that of DDPM nor of flow matching (Sana Sprint's) is refused.
+>>>>>>> main
 - **Derived pipelines** (image to image, inpainting, ControlNet, PAG) share their denoiser with a plain pipeline;
   prune through that, `FluxPipeline.from_pipe(pipe, dtype=pipe.dtype)` say, and save either.
 """
@@ -63,12 +69,12 @@ structured patterns are refused. [adding-a-family.md](adding-a-family.md) says h
 
 def table(families: Sequence[Family] = FAMILIES) -> str:
     """A table in Markdown, one row a family, its columns aligned for terminals."""
-    head = ("models", "unstructured, N:M", "heads", "FFN neurons", "ResNet channels", "guidance", "padding")
+    head = ("models", "unstructured, N:M", "heads", "FFN neurons", "ResNet channels", "guidance", "padding", "recovery")
     rows = [head, tuple("---" for _ in head)]
     for family in families:
         cells = [family.title, "yes", *(_cell(family, kind) for kind in KINDS)]
-        rows.append((*cells, _guidance(family), _padding(family)))
-    rows.append(("any other", "yes", *("-" for _ in KINDS), "as it is called", "counts"))
+        rows.append((*cells, _guidance(family), _padding(family), _recovery(family)))
+    rows.append(("any other", "yes", *("-" for _ in KINDS), "as it is called", "counts", "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = []
     for row in rows:
@@ -98,6 +104,11 @@ def _padding(family: Family) -> str:
     if family.input != "prompt":
         return "-"
     return "masked" if family.mask else "by tokenizer" if family.text else "counts"
+
+
+def _recovery(family: Family) -> str:
+    excepted = "".join(f" (not {name})" for name in family.distilled)
+    return f"distillation, images{excepted}"
 
 
 def _time(family: Family) -> str:

@@ -58,9 +58,8 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
     times = report["time_s"]
     rows = [
         ("pruned", f"{report['pipeline']}: {_done(report)}"),
-        ("parameters", _parameters(report)),
+        ("parameters", _parameters(report) + _dead(report)),
         *_allocation(report),
-        *dead_rows(report),
         *(("note", note) for note in report.get("notes", ())),
     ]
     figures = []
@@ -78,13 +77,25 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
     return aligned(rows)
 
 
+FATES = {"left": "free to delete (--dead remove)", "zero": "made zero", "cut": "cut to the least"}
+
+
 def dead_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Layers that reach no output, by what became of them; of a report or a manifest."""
-    said = {"left": "free to delete (--dead remove)", "zero": "made zero", "cut": "cut to the least"}
+    return [("dead layers", f"{', '.join(layers)}: {FATES[fate]}") for fate, layers in _by_fate(report).items()]
+
+
+def _by_fate(report: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for layer, fate in (report.get("dead") or {}).items():
         found.setdefault(fate, []).append(layer)
-    return [("dead layers", f"{', '.join(layers)}: {said[fate]}") for fate, layers in found.items()]
+    return found
+
+
+def _dead(report: Mapping[str, Any]) -> str:
+    """How many layers reach no output, where there are any."""
+    counts = {FATES[fate]: len(layers) for fate, layers in _by_fate(report).items()}
+    return "".join(f"; {count} dead layer{'s' * (count > 1)} {fate}" for fate, count in counts.items())
 
 
 def recovery_summary(report: Mapping[str, Any], output: str | Path, total_s: float | None = None) -> str:

@@ -161,7 +161,12 @@ def asked_for(pipe: Any, prompts: Sequence[str]) -> Conditioning:
     kind = find_family(*denoisers_of(pipe).values()).input
     if kind == "class_labels":
         return Conditioning({"class_labels": [_class_label(pipe, prompt) for prompt in prompts]})
-    if kind == "prompt" and "prompt" in inspect.signature(type(pipe).__call__).parameters:
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    if "image" in accepted and accepted["image"].default is inspect.Parameter.empty:
+        raise UserError(
+            f"a {type(pipe).__name__} is told an image beside each prompt; give it with the embeds as a Conditioning"
+        )
+    if kind == "prompt" and "prompt" in accepted:
         return Conditioning({"prompt": list(prompts)})
     if any(prompts):
         raise UserError(f"{info_of(pipe).source} draws without prompts; leave {next(filter(None, prompts))!r} out")

@@ -48,6 +48,7 @@ class Family:
         embeds: The denoiser's argument that holds the prompt's tokens.
         mask: The denoiser's argument that says which prompt tokens are real; it is believed before the tokenizers.
         tokens: What lies along the sequences that layers read, by shell-style name pattern; the first match counts.
+        distilled: Models of the title that are recovered by distillation alone, not on images as well.
         refused: Groups that cannot be cut, by shell-style name pattern, with the reason.
         apart: What looks like blocks and is none, by shell-style name pattern: left alone.
         video: Whether its autoencoder is one of videos (n, c, frames, h, w).
@@ -79,6 +80,7 @@ class Family:
     embeds: str = "encoder_hidden_states"
     mask: str | None = None
     tokens: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    distilled: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     apart: tuple[str, ...] = ()
     video: bool = False

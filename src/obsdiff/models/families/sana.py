@@ -10,6 +10,7 @@ SANA = Family(
         "Neurons are the channels of gated convolutions; depthwise layers only follow. 1.5 and Sprint "
         "normalise queries and keys over all heads: see below."
     ),
+    distilled=("Sana Sprint",),
     mask="encoder_attention_mask",
     tokens=(("*.attn2.to_[kv]", (TEXT,)),),
 )
