@@ -97,8 +97,6 @@ class TrajectoryDataModule(RecoveryData):
         pipe = load_pipeline(self.pipeline)
         if not told_nothing(pipe, self.named) and self.named is None:
             raise UserError(f"give data.prompts: {self.pipeline} draws what it is told")
-        if not told_nothing(pipe, self.named) and self.named is None:
-            raise UserError(f"give data.prompts: {self.pipeline} draws what it is told")
         if (self.folder / INDEX).exists():
             check_recording(
                 self.folder, recording_request(pipe, self.prompts, self.steps, self.guidance_scale, self.seed)

@@ -16,12 +16,14 @@ from obsdiff.callbacks.checkpoint import LastCheckpoint
 from obsdiff.callbacks.export import Export
 from obsdiff.cli.main import main
 from obsdiff.data.trajectories import TrajectoryDataModule, TrajectoryDataset
+from obsdiff.errors import UserError
 from obsdiff.evaluation.sampling import FRAMES, sample
 from obsdiff.models.calling import call_denoiser, drop_prompts
 from obsdiff.models.denoisers import denoiser_of, denoisers_of
 from obsdiff.models.families import find_family
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, write_info
 from obsdiff.models.loading import absent
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions
 from obsdiff.pruning.record import open_trajectories, record_trajectories
 from obsdiff.training.options import Objective, Optimization
@@ -95,7 +97,7 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     name, folder = saved
     row = PIPELINES[name]
     pipe = obsdiff.load_pipeline(folder)
-    obsdiff.models.subject.subject_of(pipe).graph  # noqa: B018  # runs the denoiser, which must not be heard
+    _ = subject_of(pipe).call  # remembered, so that only what is recorded is heard
     heard = Heard(row, pipe)
     record_trajectories(pipe, prompts_of(row), tmp_path / "recording", batch_size=2)
     guided = row.guidance not in ("none", "embedded") and name not in NO_GUIDANCE
@@ -121,6 +123,23 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     if guided:
         close(replay(True), negative)
         assert not torch.allclose(own, negative, rtol=1e-3)
+
+
+def test_prompts_are_encoded_once(saved, tmp_path):
+    """A second pass over the same prompts runs no text encoder, and sees the same."""
+    name, folder = saved
+    row, pipe = PIPELINES[name], obsdiff.load_pipeline(folder)
+    encoders = [m for part, m in pipe.components.items() if part.startswith("text_encoder")]
+    assert bool(encoders) is row.prompts
+    record_trajectories(pipe, prompts_of(row), tmp_path / "first", batch_size=2)
+    ran = []
+    for encoder in encoders:
+        encoder.register_forward_pre_hook(lambda *_: ran.append(1))
+    record_trajectories(pipe, prompts_of(row), tmp_path / "second", batch_size=2)
+    assert len(ran) <= (6 if find_family(*denoisers_of(pipe).values()).encoded else 0)  # SD3: once over all prompts
+    first, second = (open_trajectories(tmp_path / which) for which in ("first", "second"))
+    assert torch.equal(first.latents, second.latents) and first.embeds.keys() == second.embeds.keys()
+    assert all(torch.equal(first.embeds[key], second.embeds[key]) for key in first.embeds)
 
 
 def test_sampling(saved, tmp_path):
@@ -176,7 +195,19 @@ def fit(name, folder, tmp_path, pattern):
     return module
 
 
-@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.4"])
+PATTERNS = ("unstructured:0.5", "structured:0.4")
+USUAL = {  # the others take minutes together
+    *((name, PATTERNS[0]) for name in ("qwen-image", "ddpm", "z-image", "wan22", "cogvideox-5b")),
+    *((name, PATTERNS[1]) for name in ("flux", "sdxl", "dit", "wan22", "ltx")),
+}
+RECOVERED = [
+    pytest.param(name, pattern, marks=() if (name, pattern) in USUAL else pytest.mark.slow)
+    for name in WITH_PROMPTS
+    for pattern in PATTERNS
+]
+
+
+@pytest.mark.parametrize(("saved", "pattern"), RECOVERED, indirect=["saved"])
 def test_two_steps_of_distillation(saved, tmp_path, pattern):
     """Masks hold, each denoiser learns, the teacher stays out of the checkpoint, the result is plain diffusers'."""
     name, folder = saved
@@ -205,3 +236,10 @@ def test_two_steps_of_distillation(saved, tmp_path, pattern):
     plain.set_progress_bar_config(disable=True)
     given = row.conditioning(1)
     assert torch.equal(row.sample_rows(plain, given, [0]), row.sample_rows(after, given, [0]))
+
+
+def test_a_pipeline_that_needs_an_image_says_what_to_give(tmp_path):
+    pipe = PIPELINES["wan21-i2v"].build()
+    with pytest.raises(UserError, match=r"WanImageToVideoPipeline is told an image .* as a Conditioning"):
+        record_trajectories(pipe, ["a cat"], tmp_path / "recording")
+    assert not list(tmp_path.iterdir())

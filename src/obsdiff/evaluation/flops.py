@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from obsdiff.errors import UserError
 from obsdiff.models.calling import call_denoiser, one_image
@@ -54,8 +55,7 @@ def shrunk_flops(pipe: Any, call: Mapping[str, Any], shapes: Mapping[str, Any]) 
                     f"the FLOPs of a smaller {type(model).__name__} cannot be counted, since it does not run without "
                     f"weights ({reason}); give a budget in parameters"
                 ) from error
-            with torch.no_grad():
-                counts.append(counted(partial(model, **arguments)))
+            counts.append(counted_in_full(partial(model, **arguments)))
     return round(sum(counts) / len(counts))
 
 
@@ -66,6 +66,12 @@ def counted(call: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return int(counter.get_total_flops())
+
+
+def counted_in_full(call: Callable[[], Any]) -> int:
+    """:func:`counted` where there are weights: attention as plain products, since fused ones count as none on CPUs."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return counted(call)
 
 
 def without_weights(model: nn.Module) -> nn.Module:
@@ -110,13 +116,18 @@ class FlopCounts:
         return self._known[key]
 
     def _count(self, latents: Tensor, embeds: Mapping[str, Tensor], common: Mapping[str, Any]) -> int:
-        def call(model: nn.Module, device: torch.device) -> int:
+        def call(count: Callable[..., int], model: nn.Module, device: torch.device) -> int:
             given = {name: tensor.to(device) for name, tensor in embeds.items()}
             shared = moved(dict(common), device, torch.float32, torch.float32)
             times = torch.zeros(len(latents), device=device)
-            return counted(lambda: call_denoiser(model, latents.to(device), times, given, shared))
+            return count(lambda: call_denoiser(model, latents.to(device), times, given, shared))
 
         try:
-            return call(self._copy, META)
-        except (RuntimeError, NotImplementedError):  # what it does depends on values, such as the lengths of prompts
-            return call(self._denoiser, next(self._denoiser.parameters()).device)
+            return call(counted, self._copy, META)
+        except (
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+            TypeError,
+        ):  # what it does depends on values, such as the lengths of prompts
+            return call(counted_in_full, self._denoiser, next(self._denoiser.parameters()).device)

@@ -127,7 +127,8 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -
     """What the pipeline makes of ``prompts`` before it denoises (negative prompt "", as when a user gives none).
 
     Where the family's row says what ``encode_prompt`` returns, the text encoders run once over all prompts; otherwise
-    the prompts go to the pipeline as they are, batch by batch.
+    the prompts go to the pipeline as they are, batch by batch, and :mod:`obsdiff.models.texts` remembers what they
+    become.
 
     Args:
         pipe: The pipeline.
@@ -160,7 +161,12 @@ def asked_for(pipe: Any, prompts: Sequence[str]) -> Conditioning:
     kind = find_family(*denoisers_of(pipe).values()).input
     if kind == "class_labels":
         return Conditioning({"class_labels": [_class_label(pipe, prompt) for prompt in prompts]})
-    if kind == "prompt" and "prompt" in inspect.signature(type(pipe).__call__).parameters:
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    if "image" in accepted and accepted["image"].default is inspect.Parameter.empty:
+        raise UserError(
+            f"a {type(pipe).__name__} is told an image beside each prompt; give it with the embeds as a Conditioning"
+        )
+    if kind == "prompt" and "prompt" in accepted:
         return Conditioning({"prompt": list(prompts)})
     if any(prompts):
         raise UserError(f"{info_of(pipe).source} draws without prompts; leave {next(filter(None, prompts))!r} out")

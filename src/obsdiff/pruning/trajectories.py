@@ -14,6 +14,7 @@ from obsdiff.models.calls import arguments_of
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.denoisers import dtype_of
 from obsdiff.models.subject import Subject
+from obsdiff.models.texts import texts_kept
 from obsdiff.numbers import check_number, check_whole
 
 
@@ -103,7 +104,8 @@ def run_trajectories(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         told = conditioning[part].arguments(device)
         try:
-            latents = pipe(**told, **arguments, generator=generators, output_type=output, return_dict=False)[0]
+            with texts_kept(pipe):
+                latents = pipe(**told, **arguments, generator=generators, output_type=output, return_dict=False)[0]
         except RuntimeError as error:
             given = next((x.dtype for x in told.values() if isinstance(x, Tensor) and x.is_floating_point()), own)
             if own == given:
