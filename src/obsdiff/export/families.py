@@ -47,7 +47,6 @@ structured patterns are refused. [adding-a-family.md](adding-a-family.md) says h
 - **Padding.** Where the denoiser masks padded tokens they stay out of the statistics too, by its own mask; where it
   attends to them and the tokenizers say which they are, they are left out by these; otherwise they count like
   others.
-<<<<<<< HEAD
 - **Recovery.** Distillation works for all: what the denoiser is told is recorded from the pipeline's own calls and
   told again, so nothing of guidance, masks, packing or lists is rebuilt. Of two denoisers each learns from its own
   share of the steps. Fine-tuning on images goes through the pipeline's own autoencoder and normalisation (video models
@@ -57,11 +56,6 @@ structured patterns are refused. [adding-a-family.md](adding-a-family.md) says h
   as prompts.
 - **Budgets in FLOPs** are counted without weights. Lumina 2 does not run without (its lengths are values), so its
   structured budgets are in parameters.
-=======
-- **Recovery.** Distillation replays recorded calls, dropped prompts included. Fine-tuning on images encodes them by the
-  pipeline's own autoencoder, normalised and laid out as its denoiser is given latents (videos: of one frame); DDPM is
-  trained on pixels. A scheduler whose noise is neither that of DDPM nor of flow matching (Sana Sprint's) is refused.
->>>>>>> main
 - **Derived pipelines** (image to image, inpainting, ControlNet, PAG) share their denoiser with a plain pipeline;
   prune through that, `FluxPipeline.from_pipe(pipe, dtype=pipe.dtype)` say, and save either.
 """
