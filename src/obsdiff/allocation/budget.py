@@ -40,7 +40,10 @@ def costs_of(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, cal
         sizes = {name: graph.weight(name).numel() for name in members}
         planned = sum(sizes.values())
         dense = planned if budget.kind == "sparsity" else total
-        kept = lambda name, pattern: sizes[name] - round(removed(pattern) * sizes[name])  # noqa: E731
+
+        def kept(name: str, pattern: Pattern) -> float:
+            return sizes[name] - round(removed(pattern) * sizes[name])
+
         return costs_from(units, kept, dense - planned, dense, stays)
     groups = {name: graph.group_of[name] for name in members}
     if budget.kind == "flops":  # affine in each module's width: two counts per module give its slope

@@ -48,7 +48,7 @@ class Solver:
         if isinstance(patterns[0], Structured):  # a group may be called as a layer
             bundles = self.graph.bundles(members)
             parts = [
-                [self.bundle({group.name: pattern for group in bundle}) for pattern in patterns]  # type: ignore[misc]
+                [self.bundle({group.name: pattern for group in bundle}) for pattern in patterns]  # type: ignore[misc]  # all structured
                 for bundle in bundles
             ]
         else:

@@ -135,10 +135,6 @@ def row_paths(arguments: Mapping[str, Any], rows: int) -> frozenset[Path]:
     return frozenset(found)
 
 
-def _has_length(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
-
-
 def flattened(arguments: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:
     """Arguments with those in dictionaries by (name, key)."""
     found: dict[Path, Any] = {}
