@@ -12,6 +12,7 @@ from obsdiff.models.denoisers import denoiser_of, denoisers_of
 from obsdiff.models.families import find_family
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
 from obsdiff.models.latents import encode_images, vae_factor
+from obsdiff.models.subject import subject_of
 from obsdiff.training.fits import check_data
 from obsdiff.training.inputs import Inputs
 from obsdiff.training.objectives import loss_terms
@@ -97,11 +98,11 @@ def test_images_are_trained_on(built):
     data = type("Data", (), {"image_shape": tuple(images.shape[1:]), "source": "it"})()
     if name in NOT_TRAINED:
         with pytest.raises(UserError, match=rf"{NOT_TRAINED[name]}.*distil on recorded trajectories instead"):
-            check_data(pipe, data)
+            check_data(subject_of(pipe), data)
         return
-    check_data(pipe, data)
+    check_data(subject_of(pipe), data)
     batch = {"image": images} | ({"prompt": prompts_of(row)} if row.text else {})
-    inputs = Inputs(pipe, PromptEncoder(pipe), 0.0)
+    inputs = Inputs(subject_of(pipe), PromptEncoder(pipe), 0.0)
     told, target = inputs(batch, torch.Generator().manual_seed(2), torch.device("cpu"))
     for model in denoisers_of(pipe).values():
         model.requires_grad_(True)
