@@ -18,7 +18,6 @@ from obsdiff.allocation.planning import (
     needs_for,
     packages_for,
     rule_of,
-    solve_options,
 )
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
@@ -69,7 +68,7 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
 
 def measures(options: PruningOptions, statistics: Path | None) -> bool:
     """Whether the stage calibrates: the method needs it, or a folder was named to keep it in."""
-    return bool(solve_options(options).needs) or statistics is not None or allocates(options)
+    return bool(needs_for(options, statistics)) or statistics is not None or allocates(options)
 
 
 def prune_stage(
@@ -161,7 +160,7 @@ def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts:
     """Say on standard error what is about to happen: layers, passes, memory."""
     pipe, graph = subject.pipe, subject.graph
     sites = plan.sites(graph)
-    chosen = [site for site in graph.sites if statistics is not None or site.name in sites]
+    chosen = [site for site in (*graph.vectors, *graph.sites) if statistics is not None or site.name in sites]
     numbers = [weight_matrices(graph.layer(site.name)).shape for site in chosen]
     whole = "gram" in needs_for(options, statistics)
     hessians = sum(4 * groups * columns ** (2 if whole else 1) for groups, _, columns in numbers)

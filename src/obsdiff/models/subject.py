@@ -16,9 +16,10 @@ from obsdiff.models.checks import check_in_memory, check_layers, check_plain
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.denoisers import denoisers_of, dtype_of, joined, parts_of
 from obsdiff.models.families import Family, find_family
-from obsdiff.models.graph import Graph, Group, Site, prunable, stages_of, walk
+from obsdiff.models.graph import Graph, Group, Site, Slices, prunable, stages_of, walk
 from obsdiff.models.parts import groups_of
 from obsdiff.models.tracing import Trace, dead_layers, trace
+from obsdiff.obs.pattern import RANK
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Subject:
         for name, arguments in self.call.items():
             prefix = f"{name}." if name else ""
             last = [stage for stage in self.graph.stages if stage.startswith(prefix)][-1:]
-            layers = [layer for layer in self.graph.site_of if layer.startswith(tuple(f"{stage}." for stage in last))]
+            layers = [layer for layer in self.graph.layers if layer.startswith(tuple(f"{stage}." for stage in last))]
+            layers = [layer for layer in layers if layer in self.graph.site_of]
             found += dead_layers(self.denoiser, {name: arguments}, layers)
         return found
 
@@ -160,9 +162,29 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
             sites.append(Site(layers, tokens, there[layers[0]]))
     ran = [layer for site in sites for layer in site.layers]
     ordered = dict.fromkeys([*sorted(ran, key=there.__getitem__), *there])  # stage by stage; idle layers last
-    return Graph(
-        denoiser, family, stages, {name: there[name] for name in ordered}, tuple(sites), tuple(groups), traced.chain
-    )
+    vectors, ranks = _ranks(denoiser, stages, traced)
+    layers = {name: there[name] for name in ordered}
+    return Graph(denoiser, family, stages, layers, tuple(sites), (*ranks, *groups), traced.chain, vectors)
+
+
+def _ranks(denoiser: nn.Module, stages: tuple[str, ...], traced: Trace) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
+    """Vectors that layers inside stages read, and for each the group of its directions; a layer on a basis has its
+    already."""
+    sites, groups = [], []
+    for reading in traced.told:
+        layers = tuple(layer for layer in reading if not hasattr(denoiser.get_submodule(layer), "basis"))
+        first = next((i for i, stage in enumerate(stages) if any(at.startswith(f"{stage}.") for at in layers)), None)
+        if first is None:
+            continue
+        weights = [denoiser.get_submodule(layer).weight for layer in layers]
+        width = int(weights[0].shape[1])
+        prefix = next((p for p in parts_of(denoiser) if layers[0].startswith(p)), "")
+        taken = len([n for n, _ in denoiser.named_modules() if n.rpartition(".")[0] == f"{prefix}bases"])
+        basis = f"{prefix}bases.{taken + sum(1 for g in groups if (g.basis or '').startswith(f'{prefix}bases.'))}"
+        consumers = tuple(Slices(layer, (0,), 1) for layer in layers)
+        sites.append(Site(layers, (), first))
+        groups.append(Group(layers[0], RANK, width, first, (), consumers, basis=basis))
+    return tuple(sites), tuple(groups)
 
 
 def refusals(denoiser: nn.Module, family: Family) -> dict[str, str]:

@@ -35,7 +35,7 @@ class _Calibration(BaseModel):
 class _Shrunk(BaseModel):
     tensors: dict[str, list[Size]] = {}
     layers: dict[str, list[Size]] = {}  # as written until November 2026
-    attributes: dict[str, dict[str, int | list[list[int] | int]]]
+    attributes: dict[str, dict[str, int | str | list[list[int] | int]]]
 
 
 class Manifest(BaseModel):
