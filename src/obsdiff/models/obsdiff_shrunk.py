@@ -34,9 +34,9 @@ def apply_shapes(model, shrunk):
         if model.get_submodule(name).bias is not None:
             tensors[f"{name}.bias"] = shape[:1]
     tensors.update(shrunk.get("tensors", {}))
-    for name, attributes in shrunk["attributes"].items():
-        if "basis" in attributes:
-            add_basis(model, attributes["basis"], model.get_submodule(name).weight)
+    readers = {attributes["basis"]: name for name, attributes in shrunk["attributes"].items() if "basis" in attributes}
+    for basis in sorted(readers, key=lambda name: (len(name), name)):  # in order, whatever the order in the file
+        add_basis(model, basis, model.get_submodule(readers[basis]).weight)
     for name, shape in tensors.items():
         owner, _, tensor = name.rpartition(".")
         module = model.get_submodule(owner)

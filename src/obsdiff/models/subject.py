@@ -168,11 +168,12 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
 
 
 def _ranks(denoiser: nn.Module, stages: tuple[str, ...], traced: Trace) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
-    """Vectors that layers inside stages read, and for each the group of its directions; a layer on a basis has its
-    already."""
+    """Vectors that layers inside stages read, and for each the group of its directions; without layers that run twice
+    (the head of DiT asks block 0's embedder again) and those that have a basis already."""
     sites, groups = [], []
     for reading in traced.told:
-        layers = tuple(layer for layer in reading if not hasattr(denoiser.get_submodule(layer), "basis"))
+        once = [layer for layer in reading if traced.times[layer] == 1]
+        layers = tuple(layer for layer in once if not hasattr(denoiser.get_submodule(layer), "basis"))
         first = next((i for i, stage in enumerate(stages) if any(at.startswith(f"{stage}.") for at in layers)), None)
         if first is None:
             continue

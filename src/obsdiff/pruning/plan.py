@@ -83,6 +83,8 @@ def make_plan(
             + ("none of its blocks is known" if graph.family.known else "obsdiff knows this class by tracing alone")
             + "; use unstructured:RATIO or N:M (docs/adding-a-family.md says how to add it)"
         )
+    if isinstance(pattern, Structured):
+        _check_rank(graph, pattern)
     if spare_blocks is None:
         spare_blocks = graph.family.spare if structured and len(graph.stages) > 2 else ()
     number = len(graph.stages)
@@ -116,6 +118,18 @@ def make_plan(
     return plan
 
 
+def _check_rank(graph: Graph, pattern: Structured) -> None:
+    """Refuse a rank where nothing has one, or above all widths."""
+    widths = [group.count for group in graph.groups if group.kind == RANK]
+    if pattern.rank is not None and not widths:
+        raise UserError(
+            f"{pattern} reduces the rank of layers that read one vector per sample, and a {graph.family.denoiser} has "
+            "none in its blocks that is whole; leave rank out"
+        )
+    if pattern.rank is not None and pattern.rank > max(widths):
+        raise UserError(f"{pattern} asks for a rank above the width {max(widths)}; choose a smaller one")
+
+
 def _own(pattern: Pattern, group: Group | None) -> Pattern:
     """What a pattern says to one of the layers or groups."""
     return pattern if group is None or not isinstance(pattern, Structured) else pattern.of(group.kind, group.count)
@@ -124,15 +138,6 @@ def _own(pattern: Pattern, group: Group | None) -> Pattern:
 def _check_kinds(graph: Graph, pattern: Structured, chosen: Sequence[str]) -> None:
     """Refuse a pattern that names kinds of units of which there are none to remove."""
     there = list(dict.fromkeys(group.kind for group in graph.groups))
-    if pattern.rank is not None:
-        if RANK not in there:
-            raise UserError(
-                f"{pattern} reduces the rank of layers that read one vector per sample, and a {graph.family.denoiser} "
-                "has none in its blocks that is whole; leave rank out"
-            )
-        widths = [group.count for group in graph.groups if group.kind == RANK and group.name in chosen]
-        if widths and pattern.rank > max(widths):
-            raise UserError(f"{pattern} asks for a rank above the width {max(widths)}; choose a smaller one")
     left = {graph.group_of[name].kind for name in chosen}
     for kind in pattern.named:
         if kind not in there:
