@@ -67,7 +67,7 @@ def costs_of(subject: Subject, units: Sequence[Unit], budget: Budget, call: Mapp
         whole = {name: float(group_parameters(graph, group, group.count)) for name, group in groups.items()}
 
     def cost(name: str, pattern: Pattern) -> float:
-        kept = kept_units(groups[name], pattern)
+        kept = kept_units(groups[name], pattern)  # type: ignore[arg-type]  # all structured
         return whole[name] if kept == groups[name].count else per_unit[name] * kept
 
     return costs_from(units, cost, total - sum(whole.values()), total, stays)

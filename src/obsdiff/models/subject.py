@@ -162,29 +162,29 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
             sites.append(Site(layers, tokens, there[layers[0]]))
     ran = [layer for site in sites for layer in site.layers]
     ordered = dict.fromkeys([*sorted(ran, key=there.__getitem__), *there])  # stage by stage; idle layers last
-    vectors, ranks = _ranks(denoiser, stages, traced)
-    layers = {name: there[name] for name in ordered}
-    return Graph(denoiser, family, stages, layers, tuple(sites), (*ranks, *groups), traced.chain, vectors)
+    told, ranks = _ranks(denoiser, stages, traced)
+    found_layers = {name: there[name] for name in ordered}
+    return Graph(denoiser, family, stages, found_layers, tuple(sites), (*ranks, *groups), traced.chain, told)
 
 
 def _ranks(denoiser: nn.Module, stages: tuple[str, ...], traced: Trace) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
     """Vectors that layers inside stages read, and for each the group of its directions; without layers that run twice
     (the head of DiT asks block 0's embedder again) and those that have a basis already."""
-    sites, groups = [], []
+    sites: list[Site] = []
+    groups: list[Group] = []
+    modules = dict(denoiser.named_modules())
+    taken = {prefix: sum(name.startswith(f"{prefix}bases.") for name in modules) for prefix in parts_of(denoiser)}
     for reading in traced.told:
-        once = [layer for layer in reading if traced.times[layer] == 1]
-        layers = tuple(layer for layer in once if not hasattr(denoiser.get_submodule(layer), "basis"))
-        first = next((i for i, stage in enumerate(stages) if any(at.startswith(f"{stage}.") for at in layers)), None)
-        if first is None:
+        layers = tuple(n for n in reading if traced.times[n] == 1 and not hasattr(modules[n], "basis"))
+        inside = [i for i, stage in enumerate(stages) for name in layers if name.startswith(f"{stage}.")]
+        if not inside:
             continue
-        weights = [denoiser.get_submodule(layer).weight for layer in layers]
-        width = int(weights[0].shape[1])
-        prefix = next((p for p in parts_of(denoiser) if layers[0].startswith(p)), "")
-        taken = len([n for n, _ in denoiser.named_modules() if n.rpartition(".")[0] == f"{prefix}bases"])
-        basis = f"{prefix}bases.{taken + sum(1 for g in groups if (g.basis or '').startswith(f'{prefix}bases.'))}"
+        width = denoiser.get_parameter(f"{layers[0]}.weight").shape[1]
+        prefix = next(prefix for prefix in taken if layers[0].startswith(prefix))
+        basis, taken[prefix] = f"{prefix}bases.{taken[prefix]}", taken[prefix] + 1
         consumers = tuple(Slices(layer, (0,), 1) for layer in layers)
-        sites.append(Site(layers, (), first))
-        groups.append(Group(layers[0], RANK, width, first, (), consumers, basis=basis))
+        sites.append(Site(layers, (), min(inside)))
+        groups.append(Group(layers[0], RANK, width, min(inside), (), consumers, basis=basis))
     return tuple(sites), tuple(groups)
 
 

@@ -128,7 +128,8 @@ class Structured:
         """The same rules for one kind alone, with a share of its own."""
         if kind == RANK:
             return Structured(0.0, 0.0, rank=1 - gone if gone > 0 else None)
-        return Structured(**({"heads": 0.0, "ffn": 0.0} | {kind: gone}), multiple_of=self.multiple_of)
+        shares = {"heads": 0.0, "ffn": 0.0, "channels": 0.0} | {kind: gone}
+        return Structured(shares["heads"], shares["ffn"], self.multiple_of, shares["channels"])
 
     def choices(self, kind: str, count: int) -> list[Structured]:
         """All that may stay of ``count`` units, most first: any number, neurons in steps of the multiple, ranks in
@@ -238,7 +239,8 @@ def _parse_structured(value: str, text: str) -> Structured:
     if multiple is not None and not float(multiple).is_integer():
         raise UserError(f"multiple_of is {multiple:g} in pattern {text!r}; it must be a whole number")
     shares = {kind: fields.get(kind, 0.0) for kind in KINDS}
-    return Structured(**shares, multiple_of=None if multiple is None else int(multiple))
+    multiple_of = None if multiple is None else int(multiple)
+    return Structured(shares["heads"], shares["ffn"], multiple_of, shares["channels"])
 
 
 def _number(text: str, pattern: str) -> float:

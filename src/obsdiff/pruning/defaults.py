@@ -16,7 +16,7 @@ def pattern_by(method: str, pattern: Pattern) -> Pattern:
         return pattern
     row = find_method(method)
     kinds = row.cuts if pattern.everything else KINDS
-    shares = {kind: pattern.share(kind) if kind in kinds else 0.0 for kind in KINDS}
+    shares: Any = {kind: pattern.share(kind) if kind in kinds else 0.0 for kind in KINDS}
     return Structured(**shares, multiple_of=row.multiple_of, rank=pattern.rank)
 
 

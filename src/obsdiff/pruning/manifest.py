@@ -66,6 +66,7 @@ class Manifest(BaseModel):
     shrunk: _Shrunk | None
     notes: list[str] = []
     dead: dict[str, Literal["left", "zero", "cut"]] = {}
+    ranks: dict[str, dict[str, FiniteFloat]] = {}
 
 
 def manifest_of(report: PruneReport, source: str, component: str, denoiser: str) -> dict[str, Any]:
@@ -103,6 +104,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "shrunk": report.shrunk,
         "notes": report.notes,
         "dead": report.dead,
+        "ranks": report.ranks,
         "versions": versions(),
     }
 

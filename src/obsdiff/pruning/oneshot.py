@@ -68,6 +68,7 @@ class PruneReport:
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
         notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
             for, and what it could not tell.
+        ranks: By vector, what its rank leaves out (:func:`obsdiff.pruning.vectors.checked_rank`).
         dead: Layers that reach no output of the denoiser, as far as they were looked for, and what became of them:
             "left", "zero" or "cut".
     """
@@ -91,6 +92,7 @@ class PruneReport:
     allocation: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     dead: dict[str, str] = field(default_factory=dict)
+    ranks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def mean_layer_error(self) -> float | None:

@@ -74,3 +74,49 @@ def rank_result(
         relative = relative_error(error, *vector.moments.output(dense.float()))
         results[layer] = LayerResult(weight.float(), None, relative, shift, basis=basis.float())
     return {group.name: kept}, results
+
+
+@torch.no_grad()
+def checked_rank(graph: Graph, group: Group, rank: int, seen: Observer, others: Observer | None) -> dict[str, float]:
+    """What a rank leaves out, on the prompts that it was chosen by and on others.
+
+    Args:
+        graph: Of the dense denoiser.
+        group: The directions of a vector.
+        rank: How many stay.
+        seen, others: The vector's statistics on the calibration's prompts, and on prompts that were not in it.
+
+    Returns:
+        "rank", "width", "input_left_out" (share of the vector's variance that is outside the directions), "error" and,
+        where there are others, "error_held_out": of all outputs together, over their variance.
+    """
+    vector = vector_of(graph, group, seen)
+    _, results = rank_result(graph, group, rank, vector)
+    encode, decode = vector.directions.first(rank)
+    rest = torch.eye(group.count, dtype=encode.dtype, device=encode.device) - decode @ encode
+    covariance = vector.moments.seen(vector.biased).double()
+    found = {
+        "rank": rank,
+        "width": group.count,
+        "input_left_out": float((rest @ covariance * rest).sum() / covariance.diagonal().sum()),
+        "error": _output_error(graph, results, vector.moments),
+    }
+    if others is not None:
+        found["error_held_out"] = _output_error(graph, results, vector_of(graph, group, others).moments)
+    return found
+
+
+def _output_error(graph: Graph, results: dict[str, LayerResult], moments: Moments) -> float:
+    """``Σ_l E‖Δ_l x + δb_l‖² / Σ_l E‖W_l (x − μ)‖²`` under the moments of x."""
+    error = variance = square = 0.0
+    for layer, result in results.items():
+        dense = graph.weight(layer).detach().float()
+        assert result.basis is not None
+        delta = (result.weight.double() @ result.basis.double() - dense.double()).float()
+        moved = moments.through(delta)
+        if result.bias_shift is not None:
+            moved = moved + result.bias_shift.to(moved)
+        error += moments.spread(delta) + float(moved.square().sum())
+        of_layer = moments.output(dense)
+        variance, square = variance + of_layer[0], square + of_layer[1]
+    return relative_error(error, variance, square)
