@@ -19,9 +19,9 @@ from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.fingerprint import Settings
+from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.options import Limits
 from obsdiff.pruning.plan import Plan, make_plan
-from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.surgery import Edits
 from tests.conftest import make_pipe
 

@@ -33,6 +33,10 @@ class Case:
         self.structured = f"structured:{','.join(shares)},multiple_of=1"
         self.statistics = obsdiff.calibrate(pipe, self.conditioning, batch_size=ROWS)
 
+    def units(self):
+        """Groups whose units are entries of tensors."""
+        return {group.name for group in self.graph.groups if group.basis is None}
+
     def fresh(self):
         pipe = self.row.build(encoders=False)
         call = {name: value for name, value in self.row.call.items() if name in CALL_ARGUMENTS}
@@ -113,7 +117,7 @@ def test_structured(case, allocated, tmp_path):
         pattern, options = found.plan, {}
     dense = sum(p.numel() for p in subject_of(pipe).denoiser.parameters())
     report = obsdiff.prune(pipe, pattern, statistics=case.statistics, **options)
-    assert report.masks.keys() == case.graph.group_of.keys()
+    assert report.masks.keys() == case.units()
     assert report.parameters["pruned"] == sum(p.numel() for p in subject_of(pipe).denoiser.parameters()) < dense
     if allocated:
         assert report.parameters["pruned"] <= 0.9 * dense
@@ -133,8 +137,59 @@ def test_structured(case, allocated, tmp_path):
     assert torch.equal(case.sample(obsdiff.load_pipeline(tmp_path / "again")), drawn)
 
 
+def projected_like(case, pipe, report):
+    """The dense pipeline with the weights multiplied out: what is projected and then read, in one matrix."""
+    whole = case.fresh()
+    denoiser, cut = subject_of(whole).denoiser, subject_of(pipe).denoiser
+    with torch.no_grad():
+        for group in (case.graph.group_of[name] for name in report.masks):
+            for layer in group.layers:
+                old, new = denoiser.get_submodule(layer), cut.get_submodule(layer)
+                old.weight.copy_(new.weight @ cut.get_submodule(group.basis).weight)
+                if old.bias is not None:
+                    old.bias.copy_(new.bias)
+    return whole
+
+
+def test_ranks(case, tmp_path):
+    """What reads a few directions of a vector is the projected model, and everything else goes on from it."""
+    pipe = case.traced()
+    if not case.graph.vectors:
+        with pytest.raises(obsdiff.UserError, match="none in its blocks that is whole"):
+            obsdiff.prune(pipe, "rank:0.25", statistics=case.statistics)
+        return
+    report = obsdiff.prune(pipe, "rank:0.25", statistics=case.statistics)
+    assert report.masks.keys() == {group.name for group in case.graph.groups} - case.units()
+    for name, mask in report.masks.items():
+        group = case.graph.group_of[name]
+        kept = round(0.25 * group.count)
+        assert int(mask.sum()) == kept and report.sparsity_per_layer[name] == 1 - kept / group.count
+        assert subject_of(pipe).denoiser.get_submodule(group.basis).weight.shape == (kept, group.count)
+        assert all(0 <= report.layer_error[layer] < 1 for layer in group.layers)
+    drawn = case.sample(pipe)
+    close(drawn, case.sample(projected_like(case, pipe, report)))
+    obsdiff.save_pipeline(pipe, tmp_path / "out", report)
+    assert torch.equal(case.sample(plainly(tmp_path / "out" / "pipeline", trust_remote_code=True)), drawn)
+    loaded = obsdiff.load_pipeline(tmp_path / "out")
+    _ = subject_of(loaded, case.conditioning).call
+    assert not subject_of(loaded, case.conditioning).graph.vectors
+    again = obsdiff.prune(loaded, case.structured, method="magnitude", prune_again=True, spare_blocks=())
+    assert again.parameters["pruned"] < report.parameters["pruned"]
+    obsdiff.save_pipeline(loaded, tmp_path / "again", again)
+    assert torch.equal(case.sample(obsdiff.load_pipeline(tmp_path / "again")), case.sample(loaded))
+
+
+def test_ranks_and_units_at_once(case):
+    pipe = case.traced()
+    if case.graph.vectors:
+        pattern = f"{case.structured}+rank:0.25"
+        report = obsdiff.prune(pipe, pattern, statistics=case.statistics, spare_blocks=())
+        assert report.masks.keys() == case.graph.group_of.keys()
+        assert torch.isfinite(case.sample(pipe)).all()
+
+
 def test_groups_survive_copies_and_the_meta_device(case):
     """Without a call, and without weights, the same groups are found, in some order."""
     found = graph_of(copy.deepcopy(case.graph.denoiser).to("meta"))
-    assert found.group_of.keys() == case.graph.group_of.keys()
-    assert all(found.group_of[name].count == group.count for name, group in case.graph.group_of.items())
+    assert found.group_of.keys() == case.units()
+    assert all(found.group_of[name].count == case.graph.group_of[name].count for name in found.group_of)

@@ -33,6 +33,8 @@ def test_sites_really_share_their_input():
     with torch.no_grad():
         subject.denoiser(**subject.call[""])
     assert seen.keys() == graph.site_of.keys()
+    for site in graph.vectors:  # silu of the same, made anew in each block
+        assert all(torch.equal(seen[layer], seen[site.name]) for layer in site.layers)
     for site in graph.sites:
         assert all(seen[layer] is seen[site.name] for layer in site.layers)
         assert seen[site.name].shape[1] == (20 if site.tokens == ("text",) else 16)
@@ -46,7 +48,7 @@ def test_every_linear_layer_of_attention_and_ffn_is_covered():
         if isinstance(module, torch.nn.Linear)
         and any(part in name for part in (".attn.", ".attn2.", ".ff.", ".ff_context."))
     }
-    assert found == set(graph.site_of) == set(graph.layers)
+    assert found == {layer for site in graph.sites for layer in site.layers} == set(graph.layers)
     assert graph.chain and graph.stages == tuple(f"transformer_blocks.{i}" for i in range(3))
 
 

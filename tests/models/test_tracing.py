@@ -50,7 +50,8 @@ def test_layers_that_read_the_same_memory_share_a_site():
     )
     assert found.vectors == {f"blocks.{i}.mod" for i in range(3)}
     assert found.times["blocks.0.idle"] == 0 and found.times["blocks.1.a"] == 1
-    assert "head" not in found.times  # in no stage
+    assert found.times["head"] == 1 and all("head" not in reading for reading in found.reads)  # in no stage
+    assert found.told == (("blocks.0.mod", "blocks.1.mod", "blocks.2.mod"),)
 
 
 def test_memory_that_was_freed_and_used_again_is_not_the_same():

@@ -78,7 +78,7 @@ def test_halves_of_the_prompts_merge_to_the_whole(pipe, prompts):
     rest = module.Settings(module.call_arguments(pipe))
     store.prompts_done = 3
     subject = subject_of(pipe)
-    module._measure(subject, subject.graph.sites, conditioning, rest, store, None, True)
+    module._measure(subject, (*subject.graph.vectors, *subject.graph.sites), conditioning, rest, store, None, True)
     for name in whole:
         torch.testing.assert_close(whole.sites[name].hessian(), store.sites[name].hessian(), rtol=1e-3, atol=1e-4)
 
@@ -95,7 +95,8 @@ def test_every_wired_site_is_measured_with_dual_attention(dual_pipe, prompts):
     assert "transformer_blocks.0.attn2.to_q" in statistics
     assert "transformer_blocks.2.attn2.to_q" not in statistics
     assert "transformer_blocks.2.ff_context.net.2" not in statistics  # context-free last block
-    assert set(statistics) == {site.name for site in subject_of(dual_pipe).graph.sites}
+    graph = subject_of(dual_pipe).graph
+    assert set(statistics) == {site.name for site in (*graph.vectors, *graph.sites)}
 
 
 def test_a_second_order_sampler_is_indexed_by_denoiser_call(pipe, prompts):

@@ -9,7 +9,8 @@ from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.graph import Graph, Group, Site, Slices
 from obsdiff.obs.hessian import Gram
 from obsdiff.obs.pattern import Structured, parse_pattern
-from obsdiff.pruning.solve import SolveOptions, solve_groups, solve_site
+from obsdiff.pruning.layers import SolveOptions
+from obsdiff.pruning.solve import solve_groups, solve_site
 
 OFFSETS = [0.0, 1e2, 1e3, 1e4, 1e5]
 COLUMNS, ROWS, TOKENS = 24, 10, 600

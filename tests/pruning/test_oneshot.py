@@ -24,7 +24,7 @@ def test_every_method_and_pattern(pipe, prompts, method, pattern):
     before = state(pipe)
     report = obsdiff.prune(pipe, pattern, method=method, statistics=obsdiff.calibrate(pipe, prompts))
     assert report.sparsity == pytest.approx(report.pattern.sparsity, abs=1e-3)
-    assert len(report.masks) == len(subject_of(pipe).graph.site_of) == 3 * 12 - 3
+    assert len(report.masks) == len(subject_of(pipe).graph.layers) == 3 * 12 - 3
     for name, mask in report.masks.items():
         weight = pipe.transformer.get_submodule(name).weight
         assert bool((weight[~mask] == 0).all())

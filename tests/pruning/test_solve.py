@@ -9,7 +9,8 @@ from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.graph import Graph, Site
 from obsdiff.obs.hessian import Gram, activation_matrices, weight_matrices
 from obsdiff.obs.pattern import Unstructured
-from obsdiff.pruning.solve import SolveOptions, solve_site
+from obsdiff.pruning.layers import SolveOptions
+from obsdiff.pruning.solve import solve_site
 
 
 def measured(layer, x):

@@ -25,7 +25,7 @@ from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
-from obsdiff.models.graph import Graph, units_parameters
+from obsdiff.models.graph import Graph, group_parameters
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
@@ -221,7 +221,8 @@ def default_budget(graph: Graph, uniform: Plan) -> Budget:
     for group in uniform.groups(graph):
         pattern = uniform.entries[group.name]
         assert isinstance(pattern, Structured)
-        gone += (group.count - kept_units(group, pattern)) * units_parameters(graph, group)
+        kept = kept_units(group, pattern)
+        gone += group_parameters(graph, group, group.count) - group_parameters(graph, group, kept)
     return Budget("parameters", (total - gone) / total)
 
 

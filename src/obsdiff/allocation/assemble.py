@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from obsdiff.allocation.budget import Costs, table_cost
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.models.graph import Graph
-from obsdiff.obs.pattern import Pattern, Structured, Unstructured
+from obsdiff.obs.pattern import KINDS, RANK, Pattern, Structured, Unstructured
 from obsdiff.pruning.plan import Plan, kept_units
 
 
@@ -58,8 +59,9 @@ def plan_of(
         weights, gone = _counted(graph, entries)
         overall = Unstructured(round(gone / weights, 6))
     elif isinstance(overall, Structured):
-        shares = {kind: _share_gone(graph, entries, kind) for kind in ("heads", "ffn", "channels")}
-        overall = Structured(**shares, multiple_of=overall.multiple_of)
+        shares: Any = {kind: _share_gone(graph, entries, kind) for kind in KINDS}
+        rank = None if overall.rank is None else round(1 - _share_gone(graph, entries, RANK), 4)
+        overall = Structured(**shares, multiple_of=overall.multiple_of, rank=rank if rank != 1 else None)
     return Plan(overall, entries, rule, str(budget))
 
 

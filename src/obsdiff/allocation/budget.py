@@ -9,7 +9,7 @@ from typing import Any
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.evaluation.flops import denoiser_flops, shrunk_flops
-from obsdiff.models.graph import shapes_with, units_parameters
+from obsdiff.models.graph import group_parameters, shapes_with, units_parameters
 from obsdiff.models.subject import Subject
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.pruning.plan import kept_units
@@ -49,17 +49,28 @@ def costs_of(subject: Subject, units: Sequence[Unit], budget: Budget, call: Mapp
         return costs_from(units, kept, dense - planned, dense, stays)
     groups = {name: graph.group_of[name] for name in members}
     if budget.kind == "flops":  # affine in each module's width: two counts per module give its slope
+
+        def flops(name: str, kept: int) -> int:
+            return shrunk_flops(subject, call, shapes_with(graph, {name: kept}))
+
         total = denoiser_flops(subject, call)
-        per_unit: dict[str, float] = {}
+        per_unit, whole = {}, {}
         for name, group in groups.items():
-            fewer = shrunk_flops(subject, call, shapes_with(graph, {name: group.count // 2}))
-            per_unit[name] = (total - fewer) / (group.count - group.count // 2)
+            half = group.count // 2
+            fewer = flops(name, half)
+            per_unit[name] = (total - fewer) / (group.count - half)
+            if group.basis is not None:  # the whole has none, so that its two counts are below
+                per_unit[name] = (fewer - flops(name, half // 2)) / (half - half // 2)
+            whole[name] = total - fewer + per_unit[name] * half
     else:
         per_unit = {name: float(units_parameters(graph, group)) for name, group in groups.items()}
-    whole = sum(per_unit[name] * groups[name].count for name in members)
-    return costs_from(
-        units, lambda name, pattern: per_unit[name] * kept_units(groups[name], pattern), total - whole, total, stays
-    )
+        whole = {name: float(group_parameters(graph, group, group.count)) for name, group in groups.items()}
+
+    def cost(name: str, pattern: Pattern) -> float:
+        kept = kept_units(groups[name], pattern)  # type: ignore[arg-type]  # all structured
+        return whole[name] if kept == groups[name].count else per_unit[name] * kept
+
+    return costs_from(units, cost, total - sum(whole.values()), total, stays)
 
 
 def costs_from(

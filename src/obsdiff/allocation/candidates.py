@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obsdiff.models.graph import Graph, Site
+from obsdiff.models.graph import Graph, Group, Site
+from obsdiff.obs.observers import Observer
 from obsdiff.obs.pattern import Pattern, Structured
-from obsdiff.pruning.solve import LayerResult, SolveOptions, kept_columns, solve_groups, solve_layers
+from obsdiff.pruning.layers import LayerResult, SolveOptions
+from obsdiff.pruning.plan import kept_units
+from obsdiff.pruning.solve import kept_columns, solve_groups, solve_layers
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.surgery import Edits
+from obsdiff.pruning.vectors import Vector, rank_result, vector_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,11 @@ class Solver:
 
     def candidates(self, members: Sequence[str], patterns: Sequence[Pattern]) -> list[Candidate]:
         """The unit of these members under each pattern."""
-        if isinstance(patterns[0], Structured):  # a group may be called as a layer
+        group = self.graph.group_of.get(members[0])
+        if isinstance(patterns[0], Structured) and group is not None and group.basis is not None:
+            vector = vector_of(self.graph, group, self._statistics_of(group.layers[0]))
+            parts = [[self._rank(group, kept_units(group, p), vector) for p in patterns]]  # type: ignore[arg-type]  # all structured
+        elif isinstance(patterns[0], Structured):  # a group may be called as a layer
             bundles = self.graph.bundles(members)
             parts = [
                 [self.bundle({group.name: pattern for group in bundle}) for pattern in patterns]  # type: ignore[misc]  # all structured
@@ -88,13 +96,27 @@ class Solver:
             self._sites[key] = dict(zip(pairs, results, strict=True))
         return self._sites[key]
 
+    def _statistics_of(self, layer: str) -> Observer:
+        return self.statistics.site(self.graph.site_of[layer].name, self.graph.weight(layer).device)
+
+    def _rank(self, group: Group, rank: int, vector: Vector) -> Candidate:
+        """The layers that read a vector, on so many of its directions."""
+        _, results = rank_result(self.graph, group, rank, vector)
+        changes = {}
+        for layer, result in results.items():
+            assert result.basis is not None
+            changes[layer] = (result.weight @ result.basis, result.bias_shift)
+        return Candidate(changes, sum(map(_error, results.values())) / len(results))
+
     def bundle(self, patterns: Mapping[str, Structured]) -> Candidate:
-        """Groups that share layers, each under its pattern."""
+        """Groups that share layers, each under its pattern; or one on a basis."""
+        first = self.graph.group_of[next(iter(patterns))]
+        if first.basis is not None:
+            [pattern] = patterns.values()
+            vector = vector_of(self.graph, first, self._statistics_of(first.layers[0]))
+            return self._rank(first, kept_units(first, pattern), vector)
         layers = dict.fromkeys(s.layer for name in patterns for s in self.graph.group_of[name].consumers)
-        statistics = {
-            layer: self.statistics.site(self.graph.site_of[layer].name, self.graph.weight(layer).device)
-            for layer in layers
-        }
+        statistics = {layer: self._statistics_of(layer) for layer in layers}
         kept, results = solve_groups(self.graph, patterns, statistics, self.options)
         changes = {}
         for layer, result in results.items():

@@ -11,25 +11,30 @@ from obsdiff.allocation.units import make_units
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph
-from obsdiff.obs.pattern import NM, parse_pattern
+from obsdiff.obs.pattern import NM, RANK, Pattern, Structured, parse_pattern
 from obsdiff.pruning.defaults import pattern_by
-from obsdiff.pruning.oneshot import check_solving
+from obsdiff.pruning.layers import SolveOptions
+from obsdiff.pruning.oneshot import check_solving, needed
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan, make_plan
 from obsdiff.pruning.planfile import parse_plan, read_plan
-from obsdiff.pruning.solve import SolveOptions
 from obsdiff.pruning.statistics import INDEX
 
 
 def rule_of(options: PruningOptions) -> str:
     """The allocation rule; the default is the method's own, which asks for one calibration of the dense model.
 
-    N:M stays uniform by default: kernels that use it are made for one N, and a mixture holds others.
+    N:M stays uniform by default: kernels that use it are made for one N, and a mixture holds others. So does a rank
+    that is given.
     """
     if options.allocation is not None:
         return options.allocation
     passes = options.calibration.packages or 1
-    if options.plan is not None or passes > 1 or isinstance(parse_pattern(options.pattern), NM):
+    if options.plan is not None or passes > 1:
+        return "uniform"
+    pattern = parse_pattern(options.pattern)
+    ranks = isinstance(pattern, Structured) and pattern.kinds == (RANK,) and options.budget is None
+    if ranks or isinstance(pattern, NM):
         return "uniform"
     return find_method(options.method).allocation
 
@@ -51,11 +56,16 @@ def packages_for(options: PruningOptions, statistics: Path | None) -> int:
     return 1 if statistics is not None or allocates(options) else find_method(options.method).packages
 
 
+def pattern_of(options: PruningOptions) -> Pattern:
+    """The pattern that is asked for, or that of the plan file."""
+    return parse_pattern(options.pattern) if options.plan is None else parse_plan(options.plan)[0].pattern
+
+
 def needs_for(options: PruningOptions, statistics: Path | None) -> frozenset[str]:
     """What a calibration measures: what the method needs; all there is where it is kept, for every other method too, or
     where an allocation goes by it."""
     kept = statistics is not None and not (statistics / INDEX).exists()
-    return frozenset({"gram"}) if kept or allocates(options) else solve_options(options).needs
+    return frozenset({"gram"}) if kept or allocates(options) else needed(pattern_of(options), solve_options(options))
 
 
 def check_options(options: PruningOptions, statistics: Path | None = None, sensitivity: Path | None = None) -> None:
@@ -69,7 +79,7 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
         UserError: The request cannot be met.
     """
     check_values(options)
-    pattern = parse_pattern(options.pattern) if options.plan is None else parse_plan(options.plan)[0].pattern
+    pattern = pattern_of(options)
     packages = packages_for(options, statistics)
     check_solving(pattern, solve_options(options), packages)
     rule = rule_of(options)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from obsdiff.errors import UserError
 from obsdiff.names import ALLOCATIONS, DEAD, FUSIONS, METHODS, STRUCTURED_METHODS
 from obsdiff.numbers import check_number, check_seed, check_whole
-from obsdiff.obs.pattern import Structured, parse_pattern
+from obsdiff.obs.pattern import RANK, Structured, is_bare, parse_pattern
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Limits, PruningOptions, ScanOptions
 from obsdiff.yamlfiles import read_yaml
@@ -68,7 +68,15 @@ def check_values(options: PruningOptions) -> None:
         read_yaml(options.plan, "plan")
     else:
         pattern = parse_pattern(options.pattern)
-        if isinstance(pattern, Structured) and options.method not in STRUCTURED_METHODS:
+        if is_bare(options.pattern) and options.budget is None:
+            raise UserError(f"pattern {options.pattern!r} has no number; give one, or --budget, by which it is chosen")
+        ranks = isinstance(pattern, Structured) and pattern.rank is not None
+        if ranks and options.allocation == "owl":
+            raise UserError("owl does not say how ranks share a budget; use --allocation measured")
+        if ranks and (options.budget or "").startswith("latency:"):
+            raise UserError("ranks hardly change latency; use a budget in parameters or flops, or leave rank out")
+        cuts = isinstance(pattern, Structured) and pattern.kinds != (RANK,)
+        if cuts and options.method not in STRUCTURED_METHODS:
             *some, last = STRUCTURED_METHODS
             other = f"{', '.join(some)} or {last}"
             raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {pattern}")

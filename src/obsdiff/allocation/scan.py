@@ -28,6 +28,7 @@ SAVE_EVERY_S = 30.0
 SOLVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)  # shares at which layers are solved
 MEASURED = (0.5, 0.8, 0.98)  # and those at which the denoiser runs; the last is the usual ceiling: no extrapolation
 MEASURED_STRUCTURED = (0.25, 0.5, 0.75)
+MEASURED_RANK = (0.5, 0.75, 0.85, 0.95)  # errors of ranks fall by orders of magnitude
 TRIPLES = 160
 MOST_PASSES = 12.0  # cost of a scan that chooses its own number of triples, in bare passes over the calibration set
 BROKEN = 1e9  # stands for an error that is not finite
@@ -63,8 +64,10 @@ def levels_of(unit: Unit, shares: Sequence[float]) -> list[Pattern]:
 
 def measured_levels(unit: Unit, levels: Sequence[float] | None) -> list[Pattern]:
     """The options at which the denoiser runs; None: the defaults of the unit's kind."""
-    structured = isinstance(unit.options[0], Structured)
-    return levels_of(unit, levels or (MEASURED_STRUCTURED if structured else MEASURED))
+    shares: Sequence[float] = MEASURED
+    if isinstance(sparsest := unit.options[-1], Structured):
+        shares = MEASURED_STRUCTURED if sparsest.rank is None else MEASURED_RANK
+    return levels_of(unit, levels or shares)
 
 
 def passes_needed(graph: Graph, units: Sequence[Unit], levels: Sequence[float] | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from obsdiff.allocation.planning import (
     needs_for,
     packages_for,
     rule_of,
-    solve_options,
 )
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
@@ -31,9 +30,13 @@ from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.defaults import departures
 from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, describe, fate_of_dead, packages_of, remarks, without_dead
+from obsdiff.pruning.plan import Plan, describe, fate_of_dead, kept_units, packages_of, remarks, without_dead
 from obsdiff.pruning.planfile import kinds_of
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
+from obsdiff.pruning.vectors import checked_rank
+
+HELD_OUT = 16  # prompts of the other set on which ranks are tried
+WORSE, NOTED = 4.0, 1e-3  # a note is due where they lose this many times as much, and that is no trifle
 
 
 def calibration_prompts(pipe: Any, options: PruningOptions) -> list[str]:
@@ -69,7 +72,7 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
 
 def measures(options: PruningOptions, statistics: Path | None) -> bool:
     """Whether the stage calibrates: the method needs it, or a folder was named to keep it in."""
-    return bool(solve_options(options).needs) or statistics is not None or allocates(options)
+    return bool(needs_for(options, statistics)) or statistics is not None or allocates(options)
 
 
 def prune_stage(
@@ -120,7 +123,8 @@ def prune_stage(
         )
 
     found: Any = measure if measures(options, statistics) else None
-    if allocates(options) or statistics is not None:
+    ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
+    if allocates(options) or statistics is not None or (ranked and packages_for(options, statistics) == 1):
         found = measure(plan.sites(graph) if statistics is None else None)  # a store serves every pattern and method
     record, allocate_s = None, 0.0
     if allocates(options):
@@ -130,6 +134,7 @@ def prune_stage(
         allocate_s = allocation.earlier_s + time.perf_counter() - started
         if options.dead == "remove":
             plan = without_dead(graph, plan, dead, options.exclude)
+    ranks = _ranks(subject, plan, found, options, prompts, quiet)
     report = prune(
         subject,
         plan,
@@ -144,9 +149,52 @@ def prune_stage(
         quiet=quiet,
     )
     report.dead = fate_of_dead(graph, plan, dead) if options.dead == "remove" else dict.fromkeys(dead, "left")
-    report.allocation = record
+    report.allocation, report.ranks = record, ranks
+    report.notes += _rank_notes(ranks)
     report.time_s["allocate"] = allocate_s
     return report
+
+
+def _ranks(
+    subject: Subject, plan: Plan, found: Any, options: PruningOptions, prompts: Sequence[str], quiet: bool
+) -> dict[str, dict[str, float]]:
+    """What the ranks of a plan leave out, on the calibration's prompts and on some of the pipeline's other set."""
+    graph = subject.graph
+    groups = [group for group in plan.groups(graph) if group.basis is not None] if plan.structured else []
+    if not groups:
+        return {}
+    sites = {group.layers[0] for group in groups}
+    settings, source = options.calibration, info_of(subject.pipe).prompts.get("evaluation")
+    own = found if isinstance(found, Statistics) else found(sites)
+    others = None
+    if source is not None and (unseen := [text for text in load_prompts(source) if text not in set(prompts)]):
+        steps, scale = settings.steps, settings.guidance_scale
+        some = unseen[:: max(1, len(unseen) // HELD_OUT)][:HELD_OUT]
+        given: Any = {"steps": steps, "guidance_scale": scale, "batch_size": settings.batch_size}
+        others = calibrate(subject, some, **given, seed=options.seed + 1, sites=sites, quiet=quiet)
+    checked = {}
+    for group in groups:
+        rank, device = kept_units(group, plan.entries[group.name]), graph.weight(group.name).device  # type: ignore[arg-type]  # structured
+        if rank < group.count:
+            sets = [None if s is None else s.site(group.name, device) for s in (own, others)]
+            checked[group.name] = checked_rank(graph, group, rank, *sets)  # type: ignore[arg-type]  # own is there
+    return checked
+
+
+def _rank_notes(ranks: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """For people: ranks that serve other prompts worse, or that were tried on none."""
+    notes = []
+    for name, found in ranks.items():
+        what = f"rank {found['rank']:g} of {found['width']:g} at {name}"
+        error, other = found["error"], found.get("error_held_out")
+        if other is None:
+            notes.append(f"{what} was tried on no other prompts: this pipeline names no set of them")
+        elif other > WORSE * error and other > NOTED:
+            notes.append(
+                f"{what} loses {other:.2g} of its layers' output with prompts that were not calibrated on, {error:.2g} "
+                "with those that were; calibrate on more prompts, or keep a higher rank"
+            )
+    return notes
 
 
 def weighting_of(options: PruningOptions, statistics: Path | None) -> str:
@@ -161,7 +209,7 @@ def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts:
     """Say on standard error what is about to happen: layers, passes, memory."""
     pipe, graph = subject.pipe, subject.graph
     sites = plan.sites(graph)
-    chosen = [site for site in graph.sites if statistics is not None or site.name in sites]
+    chosen = [site for site in (*graph.vectors, *graph.sites) if statistics is not None or site.name in sites]
     numbers = [weight_matrices(graph.layer(site.name)).shape for site in chosen]
     whole = "gram" in needs_for(options, statistics)
     hessians = sum(4 * groups * columns ** (2 if whole else 1) for groups, _, columns in numbers)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from obsdiff.errors import UserError
-from obsdiff.models.graph import Graph, Group
-from obsdiff.obs.pattern import NM, Pattern, Unstructured
+from obsdiff.models.graph import Graph, Group, group_parameters
+from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured
 from obsdiff.pruning.options import Limits
-from obsdiff.pruning.plan import Plan
+from obsdiff.pruning.plan import Plan, kept_units
 
 STEP = 0.01  # between two ratios of an unstructured layer
 HIGHEST = 0.98  # of unstructured ratios, unless a ceiling says otherwise or the total comes near it
@@ -61,7 +61,7 @@ def make_units(graph: Graph, plan: Plan, limits: Limits) -> list[Unit]:
                 raise UserError(f"--limits.{option}: {rule!r} matches none of the {len(blocks)} names in the plan")
     units = []
     for members in _shared(list(plan.entries), limits.share):
-        options = [_options(plan.pattern, groups.get(name), name, limits) for name in members]
+        options = [_options(graph, plan.pattern, name, limits) for name in members]
         common = tuple(pattern for pattern in options[0] if all(pattern in other for other in options[1:]))
         if len(common) < min(2, *(len(found) for found in options)):
             raise UserError(
@@ -87,7 +87,14 @@ def _shared(names: Sequence[str], rules: Sequence[str]) -> list[tuple[str, ...]]
     return [tuple(members) for members in together.values()]
 
 
-def _options(pattern: Pattern, groups: Group | None, name: str, limits: Limits) -> list[Pattern]:
+def _pays(graph: Graph, group: Group, option: Structured) -> bool:
+    """Whether what a group keeps is less than the whole: a basis has parameters of its own."""
+    kept = kept_units(group, option)
+    return kept == group.count or group_parameters(graph, group, kept) < group_parameters(graph, group, group.count)
+
+
+def _options(graph: Graph, pattern: Pattern, name: str, limits: Limits) -> list[Pattern]:
+    groups = graph.group_of.get(name)
     floor = _limit(limits.floors, name, 0.0)
     highest = max(HIGHEST, (1 + pattern.ratio) / 2) if isinstance(pattern, Unstructured) else 1.0
     ceiling = _limit(limits.ceilings, name, highest)
@@ -102,7 +109,7 @@ def _options(pattern: Pattern, groups: Group | None, name: str, limits: Limits) 
         every = _nm_options(pattern, limits.choices)
     else:
         assert groups is not None
-        every = list(pattern.choices(groups.kind, groups.count))
+        every = [option for option in pattern.choices(groups.kind, groups.count) if _pays(graph, groups, option)]
     found = [option for option in every if floor <= removed(option) <= ceiling]
     if not found:
         shares = ", ".join(f"{removed(option):.3g}" for option in every[:8])

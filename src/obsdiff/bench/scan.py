@@ -19,9 +19,9 @@ from obsdiff.models.subject import subject_of
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.fingerprint import conditioning_hash
+from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.options import Limits, ScanOptions
 from obsdiff.pruning.plan import make_plan
-from obsdiff.pruning.solve import SolveOptions
 from obsdiff.versions import versions
 
 

@@ -15,9 +15,11 @@ def ratio_table(graph: Graph, removed: Mapping[str, float]) -> tuple[list[str], 
 
     Args:
         graph: Of the dense or of the pruned denoiser.
-        removed: Share removed by layer, or by attention and feed-forward module.
+        removed: Share removed by layer, or by attention and feed-forward module. What is of no single block, such as
+            directions of a vector that all of them read, is left out.
     """
-    blocks: Mapping[str, int] = {group.name: group.stage for group in graph.groups}
+    blocks: Mapping[str, int] = {group.name: group.stage for group in graph.groups if group.basis is None}
+    removed = {name: share for name, share in removed.items() if name in blocks or name in graph.layers}
     if not removed.keys() <= blocks.keys():
         blocks = graph.layers
 

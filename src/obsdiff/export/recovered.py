@@ -104,6 +104,7 @@ def recovered_report(
         "versions": versions(),
         "calibration": manifest.get("statistics"),
         "notes": manifest.get("notes", []),
+        "ranks": manifest.get("ranks", {}),
         "sparsity": {
             "achieved": _sparsity(denoiser, manifest, counts),
             "per_layer": manifest.get("sparsity_per_layer"),

@@ -203,6 +203,7 @@ def _report(
         "allocation": done.allocation,
         "notes": done.notes,
         "dead": done.dead,
+        "ranks": done.ranks,
         "sparsity": {
             "requested": _requested(done.plan),
             "achieved": done.sparsity,

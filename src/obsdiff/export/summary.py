@@ -59,6 +59,7 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
     rows = [
         ("pruned", f"{report['pipeline']}: {_done(report)}"),
         ("parameters", _parameters(report) + _dead(report)),
+        *rank_rows(report),
         *_allocation(report),
         *(("note", note) for note in report.get("notes", ())),
     ]
@@ -83,6 +84,18 @@ FATES = {"left": "free to delete (--dead remove)", "zero": "made zero", "cut": "
 def dead_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Layers that reach no output, by what became of them; of a report or a manifest."""
     return [("dead layers", f"{', '.join(layers)}: {FATES[fate]}") for fate, layers in _by_fate(report).items()]
+
+
+def rank_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the ranks of vectors leave out, of a report or a manifest."""
+    rows = []
+    for name, found in (report.get("ranks") or {}).items():
+        figures = f"{found['rank']:g} of {found['width']:g} directions at {name}: {found['input_left_out']:.2g} of the "
+        figures += f"input left out, output error {found['error']:.2g}"
+        if (other := found.get("error_held_out")) is not None:
+            figures += f", on other prompts {other:.2g}"
+        rows.append(("rank", figures))
+    return rows
 
 
 def _by_fate(report: Mapping[str, Any]) -> dict[str, list[str]]:

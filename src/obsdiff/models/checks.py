@@ -100,7 +100,8 @@ def check_plain(denoiser: nn.Module, names: Iterable[str]) -> None:
 
 def _check_plain_layer(name: str, layer: nn.Module) -> None:
     kind = type(layer)
-    if kind not in PLAIN:
+    own = kind.__mro__[1] if hasattr(layer, "basis") else kind  # on a basis it is as plain: it has rows and a bias
+    if own not in PLAIN:
         if kind.__module__.startswith(QUANTISERS):
             raise UserError(f"layer {name} is a {kind.__name__} of {kind.__module__.split('.')[0]}: {_QUANTISED}")
         raise UserError(

@@ -64,11 +64,11 @@ class Attribute:
 @dataclass(frozen=True)
 class Group:
     """The removable units of one dimension: heads of an attention, neurons of a feed-forward module, channel groups of
-    a ResNet block.
+    a ResNet block, directions of a vector that modulations read.
 
     Attributes:
         name: The module (unique; what plans and masks are keyed by).
-        kind: Which share of a structured pattern goes for it: "heads", "ffn" or "channels".
+        kind: Which share of a structured pattern goes for it: "heads", "ffn", "channels" or "rank".
         count: Units.
         stage: Number of its stage.
         producers: Layers whose output rows belong to units.
@@ -77,6 +77,8 @@ class Group:
         selected: Norms that stay whole, because they run over all units, and give only the kept units' channels
             (families.md 2.3).
         attributes: What is derived from the number of units.
+        basis: Units are directions, onto which this module will project what the consumers read (:mod:`obsdiff.obs.
+            lowrank`); None where they are entries. Such a group belongs to no single stage.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Group:
     followers: tuple[Slices, ...] = ()
     selected: tuple[Slices, ...] = ()
     attributes: tuple[Attribute, ...] = ()
+    basis: str | None = None
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
@@ -112,6 +115,7 @@ class Graph:
         layers: Every Linear and Conv2d that unstructured and N:M pruning may change, with the number of its stage, in
             the order of execution.
         sites: In the order of execution; empty if the denoiser was not traced.
+        vectors: Sites of one vector per sample, which only ranks of groups go by.
         groups: In the order of execution.
         chain: Whether each stage reads of the earlier ones nothing but what the one before it returned.
     """
@@ -123,6 +127,7 @@ class Graph:
     sites: tuple[Site, ...]
     groups: tuple[Group, ...]
     chain: bool = False
+    vectors: tuple[Site, ...] = ()
     group_of: Mapping[str, Group] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -131,7 +136,7 @@ class Graph:
     @cached_property
     def site_of(self) -> dict[str, Site]:
         """The site that each layer reads."""
-        return {layer: site for site in self.sites for layer in site.layers}
+        return {layer: site for site in (*self.sites, *self.vectors) for layer in site.layers}
 
     def layer(self, name: str) -> nn.Module:
         """The layer called ``name``."""
@@ -164,6 +169,7 @@ def shapes_with(graph: Graph, kept: Mapping[str, int]) -> dict[str, Any]:
     """The ``shrunk`` config (:mod:`obsdiff.models.obsdiff_shrunk`) of a denoiser whose groups keep so many units."""
     gone: dict[tuple[str, int], int] = {}
     attributes: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, list[int]] = {}
     for name, count in kept.items():
         group = graph.group_of[name]
         for axis, all_slices in ((ROWS, (*group.producers, *group.followers)), (COLUMNS, group.consumers)):
@@ -174,7 +180,10 @@ def shapes_with(graph: Graph, kept: Mapping[str, int]) -> dict[str, Any]:
             attributes.setdefault(attribute.module, {})[attribute.name] = attribute.per_unit * count
         for s in group.selected:
             attributes.setdefault(s.layer, {})["selected"] = [list(range(count)), s.size]
-    tensors: dict[str, list[int]] = {}
+        if group.basis is not None and count < group.count:
+            tensors[f"{group.basis}.weight"] = [count, group.count]
+            for layer in group.layers:  # the model's own name of it: of two denoisers each has bases
+                attributes.setdefault(layer, {})["basis"] = own_name(group.basis)
     for (name, axis), less in gone.items():
         for tensor, parameter in graph.layer(name).named_parameters(recurse=False):
             if axis < (1 if tensor == "bias" else parameter.dim()):
@@ -183,8 +192,19 @@ def shapes_with(graph: Graph, kept: Mapping[str, int]) -> dict[str, Any]:
     return {"tensors": tensors, "attributes": attributes}
 
 
-def units_parameters(graph: Graph, group: Group) -> int:
-    """Parameters that each unit of a group owns: rows of its producers, columns of its consumers, entries of vectors.
+def own_name(basis: str) -> str:
+    """The name of a basis in its model, whatever holds that."""
+    return basis[basis.index("bases.") :]
+
+
+def group_parameters(graph: Graph, group: Group, kept: int) -> int:
+    """Parameters that a group owns if it keeps so many units; with a basis, its own among them unless all stay."""
+    return units_parameters(graph, group, kept < group.count) * kept
+
+
+def units_parameters(graph: Graph, group: Group, reduced: bool = True) -> int:
+    """Parameters that each unit of a group owns: rows of its producers, columns of its consumers, entries of vectors,
+    and of a ``reduced`` one with a basis its row there.
 
     Where two groups share a layer, what both own (the product of a row and a column) is counted for each.
     """
@@ -195,7 +215,7 @@ def units_parameters(graph: Graph, group: Group) -> int:
     for s in group.consumers:
         weight = graph.weight(s.layer)
         count += s.size * len(s.starts) * (weight.numel() // weight.shape[1])
-    return count
+    return count + (group.count if group.basis is not None and reduced else 0)
 
 
 def prunable(module: nn.Module) -> bool:

@@ -9,7 +9,8 @@ installed. ``Shrunk<Class>`` exists for every model class of diffusers; its conf
      "attributes": {"transformer_blocks.1.attn": {"heads": 6, ...}, ...}}
 
 The attribute ``selected`` of a norm, ``[[0, 2, 5], 64]``, lets it give only the channels of these units of 64, after
-it has normalised all of them.
+it has normalised all of them. The attribute ``basis`` of a linear layer, ``"bases.0"``, lets it read what that linear
+module of the model makes of its input; layers that read the same vector share one.
 """
 
 # mypy: ignore-errors
@@ -33,6 +34,9 @@ def apply_shapes(model, shrunk):
         if model.get_submodule(name).bias is not None:
             tensors[f"{name}.bias"] = shape[:1]
     tensors.update(shrunk.get("tensors", {}))
+    readers = {attributes["basis"]: name for name, attributes in shrunk["attributes"].items() if "basis" in attributes}
+    for basis in sorted(readers, key=lambda name: (len(name), name)):  # in order, whatever the order in the file
+        add_basis(model, basis, model.get_submodule(readers[basis]).weight)
     for name, shape in tensors.items():
         owner, _, tensor = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -44,6 +48,8 @@ def apply_shapes(model, shrunk):
         for attribute, value in attributes.items():
             if attribute == "selected":
                 select(module, *value)
+            elif attribute == "basis":
+                project(module, value, model.get_submodule(value))
             else:
                 setattr(module, attribute, value)
 
@@ -93,6 +99,35 @@ def select(norm, units, size):
     if not hasattr(norm, "selected"):
         norm.__class__ = selecting_class(type(norm))
     norm.selected = [list(units), size]
+
+
+def add_basis(model, name, like):
+    """Give a model the linear module ``name``, a basis, unless it has it; its size comes later."""
+    owner, _, child = name.rpartition(".")
+    if not hasattr(model, owner):
+        model.add_module(owner, nn.Module())
+    if not hasattr(model.get_submodule(owner), child):
+        basis = nn.Linear(1, 1, bias=False, device=like.device, dtype=like.dtype)
+        model.get_submodule(owner).add_module(child, basis)
+
+
+@functools.cache
+def projecting_class(base):
+    """The subclass of a linear layer that reads what a basis makes of its input."""
+
+    class Projecting(base):
+        def forward(self, x):
+            return super().forward(self.projection[0](x))
+
+    Projecting.__name__ = Projecting.__qualname__ = "Projecting" + base.__name__
+    return Projecting
+
+
+def project(layer, name, basis):
+    """Let a layer read what ``basis``, the module ``name`` of its model, makes of its input."""
+    layer.__class__ = projecting_class(type(layer))
+    layer.basis = name
+    layer.projection = [basis]  # in a list, so that it is not registered (and saved) with every layer
 
 
 @functools.cache

@@ -16,9 +16,10 @@ from obsdiff.models.checks import check_in_memory, check_layers, check_plain
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.denoisers import denoisers_of, dtype_of, joined, parts_of
 from obsdiff.models.families import Family, find_family
-from obsdiff.models.graph import Graph, Group, Site, prunable, stages_of, walk
+from obsdiff.models.graph import Graph, Group, Site, Slices, prunable, stages_of, walk
 from obsdiff.models.parts import groups_of
 from obsdiff.models.tracing import Trace, dead_layers, trace
+from obsdiff.obs.pattern import RANK
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Subject:
         for name, arguments in self.call.items():
             prefix = f"{name}." if name else ""
             last = [stage for stage in self.graph.stages if stage.startswith(prefix)][-1:]
-            layers = [layer for layer in self.graph.site_of if layer.startswith(tuple(f"{stage}." for stage in last))]
+            layers = [layer for layer in self.graph.layers if layer.startswith(tuple(f"{stage}." for stage in last))]
+            layers = [layer for layer in layers if layer in self.graph.site_of]
             found += dead_layers(self.denoiser, {name: arguments}, layers)
         return found
 
@@ -160,9 +162,30 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
             sites.append(Site(layers, tokens, there[layers[0]]))
     ran = [layer for site in sites for layer in site.layers]
     ordered = dict.fromkeys([*sorted(ran, key=there.__getitem__), *there])  # stage by stage; idle layers last
-    return Graph(
-        denoiser, family, stages, {name: there[name] for name in ordered}, tuple(sites), tuple(groups), traced.chain
-    )
+    told, ranks = _ranks(denoiser, stages, traced)
+    found_layers = {name: there[name] for name in ordered}
+    return Graph(denoiser, family, stages, found_layers, tuple(sites), (*ranks, *groups), traced.chain, told)
+
+
+def _ranks(denoiser: nn.Module, stages: tuple[str, ...], traced: Trace) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
+    """Vectors that layers inside stages read, and for each the group of its directions; without layers that run twice
+    (the head of DiT asks block 0's embedder again) and those that have a basis already."""
+    sites: list[Site] = []
+    groups: list[Group] = []
+    modules = dict(denoiser.named_modules())
+    taken = {prefix: sum(name.startswith(f"{prefix}bases.") for name in modules) for prefix in parts_of(denoiser)}
+    for reading in traced.told:
+        layers = tuple(n for n in reading if traced.times[n] == 1 and not hasattr(modules[n], "basis"))
+        inside = [i for i, stage in enumerate(stages) for name in layers if name.startswith(f"{stage}.")]
+        if not inside:
+            continue
+        width = denoiser.get_parameter(f"{layers[0]}.weight").shape[1]
+        prefix = next(prefix for prefix in taken if layers[0].startswith(prefix))
+        basis, taken[prefix] = f"{prefix}bases.{taken[prefix]}", taken[prefix] + 1
+        consumers = tuple(Slices(layer, (0,), 1) for layer in layers)
+        sites.append(Site(layers, (), min(inside)))
+        groups.append(Group(layers[0], RANK, width, min(inside), (), consumers, basis=basis))
+    return tuple(sites), tuple(groups)
 
 
 def refusals(denoiser: nn.Module, family: Family) -> dict[str, str]:

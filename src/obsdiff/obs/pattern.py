@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from obsdiff.errors import UserError
 
-KINDS = ("heads", "ffn", "channels")  # of units that structured patterns remove
+KINDS = ("heads", "ffn", "channels")  # of units that ``structured:RATIO`` removes
+RANK = "rank"  # the kind of units that are directions of an input
+BARE = {"structured": 0.5, "rank": 0.25}  # what a kind without a number stands for, where a budget decides
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,16 @@ class NM:
 
 @dataclass(frozen=True)
 class Structured:
-    """Whole attention heads, FFN neurons and ResNet channel groups go, so that the tensors become smaller.
+    """Whole attention heads, FFN neurons and ResNet channel groups go, and layers that read one vector per sample keep
+    only some directions of it, so that the tensors become smaller.
 
     Attributes:
         heads: Share of the heads to remove, in [0, 1); the count is rounded (half to even).
         ffn: Share of the FFN neurons to remove, in [0, 1).
         channels: Share of the inner channel groups of ResNet blocks to remove, in [0, 1); rounded like heads.
+        rank: Directions of a vector that modulations and other layers that read it keep: a whole number, or a share of
+            the width below 1. None leaves them whole.
+        width: What there is of these directions, once the pattern belongs to a vector.
         multiple_of: Kept FFN widths are the nearest multiple of this; None chooses 64 for layers of at least 1,024
             neurons (unaligned widths are slow: OBS-Diff table 5) and 8 below.
     """
@@ -63,6 +69,8 @@ class Structured:
     ffn: float
     multiple_of: int | None = None
     channels: float = 0.0
+    rank: float | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         _check_ratio("share of heads", self.heads)
@@ -70,10 +78,21 @@ class Structured:
         _check_ratio("share of channels", self.channels)
         if self.multiple_of is not None and self.multiple_of < 1:
             raise UserError(f"multiple_of is {self.multiple_of}; it must be at least 1")
+        if self.rank is not None and not (0 < self.rank < 1 or (self.rank >= 1 and float(self.rank).is_integer())):
+            raise UserError(f"rank is {self.rank:g}; it must be a whole number, or a share of the width below 1")
+        if self.width is not None and (self.rank is None or self.rank > self.width):
+            raise UserError(f"rank is {self.rank} of {self.width}; it cannot be above the width")
 
     @property
     def sparsity(self) -> float:
-        return max(self.heads, self.ffn, self.channels)
+        return max(self.heads, self.ffn, self.channels, self.share(RANK))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that the pattern is about."""
+        if self.rank is None:
+            return KINDS
+        return (*KINDS, RANK) if max(self.heads, self.ffn, self.channels) > 0 else (RANK,)
 
     @property
     def everything(self) -> bool:
@@ -88,26 +107,49 @@ class Structured:
         return {kind: share for kind, share in shares.items() if share > 0}
 
     def share(self, kind: str) -> float:
-        """The share to remove of the groups of a kind: "heads", "ffn" or "channels"."""
+        """The share to remove of the groups of a kind: "heads", "ffn", "channels" or "rank" (0 of a whole number while
+        there is no width)."""
+        if kind == RANK:
+            if self.rank is None:
+                return 0.0
+            return 1 - self.rank / (self.width or max(1.0, self.rank))
         return {"heads": self.heads, "ffn": self.ffn, "channels": self.channels}[kind]
 
     def kept(self, kind: str, count: int) -> int:
         """Units that stay of ``count`` of a kind, at least one."""
+        if kind == RANK:
+            rank = count if self.rank is None else self.rank
+            return max(1, round(rank * count)) if rank < 1 else min(int(rank), count)
         if kind == "ffn":
             return self.kept_neurons(count)
         return max(1, count - round(count * self.share(kind)))
 
     def only(self, kind: str, gone: float) -> Structured:
         """The same rules for one kind alone, with a share of its own."""
-        return Structured(**({"heads": 0.0, "ffn": 0.0} | {kind: gone}), multiple_of=self.multiple_of)
+        if kind == RANK:
+            return Structured(0.0, 0.0, rank=1 - gone if gone > 0 else None)
+        shares = {"heads": 0.0, "ffn": 0.0, "channels": 0.0} | {kind: gone}
+        return Structured(shares["heads"], shares["ffn"], self.multiple_of, shares["channels"])
 
     def choices(self, kind: str, count: int) -> list[Structured]:
-        """All that may stay of ``count`` units, most first: any number, neurons in steps of the multiple."""
+        """All that may stay of ``count`` units, most first: any number, neurons in steps of the multiple, ranks in
+        steps of 8 where there are many."""
+        if kind == RANK:
+            step = 8 if count >= 256 else 1
+            kept = range((count - 1) // step * step, 0, -step)
+            return [Structured(0.0, 0.0), *(Structured(0.0, 0.0, rank=rank, width=count) for rank in kept)]
         if kind != "ffn":
             return [self.only(kind, gone / count) for gone in range(count)]
         step = self.width_step(count)
         widths = [count, *(kept for kept in range(count // step * step, 0, -step) if kept < count)]
         return [self.only(kind, 1 - kept / count) for kept in widths]
+
+    def of(self, kind: str, count: int) -> Structured:
+        """What the pattern says to a group of ``count`` units of a kind."""
+        if kind == RANK:
+            kept = self.kept(kind, count)
+            return Structured(0.0, 0.0) if kept == count else Structured(0.0, 0.0, rank=kept, width=count)
+        return replace(self, rank=None, width=None)
 
     def width_step(self, width: int) -> int:
         """Kept widths of a layer of ``width`` neurons are multiples of this."""
@@ -121,6 +163,9 @@ class Structured:
         return min(width, max(multiple, round(width * (1 - self.ffn) / multiple) * multiple))
 
     def __str__(self) -> str:
+        if self.rank is not None:
+            rank = f"rank:{self.rank:.10g}" + ("" if self.width is None else f"/{self.width}")
+            return rank if self.kinds == (RANK,) else f"{replace(self, rank=None, width=None)}+{rank}"
         if self.everything:
             return f"structured:{self.heads:.10g}"
         extra = "" if self.channels == 0 else f",channels={self.channels:.10g}"
@@ -131,8 +176,9 @@ class Structured:
 Pattern = Unstructured | NM | Structured
 
 _SYNTAX = (
-    "use unstructured:RATIO (unstructured:0.5), N:M (2:4), structured:RATIO (structured:0.3) "
-    "or structured:heads=RATIO,ffn=RATIO[,channels=RATIO][,multiple_of=WIDTH]"
+    "use unstructured:RATIO (unstructured:0.5), N:M (2:4), structured:RATIO (structured:0.3), "
+    "structured:heads=RATIO,ffn=RATIO[,channels=RATIO][,multiple_of=WIDTH], rank:RANK (rank:64), rank:SHARE, "
+    "or structured:RATIO+rank:RANK"
 )
 
 
@@ -147,7 +193,16 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     text = str(text).strip()
     if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
         return NM(int(match[1]), int(match[2]))
+    parts = text.split("+")
+    if len(parts) > 1:
+        return _combined(parts, text)
     kind, _, value = text.partition(":")
+    if kind == RANK:
+        rank, _, width = value.partition("/")
+        known = _number(rank, text) if value else BARE[RANK]
+        return Structured(0.0, 0.0, rank=known, width=int(_number(width, text)) if width else None)
+    if kind == "structured" and not value:
+        return Structured(BARE[kind], BARE[kind], channels=BARE[kind])
     if kind == "unstructured" and value:
         return Unstructured(_number(value, text))
     if kind == "structured" and value:
@@ -156,6 +211,21 @@ def parse_pattern(text: str | Pattern) -> Pattern:
             return Structured(ratio, ratio, channels=ratio)
         return _parse_structured(value, text)
     raise UserError(f"unknown pattern {text[:80]!r}; {_SYNTAX}")
+
+
+def _combined(parts: list[str], text: str) -> Structured:
+    """``structured:…+rank:…``, in any order."""
+    found = [parse_pattern(part) for part in parts]
+    units = [p for p in found if isinstance(p, Structured) and p.rank is None]
+    ranks = [p for p in found if isinstance(p, Structured) and p.rank is not None]
+    if len(parts) != 2 or len(units) != 1 or len(ranks) != 1:
+        raise UserError(f"pattern {text[:80]!r} joins what cannot be joined; {_SYNTAX}")
+    return replace(units[0], rank=ranks[0].rank, width=ranks[0].width)
+
+
+def is_bare(text: str) -> bool:
+    """Whether a pattern names a kind without a number, which asks for a budget."""
+    return any(part.strip() in BARE for part in text.split("+"))
 
 
 def _parse_structured(value: str, text: str) -> Structured:
@@ -169,7 +239,8 @@ def _parse_structured(value: str, text: str) -> Structured:
     if multiple is not None and not float(multiple).is_integer():
         raise UserError(f"multiple_of is {multiple:g} in pattern {text!r}; it must be a whole number")
     shares = {kind: fields.get(kind, 0.0) for kind in KINDS}
-    return Structured(**shares, multiple_of=None if multiple is None else int(multiple))
+    multiple_of = None if multiple is None else int(multiple)
+    return Structured(shares["heads"], shares["ffn"], multiple_of, shares["channels"])
 
 
 def _number(text: str, pattern: str) -> float:

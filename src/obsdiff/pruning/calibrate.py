@@ -88,7 +88,7 @@ def calibrate(
     graph = subject.graph
     if isinstance(sites, str):
         raise UserError(f"sites is one text, {sites!r}; give a set of names")
-    chosen = [site for site in graph.sites if sites is None or site.name in sites]
+    chosen = [site for site in (*graph.vectors, *graph.sites) if sites is None or site.name in sites]
     if unknown := sorted(set(sites or ()) - {site.name for site in chosen}):
         raise UserError(f"there is no site {unknown[0]}; sites are named after the first layer that reads them")
     subject.check(list(graph.layers) if sites is None else [layer for site in chosen for layer in site.layers])

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from obsdiff.criteria import find_method
-from obsdiff.obs.pattern import KINDS, Pattern, Structured
+from obsdiff.obs.pattern import KINDS, RANK, Pattern, Structured
 
 
 def pattern_by(method: str, pattern: Pattern) -> Pattern:
     """The pattern with the method's own rounding of FFN widths, unless it has one, and of ``structured:RATIO`` the
     kinds that the method removes."""
-    if not isinstance(pattern, Structured) or pattern.multiple_of is not None:
+    if not isinstance(pattern, Structured) or pattern.multiple_of is not None or pattern.kinds == (RANK,):
         return pattern
     row = find_method(method)
     kinds = row.cuts if pattern.everything else KINDS
-    shares = {kind: pattern.share(kind) if kind in kinds else 0.0 for kind in KINDS}
-    return Structured(**shares, multiple_of=row.multiple_of)
+    shares: Any = {kind: pattern.share(kind) if kind in kinds else 0.0 for kind in KINDS}
+    return Structured(**shares, multiple_of=row.multiple_of, rank=pattern.rank)
 
 
 def departures(method: str, measured: Mapping[str, Any] | None, packages: int) -> list[str]:

@@ -193,10 +193,19 @@ def _check_shapes(denoiser: Any, masks: Mapping[str, Tensor], manifest: Mapping[
     known |= manifest["shrunk"].get("layers", {}).keys()
     groups = graph_of(denoiser).group_of
     for name, mask in masks.items():
-        if name not in groups or int(mask.sum()) != groups[name].count:
-            raise _Unlike(f"{name} does not have the heads or neurons that its mask keeps")
-        if uncovered := set(groups[name].layers) - known:
+        layers = groups[name].layers if name in groups else (name,)
+        if int(mask.sum()) != (groups[name].count if name in groups else _rank(denoiser, name, len(mask))):
+            raise _Unlike(f"{name} does not have the heads, neurons or directions that its mask keeps")
+        if name in groups and (uncovered := set(layers) - known):
             raise _Unlike(f"the manifest does not describe the shrunk layer {min(uncovered)}")
+
+
+def _rank(denoiser: Any, layer: str, width: int) -> int | None:
+    """Directions that a layer reads; None if there is no such layer."""
+    found = dict(denoiser.named_modules()).get(layer)
+    if found is None or not hasattr(found, "weight"):
+        return None
+    return int(found.weight.shape[1]) if hasattr(found, "basis") else width
 
 
 def _dtype(denoiser: Any) -> str:

@@ -35,7 +35,7 @@ class _Calibration(BaseModel):
 class _Shrunk(BaseModel):
     tensors: dict[str, list[Size]] = {}
     layers: dict[str, list[Size]] = {}  # as written until November 2026
-    attributes: dict[str, dict[str, int | list[list[int] | int]]]
+    attributes: dict[str, dict[str, int | str | list[list[int] | int]]]
 
 
 class Manifest(BaseModel):
@@ -66,6 +66,7 @@ class Manifest(BaseModel):
     shrunk: _Shrunk | None
     notes: list[str] = []
     dead: dict[str, Literal["left", "zero", "cut"]] = {}
+    ranks: dict[str, dict[str, FiniteFloat]] = {}
 
 
 def manifest_of(report: PruneReport, source: str, component: str, denoiser: str) -> dict[str, Any]:
@@ -103,6 +104,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "shrunk": report.shrunk,
         "notes": report.notes,
         "dead": report.dead,
+        "ranks": report.ranks,
         "versions": versions(),
     }
 

@@ -19,19 +19,21 @@ from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.observers import Observer
-from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
+from obsdiff.obs.pattern import RANK, Pattern, Structured, parse_pattern
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
 from obsdiff.pruning.defaults import departures, pattern_by
-from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks
+from obsdiff.pruning.layers import LayerResult, SolveOptions, emptied, portable
+from obsdiff.pruning.plan import Plan, kept_units, make_plan, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan
-from obsdiff.pruning.solve import LayerResult, SolveOptions, emptied, portable, solve_groups, solve_site
+from obsdiff.pruning.solve import solve_groups, solve_site
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 from obsdiff.pruning.surgery import (
     Edits,
     become_shrunk,
     cut,
     measured_sparsity,
+    project,
     shrunk_config,
     undone_on_error,
     zero_share,
@@ -66,6 +68,7 @@ class PruneReport:
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
         notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
             for, and what it could not tell.
+        ranks: By vector, what its rank leaves out (:func:`obsdiff.pruning.vectors.checked_rank`).
         dead: Layers that reach no output of the denoiser, as far as they were looked for, and what became of them:
             "left", "zero" or "cut".
     """
@@ -89,6 +92,7 @@ class PruneReport:
     allocation: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     dead: dict[str, str] = field(default_factory=dict)
+    ranks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def mean_layer_error(self) -> float | None:
@@ -161,7 +165,7 @@ def prune(
         refuse_pruned(graph)
     if isinstance(statistics, Statistics):
         check_measured_on(statistics, graph.denoiser)
-        check_serves(statistics, options.needs, f"method {method}")
+        check_serves(statistics, needed(pattern, options), f"method {method}")
     report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages)
     report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
     with undone_on_error() as edits:
@@ -173,7 +177,7 @@ def prune(
             if report.model is None:  # the first package: still dense
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
-                check_serves(found, options.needs, f"method {method}")
+                check_serves(found, needed(pattern, options), f"method {method}")
                 report.fingerprint = found.fingerprint
                 _add(report.time_s, found.time_s)
             solve_started = time.perf_counter()
@@ -217,7 +221,7 @@ def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) ->
         UserError: The method cannot do it, or an option is out of range.
     """
     method = find_method(options.method)
-    if isinstance(pattern, Structured) and method.structured is None:
+    if isinstance(pattern, Structured) and pattern.kinds != (RANK,) and method.structured is None:
         *some, last = (name for name, other in METHODS.items() if other.structured is not None)
         others = f"{', '.join(some)} or {last}"
         raise UserError(f"method {options.method} cannot prune heads and neurons; use {others} with {pattern}")
@@ -236,8 +240,15 @@ def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Cal
         )
     if packages > 1 and not callable(statistics):
         raise UserError("several packages calibrate with earlier layers pruned; stored statistics cannot serve them")
-    if statistics is None and options.needs:
-        raise UserError(f"method {options.method}{' with refit' if options.refits else ''} needs statistics; calibrate")
+    if statistics is None and needed(pattern, options):
+        what = f"method {options.method}{' with refit' if options.refits else ''}" if options.needs else "a rank"
+        raise UserError(f"{what} needs statistics; calibrate")
+
+
+def needed(pattern: Pattern, options: SolveOptions) -> frozenset[str]:
+    """What of a calibration; ranks go by whole covariances, whatever the method."""
+    rank = isinstance(pattern, Structured) and pattern.rank is not None
+    return options.needs | ({"gram"} if rank else set())
 
 
 def _add(times: dict[str, float], more: Mapping[str, float]) -> None:
@@ -285,11 +296,17 @@ def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
                 report.refit_steps[name] = result.refit_steps
 
 
+def _whole(group: Group, pattern: Pattern) -> bool:
+    """Whether a group on a basis keeps all directions, so that it needs none."""
+    return group.basis is not None and isinstance(pattern, Structured) and kept_units(group, pattern) == group.count
+
+
 def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
     """Choose the units that stay of a package's groups and cut the others out."""
     graph, entries, report = job.graph, job.plan.entries, job.report
+    changed = [name for name, pattern in entries.items() if not _whole(graph.group_of[name], pattern)]
     chosen = [
-        bundle for bundle in graph.bundles(list(entries)) if graph.site_of[bundle[0].consumers[0].layer].name in package
+        bundle for bundle in graph.bundles(changed) if graph.site_of[bundle[0].consumers[0].layer].name in package
     ]
 
     def solve(bundle: list[Group]) -> tuple[dict[str, Tensor], dict[str, LayerResult]]:
@@ -302,6 +319,11 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
         return {name: units.cpu() for name, units in kept.items()}, portable(results)
 
     for _, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
+        for group in (graph.group_of[name] for name in kept):
+            if group.basis is not None:
+                basis = results[group.layers[0]].basis
+                assert basis is not None
+                project(job.edits, graph, group, basis)
         cut(job.edits, graph, kept, {name: (result.weight, result.bias_shift) for name, result in results.items()})
         report.masks |= kept
         report.sparsity_per_layer |= {name: 1 - float(units.sum()) / len(units) for name, units in kept.items()}

@@ -13,7 +13,7 @@ from obsdiff.models.checks import check_plain
 from obsdiff.models.graph import Graph, Group
 from obsdiff.models.subject import refusals
 from obsdiff.obs.hessian import weight_matrices
-from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured
+from obsdiff.obs.pattern import NM, RANK, Pattern, Structured, Unstructured
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def make_plan(
             + ("none of its blocks is known" if graph.family.known else "obsdiff knows this class by tracing alone")
             + "; use unstructured:RATIO or N:M (docs/adding-a-family.md says how to add it)"
         )
+    if isinstance(pattern, Structured):
+        _check_rank(graph, pattern)
     if spare_blocks is None:
         spare_blocks = graph.family.spare if structured and len(graph.stages) > 2 else ()
     number = len(graph.stages)
@@ -91,14 +93,16 @@ def make_plan(
         if not -number <= block < number:
             raise UserError(f"cannot spare block {block}: the denoiser has blocks 0 to {number - 1}")
         spared.add(block % number)
-    blocks = {group.name: group.stage for group in graph.groups} if structured else dict(graph.layers)
+    kinds = pattern.kinds if isinstance(pattern, Structured) else ()
+    groups = {group.name: group for group in graph.groups if group.kind in kinds}
+    blocks = {name: group.stage for name, group in groups.items()} if structured else dict(graph.layers)
     reasons = refusals(graph.denoiser, graph.family) if structured and graph.family.refused else {}
     _check_matches(include, blocks, "include", reasons)
     _check_matches(exclude, blocks, "exclude", reasons)
     chosen = [
         name
         for name, block in blocks.items()
-        if block not in spared
+        if (block not in spared or (name in groups and groups[name].basis is not None))  # that is of all blocks
         and (not include or any(fnmatchcase(name, rule) for rule in include))
         and not any(fnmatchcase(name, rule) for rule in exclude)
     ]
@@ -109,9 +113,26 @@ def make_plan(
         )
     if isinstance(pattern, Structured):
         _check_kinds(graph, pattern, chosen)
-    plan = Plan(pattern, dict.fromkeys(chosen, pattern))
+    plan = Plan(pattern, {name: _own(pattern, groups.get(name)) for name in chosen})
     check_fit(graph, plan)
     return plan
+
+
+def _check_rank(graph: Graph, pattern: Structured) -> None:
+    """Refuse a rank where nothing has one, or above all widths."""
+    widths = [group.count for group in graph.groups if group.kind == RANK]
+    if pattern.rank is not None and not widths:
+        raise UserError(
+            f"{pattern} reduces the rank of layers that read one vector per sample, and a {graph.family.denoiser} has "
+            "none in its blocks that is whole; leave rank out"
+        )
+    if pattern.rank is not None and pattern.rank > max(widths):
+        raise UserError(f"{pattern} asks for a rank above the width {max(widths)}; choose a smaller one")
+
+
+def _own(pattern: Pattern, group: Group | None) -> Pattern:
+    """What a pattern says to one of the layers or groups."""
+    return pattern if group is None or not isinstance(pattern, Structured) else pattern.of(group.kind, group.count)
 
 
 def _check_kinds(graph: Graph, pattern: Structured, chosen: Sequence[str]) -> None:
@@ -212,7 +233,7 @@ def packages_of(graph: Graph, plan: Plan, packages: int) -> list[list[str]]:
         for s in group.consumers
     }
     of_unit: dict[int | str, list[str]] = {}
-    for site in graph.sites:
+    for site in (*graph.vectors, *graph.sites):
         if site.name in needed:
             of_unit.setdefault(together.get(site.name, site.name), []).append(site.name)
     units = list(of_unit.values())
@@ -267,4 +288,13 @@ def describe(pattern: Pattern) -> str:
     if isinstance(pattern, NM):
         return f"{pattern.n} of every {pattern.m} consecutive weights stay"
     channels = f", {pattern.channels:.1%} of the channel groups of ResNet blocks" if pattern.channels else ""
+    if pattern.kinds == (RANK,):
+        return f"{_rank(pattern)} of the vectors that modulations read stay"
+    if pattern.rank is not None:
+        return f"{describe(replace(pattern, rank=None))}; {_rank(pattern)} of the vectors that modulations read stay"
     return f"{pattern.heads:.1%} of the heads and {pattern.ffn:.1%} of the FFN neurons{channels} go"
+
+
+def _rank(pattern: Structured) -> str:
+    assert pattern.rank is not None
+    return f"{pattern.rank:.1%} of the directions" if pattern.rank < 1 else f"{pattern.rank:g} directions"

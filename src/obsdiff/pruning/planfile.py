@@ -110,7 +110,7 @@ def fitted_plan(plan: Plan, graph: Graph, what: str = "the plan") -> Plan:
     Raises:
         UserError: It is empty, names what is not there, or an N:M pattern does not divide a layer's inputs.
     """
-    there = [groups.name for groups in graph.groups] if plan.structured else list(graph.site_of)
+    there = [groups.name for groups in graph.groups] if plan.structured else list(graph.layers)
     if not plan.entries:
         raise UserError(f"{what} names no layer")
     if plan.structured and not there:
@@ -125,7 +125,14 @@ def fitted_plan(plan: Plan, graph: Graph, what: str = "the plan") -> Plan:
             f"{what} names {len(unknown)} that this denoiser has no {kind} for, such as {unknown[0]}; "
             f"there are {len(there)} such as {', '.join(likely(unknown[0], there))}"
         )
-    ordered = replace(plan, entries={name: plan.entries[name] for name in there if name in plan.entries})
+    entries = {name: plan.entries[name] for name in there if name in plan.entries}
+    for group in (graph.group_of[name] for name in entries if plan.structured):
+        pattern = entries[group.name]
+        if group.basis is not None and isinstance(pattern, Structured):
+            if (pattern.rank or 0) > group.count or pattern.width not in (None, group.count):
+                raise UserError(f"{what}: {pattern} does not fit {group.name}, which has {group.count} directions")
+            entries[group.name] = pattern.of(group.kind, group.count)
+    ordered = replace(plan, entries=entries)
     check_fit(graph, ordered)
     return ordered
 

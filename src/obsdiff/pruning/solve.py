@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,96 +13,20 @@ from obsdiff.criteria import METHODS, GroupProblem, Problem, Solution
 from obsdiff.criteria.structured import choose_groups
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph, Group
-from obsdiff.obs.hessian import Gram, weight_matrices
-from obsdiff.obs.linalg import DAMPING, SingularHessian
-from obsdiff.obs.moments import Moments, Powers, UnusableStatistics, relative_error
+from obsdiff.obs.hessian import weight_matrices
+from obsdiff.obs.linalg import SingularHessian
+from obsdiff.obs.moments import Moments, Powers, relative_error
 from obsdiff.obs.observers import Observer
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.obs.refit import STEPS, refit
 from obsdiff.obs.structured import Consumer, compensate
+from obsdiff.pruning.layers import LayerResult, SolveOptions, known_inputs, layer_seed
 from obsdiff.pruning.plan import kept_units
-from obsdiff.ranks import world_size
+from obsdiff.pruning.vectors import rank_result, vector_of
 
 # A refit step costs 2 · rows products per entry of H, measuring cost one per token: spend at most this share of it, so
 # that a small calibration is not followed by a long solve.
 REFIT_SHARE = 0.09
-
-
-@dataclass(frozen=True)
-class SolveOptions:
-    """How to solve.
-
-    Attributes:
-        method: A name of :data:`obsdiff.criteria.METHODS`.
-        refit: Least squares on what is kept; None takes the method's default.
-        seed: For methods that draw.
-        damping: Relative dampening of the Hessians.
-        fusion: How joint attention ranks its heads over two streams.
-    """
-
-    method: str = "obs"
-    refit: bool | None = None
-    seed: int = 0
-    damping: float = DAMPING
-    fusion: str = "reciprocal_rank"
-
-    @property
-    def refits(self) -> bool:
-        return METHODS[self.method].refit if self.refit is None else self.refit
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What of a calibration."""
-        return METHODS[self.method].needs | ({"gram"} if self.refits else set())
-
-    @property
-    def compensates(self) -> bool:
-        """Whether what stays of heads and neurons is solved for."""
-        return self.refits or METHODS[self.method].compensates
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What solving gives for one layer.
-
-    Attributes:
-        weight: The new weight, float32.
-        mask: True = kept; None if the layer was shrunk.
-        error: Output error over the variance of the dense output; None if nothing measured it.
-        bias_shift: What the refit adds to the bias, float32 (rows,); None if it leaves it.
-        refit_steps: Conjugate-gradient steps that were taken (of the groups of a convolution, the most); None without.
-    """
-
-    weight: Tensor
-    mask: Tensor | None
-    error: float | None
-    bias_shift: Tensor | None = None
-    refit_steps: int | None = None
-
-
-def emptied(result: LayerResult) -> LayerResult:
-    """The same layer without any weight, where nothing depends on it."""
-    assert result.mask is not None
-    return LayerResult(torch.zeros_like(result.weight), torch.zeros_like(result.mask), None)
-
-
-def portable(results: dict[str, LayerResult]) -> dict[str, LayerResult]:
-    """The results on the CPU where another process is to have them; otherwise where they are."""
-    if world_size() == 1:
-        return results
-
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.cpu()
-
-    return {
-        name: replace(r, weight=r.weight.cpu(), mask=moved(r.mask), bias_shift=moved(r.bias_shift))
-        for name, r in results.items()
-    }
-
-
-def layer_seed(seed: int, name: str) -> int:
-    """A seed of its own for each layer, independent of which others are pruned."""
-    return zlib.crc32(f"{seed}/{name}".encode())
 
 
 @torch.no_grad()
@@ -133,7 +56,7 @@ def solve_layers(
     centred = options.refits and method.centred and all(bias is not None for bias in biases)
     found: list[list[_Part]] = [[] for _ in layers]
     for group in range(len(dense[0])):
-        known = None if statistics is None else _known(statistics, layers[0], dense[0], group)
+        known = None if statistics is None else known_inputs(statistics, layers[0], dense[0], group)
         moments = known if isinstance(known, Moments) else None
         weights = [matrix[group] for matrix in dense]
         seeds = [layer_seed(options.seed + group, name) for name in layers]
@@ -171,27 +94,6 @@ def _biases(layer: nn.Module, groups: int) -> Tensor | None:
     """A layer's bias, (groups, rows)."""
     bias = layer.bias
     return bias.detach().view(groups, -1) if isinstance(bias, Tensor) else None
-
-
-def _known(statistics: Observer, layer: str, weight: Tensor, group: int = 0) -> Moments | Powers:
-    """What is known of the inputs of a site's group.
-
-    Raises:
-        UserError: They are damaged, or of another layer.
-    """
-    groups, columns = statistics.power().shape
-    if columns != weight.shape[-1] or group >= groups:
-        raise UserError(
-            f"the statistics of layer {layer} are of {columns} inputs, the layer has {weight.shape[-1]}; "
-            "calibrate again"
-        )
-    try:
-        return Moments(statistics, group) if isinstance(statistics, Gram) else Powers(statistics, group)
-    except UnusableStatistics as error:
-        raise UserError(
-            f"cannot solve layer {layer}: its statistics {error}; calibrate again (in float32 or bfloat16) "
-            "or exclude it"
-        ) from error
 
 
 def _finished(
@@ -282,9 +184,15 @@ def solve_groups(
         Bool (count,) by group, True = kept; and the consumers' results.
     """
     groups = [graph.group_of[name] for name in bundle]
+    if groups[0].basis is not None:
+        [group], [pattern] = groups, bundle.values()
+        if statistics is None:
+            raise UserError(f"a rank of {group.name} needs statistics; calibrate")
+        site = next(iter(statistics.values()))
+        return rank_result(graph, group, kept_units(group, pattern), vector_of(graph, group, site))
     layers = list(dict.fromkeys(s.layer for group in groups for s in group.consumers))
     dense = {name: weight_matrices(graph.layer(name))[0].detach().float() for name in layers}
-    known = {name: _known(site, name, dense[name]) for name, site in (statistics or {}).items()}
+    known = {name: known_inputs(site, name, dense[name]) for name, site in (statistics or {}).items()}
     moments = {name: found for name, found in known.items() if isinstance(found, Moments)}
     seen = {name: _seen(moments.get(name), graph.layer(name), options) for name in layers}
     try:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.models.denoisers import parts_of, shrunk_of
-from obsdiff.models.graph import Graph, shapes_with
-from obsdiff.models.obsdiff_shrunk import selecting_class, shrunk_class, sizes_of
+from obsdiff.models.graph import Graph, Group, own_name, shapes_with
+from obsdiff.models.obsdiff_shrunk import projecting_class, selecting_class, shrunk_class, sizes_of
 from obsdiff.obs.pattern import Pattern, Structured
 
 _ABSENT = object()
@@ -111,6 +111,26 @@ def cut(
         edits.fit_sizes(graph.layer(layer))
 
 
+def project(edits: Edits, graph: Graph, group: Group, basis: Tensor) -> None:
+    """Let the layers of a group read what ``basis`` (rank, inputs) makes of their input, by one linear module."""
+    assert group.basis is not None
+    owner, _, child = group.basis.rpartition(".")
+    model_name, _, container = owner.rpartition(".")
+    model = graph.layer(model_name)
+    if not hasattr(model, container):
+        edits.add(model, container, nn.Module())
+    like = graph.weight(group.layers[0])
+    module = nn.Linear(basis.shape[1], len(basis), bias=False, device=like.device, dtype=like.dtype)
+    module.weight.data.copy_(basis)
+    module.requires_grad_(like.requires_grad)
+    edits.add(getattr(model, container), child, module)
+    for layer in map(graph.layer, group.layers):
+        kind: Any = type(layer)
+        edits.set(layer, "__class__", projecting_class(kind))
+        edits.add(layer, "basis", own_name(group.basis))
+        edits.add(layer, "projection", [module])
+
+
 def _select(edits: Edits, norm: nn.Module, units: list[int], size: int) -> None:
     """Let a norm over all heads give only the kept ones; of one that does already, some of those."""
     before: Any = getattr(norm, "selected", None)
@@ -125,7 +145,9 @@ def _select(edits: Edits, norm: nn.Module, units: list[int], size: int) -> None:
 def shrunk_config(graph: Graph, names: Collection[str]) -> dict[str, Any]:
     """The ``shrunk`` entry of a model's config, for the tensors and attributes that the groups ``names`` touch, as they
     are now."""
-    planned = shapes_with(graph, dict.fromkeys(names, 1))
+    bases = {name: graph.group_of[name].layers[0] for name in names if graph.group_of[name].basis is not None}
+    whole = {name for name, layer in bases.items() if not hasattr(graph.layer(layer), "basis")}
+    planned = shapes_with(graph, {name: 1 for name in names if name not in whole})
     return {
         "tensors": {name: list(graph.denoiser.get_parameter(name).shape) for name in planned["tensors"]},
         "attributes": {
