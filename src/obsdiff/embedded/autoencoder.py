@@ -15,24 +15,24 @@ from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, whole_folder, write_json
 
 RESULT = "result.json"
+LOG_VARIANCE = -12.0  # of the latents' posterior: it is not trained, so a sample is as good as the mode
 LEAST_SPREAD = 0.5  # of the median spread; quieter directions are not blown up to unit variance
 
 
 class AutoencoderTraining(lightning.LightningModule):
-    """Trains an ``AutoencoderKL`` to reproduce images, then whitens its latents.
+    """Trains an ``AutoencoderKL`` to reproduce images from the modes of its latents, then whitens them.
 
     Args:
         output: Folder that receives the autoencoder and ``result.json`` (written whole, at the end of the fit).
         sizes: Of the pipeline that it is made for, with ``quant_conv``.
         lr: Peak learning rate (AdamW, linear warm-up of 100 steps, cosine to zero).
-        kl_weight: Weight of the Kullback-Leibler term.
     """
 
-    def __init__(self, output: str, sizes: TinySD3, lr: float = 2e-3, kl_weight: float = 1e-6) -> None:
+    def __init__(self, output: str, sizes: TinySD3, lr: float = 3e-3) -> None:
         super().__init__()
         if not sizes.quant_conv:
             raise UserError("the latents are whitened through the layers of quant_conv; set sizes.quant_conv to true")
-        self.output, self.lr, self.kl_weight = output, lr, kl_weight
+        self.output, self.lr = output, lr
         self.vae = build_autoencoder(sizes).to(memory_format=torch.channels_last)
 
     def setup(self, stage: str) -> None:
@@ -50,10 +50,10 @@ class AutoencoderTraining(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images = batch["image"].contiguous(memory_format=torch.channels_last)
-        posterior = self.vae.encode(images).latent_dist
-        loss = (self.vae.decode(posterior.sample()).sample - images).square().mean()
+        decoded = self.vae.decode(self.vae.encode(images).latent_dist.mode()).sample
+        loss: Tensor = (decoded - images).square().mean()
         self.log("loss/autoencoder", loss, prog_bar=True)
-        return loss + self.kl_weight * posterior.kl().mean()
+        return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("val/mse", squared_error(self.vae, batch["image"]))
@@ -104,12 +104,10 @@ def whiten(vae: Any, images: Tensor) -> None:
     """Rotate and scale the latents of ``vae`` so that their channels are uncorrelated and of like size, in place.
 
     Principal components over all images and places; the pointwise layers beside the latents take up the map and its
-    inverse, so that reconstructions stay what they are. The posterior's variance becomes one number per channel: the
-    diagonal of the mean covariance under the map. Latents then need no shift and no scaling factor.
+    inverse, so that reconstructions stay what they are. Latents then need no shift and no scaling factor.
     """
     quant, post = vae.quant_conv, vae.post_quant_conv
     latents = encode(vae, images).double().permute(0, 2, 3, 1).flatten(0, 2)
-    variance = torch.cat([vae.encode(part).latent_dist.var for part in images.split(128)]).double().mean((0, 2, 3))
     mean = latents.mean(0)
     eigenvalues, vectors = torch.linalg.eigh((latents - mean).T @ (latents - mean) / len(latents))
     spread = eigenvalues.clamp_min(0).sqrt()
@@ -117,10 +115,9 @@ def whiten(vae: Any, images: Tensor) -> None:
     forward, backward = vectors.T / spread[:, None], vectors * spread
     channels = len(mean)
     weight, bias = quant.weight.double().flatten(1), quant.bias.double()
-    new_weight, new_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    new_weight, new_bias = torch.zeros_like(weight), torch.full_like(bias, LOG_VARIANCE)
     new_weight[:channels] = forward @ weight[:channels]
     new_bias[:channels] = forward @ (bias[:channels] - mean)
-    new_bias[channels:] = (forward.square() @ variance).log()
     quant.weight.copy_(new_weight.view_as(quant.weight))
     quant.bias.copy_(new_bias)
     weight = post.weight.double().flatten(1)

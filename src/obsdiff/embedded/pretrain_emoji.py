@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from obsdiff.diffusion import flow
@@ -159,8 +160,10 @@ class EmojiSD3Pretraining(lightning.LightningModule):
         for optimizer, rate in zip(optimizers, (plan.lr, plan.muon_lr), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
-        loss = self._loss(batch["label"], list(batch["prompt"]))
-        self.manual_backward(loss)
+        # on CPUs, the backward pass of the fused attention takes several times the whole step without it, for few tokens
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = self._loss(batch["label"], list(batch["prompt"]))
+            self.manual_backward(loss)
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         for optimizer in optimizers[1:]:
             optimizer.optimizer.step()  # the trainer counts the first one's steps only
