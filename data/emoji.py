@@ -73,9 +73,7 @@ class EmojiWithHeldOut(EmojiDataModule):
         num_validation: Pictures of the validation, spread evenly over the atlas.
     """
 
-    def __init__(
-        self, batch_size: int = 128, num_workers: int = 0, seed: int = 0, num_validation: int = 48
-    ) -> None:
+    def __init__(self, batch_size: int = 128, num_workers: int = 0, seed: int = 0, num_validation: int = 48) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.num_validation = num_validation
 

@@ -25,7 +25,7 @@ from obsdiff.embedded.emoji import (
     load_emoji,
     plain_name,
     read_atlas,
-    unknown_words,
+    spell,
     with_article,
 )
 from obsdiff.errors import UserError
@@ -89,22 +89,26 @@ def test_prompts_are_balanced_and_lead_back(emoji, source):
     assert len(prompts) == len(wordings) * n
     assert [emoji_of_prompt(prompt) for prompt in prompts[:n]] == list(range(n))
     assert set(Counter(map(emoji_of_prompt, prompts)).values()) == {len(wordings)}
-    assert not any(map(unknown_words, prompts[::97]))
+    assert all(spell(prompt) == (prompt, []) for prompt in prompts[::97])
 
 
 def test_wordings_of_training_and_evaluation_share_no_prompt():
     assert not set(emoji_prompts(TRAIN_WORDINGS)) & set(emoji_prompts(HELD_OUT_WORDINGS))
 
 
-@pytest.mark.parametrize("prompt", ["", "a zeppelin", "red apple and pizza", "seven"])
+@pytest.mark.parametrize("prompt", ["", "a zeppelin", "pizza or avocado", "seven"])
 def test_prompts_for_none_or_several_have_no_emoji(prompt):
-    found = emoji_of_prompt(prompt)
-    assert found is None or prompt == "red apple and pizza"
+    assert emoji_of_prompt(prompt) is None
 
 
-def test_unknown_words_are_named_once_in_order():
-    assert unknown_words("a Zeppelin eats a red apple, zeppelin!") == ["zeppelin", "eats"]
-    assert unknown_words("Picture of a Red Apple") == []
+def test_the_longest_name_in_a_prompt_counts(emoji):
+    assert emoji.names[emoji_of_prompt("please draw an Angry Face with Horns, now")] == "angry face with horns"
+
+
+def test_unknown_words_are_named_once_in_order_and_left_out():
+    assert spell("a Zeppelin eats a Red Apple, zeppelin!") == ("a a red apple", ["zeppelin", "eats"])
+    assert spell("Picture of a Red Apple") == ("picture of a red apple", [])
+    assert spell("") == ("", [])
 
 
 def test_a_damaged_atlas_is_refused():

@@ -97,10 +97,16 @@ def words_of(prompt: str) -> list[str]:
     return plain_name(prompt).split()
 
 
-def unknown_words(prompt: str) -> list[str]:
-    """The words of a prompt that no caption has, in order, each once."""
-    known = {word for name in load_emoji().names for word in name.split()} | WORDING_WORDS
-    return [word for word in dict.fromkeys(words_of(prompt)) if word not in known]
+@cache
+def vocabulary() -> frozenset[str]:
+    """Every word of every caption."""
+    return WORDING_WORDS | {word for name in load_emoji().names for word in name.split()}
+
+
+def spell(prompt: str) -> tuple[str, list[str]]:
+    """A prompt in the words that captions have, and the words it loses by that, in order, each once."""
+    words, known = words_of(prompt), vocabulary()
+    return " ".join(word for word in words if word in known), [w for w in dict.fromkeys(words) if w not in known]
 
 
 def emoji_of_prompt(prompt: str) -> int | None:
@@ -160,7 +166,9 @@ def read_atlas(atlas: bytes, names: bytes, where: str) -> Emoji:
         if width != COLUMNS * TILE or height % TILE or height // TILE * COLUMNS < len(rows):
             raise ValueError(f"{width} x {height} pixels do not hold {len(rows)} emoji")
     except (ValueError, TypeError, KeyError, OSError, SyntaxError) as error:  # Pillow raises SyntaxError, too
-        raise UserError(f"the emoji atlas in {where} is damaged ({' '.join(str(error).split())[:80]}); {again}") from None
+        raise UserError(
+            f"the emoji atlas in {where} is damaged ({' '.join(str(error).split())[:80]}); {again}"
+        ) from None
     tiles = data.view(height // TILE, TILE, COLUMNS, TILE, 3).transpose(1, 2).reshape(-1, TILE, TILE, 3)[: len(rows)]
     if pixel_hash(tiles) != wanted:
         raise UserError(f"the emoji atlas in {where} is damaged (its pixels are not those that were drawn); {again}")

@@ -51,7 +51,9 @@ def load_encoder() -> EmojiEncoder:
 
     weights = load(files("obsdiff.data.assets").joinpath("emoji-encoder", "model.safetensors").read_bytes())
     model = EmojiEncoder(len(weights["head.weight"]))
-    model.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in weights.items()})
+    model.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    )
     return model.eval().requires_grad_(False)
 
 

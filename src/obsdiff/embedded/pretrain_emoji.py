@@ -215,7 +215,9 @@ class EmojiSD3Pretraining(lightning.LightningModule):
             {"val/top1": hits[:, 0].mean(), "val/top5": hits.sum(1).mean()}, batch_size=len(hits), prog_bar=True
         )
         if batch_idx == 0:
-            rows = [part for pair in zip(images.split(16), batch["image"].cpu().split(16), strict=True) for part in pair]
+            rows = [
+                part for pair in zip(images.split(16), batch["image"].cpu().split(16), strict=True) for part in pair
+            ]
             save_grid(rows, Path(self.samples) / f"step-{self.global_step:06d}.png")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -93,7 +93,9 @@ def changed(images: Tensor) -> Tensor:
     out = out * gain + offset
     rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     top, left = (torch.randint(0, size - 7, (n, 1), device=images.device) for size in (height, width))
-    hole = ((rows >= top) & (rows < top + 8))[:, None, :, None] & ((columns >= left) & (columns < left + 8))[:, None, None]
+    hole = ((rows >= top) & (rows < top + 8))[:, None, :, None] & ((columns >= left) & (columns < left + 8))[
+        :, None, None
+    ]
     out = torch.where(hole & (_each(n, images) < 0.3), 1.0, out)
     return out + 0.25 * _each(n, images) * torch.randn_like(out)
 

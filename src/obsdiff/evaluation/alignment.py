@@ -6,6 +6,7 @@ Images of a pipeline that takes no prompts, whose prompts are empty, have no ali
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from obsdiff.diffusion.frechet import frechet_distance
+from obsdiff.embedded.emoji import spell
 from obsdiff.embedded.emoji_encoder import emoji_features, ranked_emoji
 from obsdiff.embedded.emoji_reader import atlas_features, group_of_emoji, read_emoji, wanted_emoji
 from obsdiff.embedded.reader import digit_features, held_out_features, read_digits, wanted_digits
 from obsdiff.evaluation.measures import finite_images
-
 
 NEAR = 5  # what the near hits are called in reports says so too
 
@@ -35,6 +36,7 @@ class Reader:
         real: The features (m, d) of real images.
         ranked: The so many likeliest classes, int64 (n, k), where there are so many classes that near misses count.
         groups: The group of each class, where reports tell them apart.
+        spell: A prompt in the words that the pipelines know, and the words it loses by that, where they know few.
         perceives: Whether its features are fine enough for a perceptual distance between two images.
     """
 
@@ -46,6 +48,7 @@ class Reader:
     real: Callable[[], Tensor]
     ranked: Callable[[Tensor, int], Tensor] | None = None
     groups: Callable[[], Sequence[str]] | None = None
+    spell: Callable[[str], tuple[str, list[str]]] | None = None
     perceives: bool = False
 
     def hits(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -132,6 +135,7 @@ READERS = {
         atlas_features,
         ranked_emoji,
         group_of_emoji,
+        spell,
         perceives=True,
     ),
 }
@@ -140,6 +144,23 @@ READERS = {
 def find_reader(alignment: str | None) -> Reader | None:
     """What reads the images of a pipeline; None where nothing does."""
     return None if alignment is None else READERS[alignment]
+
+
+def in_known_words(prompts: Sequence[str], alignment: str | None) -> list[str]:
+    """The prompts without the words that the pipeline's vocabulary lacks, which a warning names.
+
+    Args:
+        prompts: Of any pipeline.
+        alignment: The name of its reader, or None.
+    """
+    reader = find_reader(alignment)
+    if reader is None or reader.spell is None:
+        return list(prompts)
+    spelt = [reader.spell(prompt) for prompt in prompts]
+    if lost := list(dict.fromkeys(word for _, words in spelt for word in words)):
+        named = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
+        warnings.warn(f"the pipeline knows no word {named}; prompts are read without", stacklevel=2)
+    return [text for text, _ in spelt]
 
 
 def check_measurable(prompts: Sequence[str], alignment: str | None) -> None:

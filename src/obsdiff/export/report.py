@@ -45,7 +45,9 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             )
         )
         if "dense_top5" in alignment:
-            rows.append(("among the five likeliest", f"{alignment['dense_top5']:.1%} -> {alignment['pruned_top5']:.1%}"))
+            rows.append(
+                ("among the five likeliest", f"{alignment['dense_top5']:.1%} -> {alignment['pruned_top5']:.1%}")
+            )
         rows += [
             (f"alignment of {group}, n = {part['n']}", f"{part['dense']:.1%} -> {part['pruned']:.1%}")
             for group, part in alignment.get("groups", {}).items()
