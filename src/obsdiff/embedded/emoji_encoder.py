@@ -1,4 +1,4 @@
-"""The embedded image encoder of emoji: names what it sees, and its features span the Fréchet and perceptual distances."""
+"""The embedded image encoder of emoji: it names what it sees, and distances are taken between its features."""
 
 from __future__ import annotations
 

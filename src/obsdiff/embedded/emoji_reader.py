@@ -24,8 +24,8 @@ def wanted_emoji(prompts: Sequence[str]) -> Tensor:
         place = emoji_of_prompt(prompt)
         if place is None:
             raise UserError(
-                f"cannot measure alignment: prompt {prompt!r} names no emoji (such as red apple), or several; name other "
-                "evaluation prompts"
+                f"cannot measure alignment: prompt {prompt!r} names no emoji (such as red apple), or several; name "
+                "other evaluation prompts"
             )
         wanted.append(place)
     return torch.tensor(wanted)

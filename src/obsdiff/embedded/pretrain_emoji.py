@@ -160,7 +160,7 @@ class EmojiSD3Pretraining(lightning.LightningModule):
         for optimizer, rate in zip(optimizers, (plan.lr, plan.muon_lr), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
-        # on CPUs, the backward pass of the fused attention takes several times the whole step without it, for few tokens
+        # of few tokens, the fused attention's backward pass on CPUs takes longer than the whole step without it
         with sdpa_kernel(SDPBackend.MATH):
             loss = self._loss(batch["label"], list(batch["prompt"]))
             self.manual_backward(loss)
