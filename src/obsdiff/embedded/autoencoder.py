@@ -22,27 +22,39 @@ LEAST_SPREAD = 0.5  # of the median spread; quieter directions are not blown up 
 class AutoencoderTraining(lightning.LightningModule):
     """Trains an ``AutoencoderKL`` to reproduce images from the modes of its latents, then whitens them.
 
+    Or refines the decoder of a trained one, whose latents stay what they are, under noise on them as samplers leave it.
+
     Args:
         output: Folder that receives the autoencoder and ``result.json`` (written whole, at the end of the fit).
         sizes: Of the pipeline that it is made for, with ``quant_conv``.
         lr: Peak learning rate (AdamW, linear warm-up of 100 steps, cosine to zero).
+        refine: Folder of the trained autoencoder whose decoder is to be refined; None trains one from scratch.
+        latent_noise: Standard deviation of the noise on the latents while refining.
     """
 
-    def __init__(self, output: str, sizes: TinySD3, lr: float = 3e-3) -> None:
+    def __init__(
+        self, output: str, sizes: TinySD3, lr: float = 3e-3, refine: str | None = None, latent_noise: float = 0.0
+    ) -> None:
         super().__init__()
         if not sizes.quant_conv:
             raise UserError("the latents are whitened through the layers of quant_conv; set sizes.quant_conv to true")
-        self.output, self.lr = output, lr
+        self.output, self.lr, self.refine, self.latent_noise = output, lr, refine, latent_noise
         self.vae = build_autoencoder(sizes).to(memory_format=torch.channels_last)
+        if refine is not None:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
 
     def setup(self, stage: str) -> None:
         """Refuse a place that holds anything else, before the training."""
         check_folder(Path(self.output), RESULT, "a trained autoencoder", replace=True)
         check_writable(Path(self.output))
+        if self.refine is not None:
+            self.vae.load_state_dict(load_autoencoder(self.refine).state_dict())
 
     def configure_optimizers(self) -> Any:
         total = int(self.trainer.estimated_stepping_batches)
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99))
+        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(learned, lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / total))
         )
@@ -50,7 +62,10 @@ class AutoencoderTraining(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images = batch["image"].contiguous(memory_format=torch.channels_last)
-        decoded = self.vae.decode(self.vae.encode(images).latent_dist.mode()).sample
+        latents = self.vae.encode(images).latent_dist.mode()
+        if self.refine is not None:
+            latents = latents + self.latent_noise * torch.randn_like(latents)
+        decoded = self.vae.decode(latents).sample
         loss: Tensor = (decoded - images).square().mean()
         self.log("loss/autoencoder", loss, prog_bar=True)
         return loss
@@ -67,11 +82,28 @@ class AutoencoderTraining(lightning.LightningModule):
         images = self.trainer.datamodule.images()  # type: ignore[attr-defined]  # given to the trainer
         vae = self.vae.eval().float()
         before = psnr_db(mean_squared_error(vae, images))
-        whiten(vae, images)
+        if self.refine is None:
+            whiten(vae, images)
         after = psnr_db(mean_squared_error(vae, images))
         with whole_folder(Path(self.output), RESULT, replace=True) as folder:
             vae.save_pretrained(folder)
             write_json(folder / RESULT, {"psnr_db": after, "psnr_db_before_whitening": before, "images": len(images)})
+
+
+def load_autoencoder(folder: str) -> Any:
+    """The ``AutoencoderKL`` that a fit of :class:`AutoencoderTraining` left in ``folder``, in eval mode.
+
+    Raises:
+        UserError: There is none.
+    """
+    from diffusers import AutoencoderKL
+
+    if not (Path(folder) / RESULT).is_file():
+        raise UserError(
+            f"no trained autoencoder in {folder}; make it first with train.py fit --config "
+            "configs/pretrain/emoji_autoencoder.yaml"
+        )
+    return AutoencoderKL.from_pretrained(folder).eval()
 
 
 def psnr_db(mse: float) -> float:

@@ -16,11 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from obsdiff.diffusion import flow
-from obsdiff.embedded.autoencoder import RESULT, encode
+from obsdiff.embedded.autoencoder import encode, load_autoencoder
 from obsdiff.embedded.emoji import HELD_OUT_WORDINGS, TRAIN_WORDINGS, emoji_prompts, load_emoji
 from obsdiff.embedded.pictures import nearest_pictures, save_grid
 from obsdiff.embedded.tiny_sd3 import TinySD3, build_tiny_sd3
-from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, whole_folder, write_json
 from obsdiff.models.info import INFO_FILE, PipelineInfo
 
@@ -88,21 +87,14 @@ class EmojiSD3Pretraining(lightning.LightningModule):
         self.average.requires_grad_(False)
         if compile_denoiser:
             self.pipe.transformer.compile()
-        self.tokens = self._tokenize(["", *emoji_prompts(TRAIN_WORDINGS)])
 
     def setup(self, stage: str) -> None:
         """Refuse a place that holds anything else, before hours of training; encode the atlas."""
-        from diffusers import AutoencoderKL
-
-        if not (Path(self.autoencoder) / RESULT).is_file():
-            raise UserError(
-                f"no trained autoencoder in {self.autoencoder}; make it first with train.py fit --config "
-                "configs/pretrain/emoji_autoencoder.yaml"
-            )
+        vae = load_autoencoder(self.autoencoder).requires_grad_(False)
         check_folder(Path(self.output), INFO_FILE, "a pretrained pipeline", replace=True)
         check_writable(Path(self.output))
-        vae = AutoencoderKL.from_pretrained(self.autoencoder).eval().requires_grad_(False)
         self.pipe.register_modules(vae=vae)
+        self.tokens = self._tokenize(["", *emoji_prompts(TRAIN_WORDINGS)])
         self.register_buffer("latents", encode(vae, load_emoji().images()), persistent=False)
 
     def _tokenize(self, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
