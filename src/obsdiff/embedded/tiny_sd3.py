@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -153,17 +154,36 @@ def _spelling_merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _learned_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Merges by frequency (Sennrich et al. 2016, arXiv:1508.07909), until every word is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """Merges by frequency (Sennrich et al. 2016, arXiv:1508.07909), until every word is one token.
 
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    letters = sum(len(word) for word in words)
-    trainer = trainers.BpeTrainer(
-        vocab_size=2 * letters, min_frequency=1, show_progress=False, end_of_word_suffix="</w>"
-    )
-    tokenizer.train_from_iterator(words, trainer)
-    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
+    Pairs of the same frequency go by the alphabet; the trainer of ``tokenizers`` takes them as its hashes fall, which
+    gives other tokens in every process.
+    """
+    spelt = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    counts = Counter(pair for symbols in spelt for pair in pairwise(symbols))
+    merges: list[tuple[str, str]] = []
+    while counts:
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for symbols in spelt:
+            if best[0] not in symbols or best not in pairwise(symbols):
+                continue
+            counts.subtract(pairwise(symbols))
+            symbols[:] = _merged(symbols, best)
+            counts.update(pairwise(symbols))
+        counts = +counts
+    return merges
+
+
+def _merged(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """The symbols with each occurrence of ``pair``, from the left, as one."""
+    found: list[str] = []
+    for symbol in symbols:
+        if found and (found[-1], symbol) == pair:
+            found[-1] += symbol
+        else:
+            found.append(symbol)
+    return found
 
 
 def _t5_tokenizer(corpus: Sequence[str], length: int) -> Any:
