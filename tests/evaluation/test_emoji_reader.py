@@ -105,6 +105,7 @@ def test_reports_hold_near_misses_and_groups(pictures, prompts):
         prompts, list(range(len(prompts))), Images(pictures, pictures), Images(pictures, nothing), "emoji"
     )
     measured = measure(refs, Images(pictures, pictures.flip(0)))
+    assert measured["fidelity"]["perceptual"] == pytest.approx(0, abs=1e-6)
     assert measured["alignment"] == measured["alignment_top5"] == 1 and measured["alignment_unguided"] < 0.1
 
 

@@ -152,6 +152,8 @@ def measure(refs: References, images: Images) -> dict[str, Any]:
     measured: dict[str, Any] = {"fidelity": fidelity(refs.dense.guided, images.guided) if finite else nothing}
     reader, several = find_reader(refs.alignment), len(refs.prompts) > 1
     if reader is not None:
+        if reader.perceives:
+            measured["fidelity"]["perceptual"] = reader.perceptual(refs.dense.guided, images.guided)
         for suffix, drawn in {"": images.guided, **({"_unguided": images.unguided} if several else {})}.items():
             if len(drawn) and any(refs.prompts):
                 measured[f"alignment{suffix}"] = float(reader.hits(drawn, refs.prompts).mean()) if finite else None
