@@ -160,7 +160,7 @@ def test_times_are_kept_for_this_machine_and_model(statistics, clocks, tmp_path,
     assert measured == [0, 0] and again.plan == first.plan and again.record == first.record
     monkeypatch.setattr(latency.platform, "node", lambda: "another")
     assert search()[1:] == (calls, 2)
-    monkeypatch.setattr(latency, "denoiser_hash", lambda pipe: "another")
+    monkeypatch.setattr(latency, "component_hash", lambda model: "another")
     assert search()[1:] == (calls, 2)
     for damaged in ("{", "[]", '{"times": {"x": "y"}}', '{"times": {"x": [[1.0, "a"]]}}'):
         (tmp_path / latency.FILE).write_text(damaged)

@@ -73,7 +73,7 @@ def test_restarting_from_a_block_changes_no_figure(setting, pattern):
     units = units_of(graph, pattern)[::3]
     before = {name: tensor.clone() for name, tensor in graph.denoiser.state_dict().items()}
     chained, whole = (
-        scan(found, units, statistics, SolveOptions("magnitude"), probe, "", levels=LEVELS)
+        scan(Solver(found, statistics, SolveOptions("magnitude")), units, probe, "", levels=LEVELS)
         for found in (graph, unchained)
     )
     for unit in units:
@@ -91,7 +91,7 @@ def test_a_structured_candidate_is_the_shrunk_module(setting):
     """The masked weights that the scan measures and the tensors that a prune cuts out are one function."""
     _, graph, statistics, probe = setting
     plan = make_plan(graph, obsdiff.parse_pattern("structured:0.5"), spare_blocks=())
-    [error] = joint_errors(graph, [plan], statistics, SolveOptions("obs"), probe)
+    [error] = joint_errors(Solver(graph, statistics, SolveOptions("obs")), [plan], probe)
     pipe = make_pipe()
     restart = Restart(subject_of(pipe).graph, probe)
     obsdiff.prune(pipe, plan, statistics=statistics)
@@ -118,12 +118,12 @@ def test_a_store_is_continued_and_refused_if_it_is_another(setting, tmp_path):
     _, graph, statistics, probe = setting
     units = units_of(graph, "unstructured:0.5")[:6]
     options = SolveOptions("magnitude")
-    whole = scan(graph, units, statistics, options, probe, "p", levels=LEVELS)
-    scan(graph, units[:2], statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+    whole = scan(Solver(graph, statistics, options), units, probe, "p", levels=LEVELS)
+    scan(Solver(graph, statistics, options), units[:2], probe, "p", levels=LEVELS, store=tmp_path)
     before = (tmp_path / FILE).read_text()
-    continued = scan(graph, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+    continued = scan(Solver(graph, statistics, options), units, probe, "p", levels=LEVELS, store=tmp_path)
     assert continued.measured == whole.measured and continued.solved == whole.solved
-    opened = scan(graph, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+    opened = scan(Solver(graph, statistics, options), units, probe, "p", levels=LEVELS, store=tmp_path)
     assert opened.measured == whole.measured and opened.cost == continued.cost
     assert (tmp_path / FILE).read_text() != before
     for other in (
@@ -133,16 +133,19 @@ def test_a_store_is_continued_and_refused_if_it_is_another(setting, tmp_path):
         {"statistics": replace(statistics, fingerprint={**statistics.fingerprint, "seed": 9})},
     ):
         given = {"statistics": statistics, "options": options, "prompts": "p", "levels": LEVELS, **other}
+        solver = Solver(graph, given.pop("statistics"), given.pop("options"))
         with pytest.raises(obsdiff.UserError, match="belongs to another model or other settings"):
-            scan(graph, units, probe=probe, store=tmp_path, **given)
+            scan(solver, units, probe, store=tmp_path, **given)
     for pattern in ("2:4", "structured:0.5"):  # layers have the same names there, but other curves
         with pytest.raises(obsdiff.UserError, match="belongs to another model or other settings"):
-            scan(graph, units_of(graph, pattern), statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+            scan(
+                Solver(graph, statistics, options), units_of(graph, pattern), probe, "p", levels=LEVELS, store=tmp_path
+            )
     content = json.loads((tmp_path / FILE).read_text())
     del content["units"][units[0].name]["solved"]
     (tmp_path / FILE).write_text(json.dumps(content))
     with pytest.raises(obsdiff.UserError, match="damaged"):
-        scan(graph, units, statistics, options, probe, "p", levels=LEVELS, store=tmp_path)
+        scan(Solver(graph, statistics, options), units, probe, "p", levels=LEVELS, store=tmp_path)
 
 
 def test_an_interrupted_scan_keeps_what_it_has(setting, tmp_path, monkeypatch):
@@ -162,7 +165,7 @@ def test_an_interrupted_scan_keeps_what_it_has(setting, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Restart, "error", fail_late)
     with pytest.raises(KeyboardInterrupt):
-        scan(graph, units, statistics, SolveOptions("magnitude"), probe, "", levels=LEVELS, store=tmp_path)
+        scan(Solver(graph, statistics, SolveOptions("magnitude")), units, probe, "", levels=LEVELS, store=tmp_path)
     assert len(json.loads((tmp_path / FILE).read_text())["units"]) == 2
     assert all(torch.equal(before[name], tensor) for name, tensor in graph.denoiser.state_dict().items())
 
@@ -172,9 +175,9 @@ def test_members_of_a_unit_are_pruned_together(setting):
     [unit] = [found for found in units_of(graph, "unstructured:0.5", share=["*.to_k"]) if len(found.members) > 1]
     assert isinstance(unit, Unit) and unit.stage == 0 and len(unit.members) == 3
     options = SolveOptions("magnitude")
-    found = scan(graph, [unit], statistics, options, probe, "", levels=[0.5])
+    found = scan(Solver(graph, statistics, options), [unit], probe, "", levels=[0.5])
     plan = Plan(obsdiff.Unstructured(0.5), dict.fromkeys(unit.members, obsdiff.Unstructured(0.5)))
-    [error] = joint_errors(graph, [plan], statistics, options, probe)
+    [error] = joint_errors(Solver(graph, statistics, options), [plan], probe)
     assert found.measured[unit.name][0.5] == pytest.approx(error, rel=1e-4)
 
 
@@ -190,7 +193,7 @@ def test_two_processes_find_the_same(tmp_path):
         "statistics = obsdiff.calibrate(pipe, PROMPTS)\n"
         "probe = record_probe(subject_of(pipe), encode_prompts(pipe, PROMPTS, call), Settings(call), 6)\n"
         "units = units_of(graph, 'unstructured:0.5')[:7]\n"
-        "found = scan(graph, units, statistics, SolveOptions('magnitude'), probe, '', levels=LEVELS,\n"
+        "found = scan(Solver(graph, statistics, SolveOptions('magnitude')), units, probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
         "from obsdiff.allocation.allocate import allocate\n"
         "from obsdiff.allocation import latency\n"

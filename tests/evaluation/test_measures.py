@@ -15,6 +15,7 @@ from obsdiff.evaluation.alignment import READERS
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.measures import bootstrap_interval, fidelity
 from obsdiff.evaluation.sampling import cycle_prompts, sample
+from obsdiff.models.subject import subject_of
 from tests.conftest import CALL, make_pipe
 
 
@@ -93,7 +94,7 @@ def test_an_image_depends_on_its_own_seed_only(pipe):
 def test_flops_equal_a_count_by_hand():
     """One block's linear layers counted by hand are part of the total, and shrinking lowers it by what was cut."""
     pipe = make_pipe()
-    dense = denoiser_flops(pipe, CALL)
+    dense = denoiser_flops(subject_of(pipe), CALL)
     obsdiff.prune(pipe, "structured:heads=0,ffn=0.5", method="random")
     width, removed, tokens = 16, 32, 16 + 20
-    assert dense - denoiser_flops(pipe, CALL) == 2 * 2 * tokens * width * removed
+    assert dense - denoiser_flops(subject_of(pipe), CALL) == 2 * 2 * tokens * width * removed

@@ -9,7 +9,6 @@ from torch import nn
 
 import obsdiff
 from obsdiff.models.conditioning import Conditioning
-from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import PipelineInfo, attach_info
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.planfile import read_plan
@@ -149,7 +148,7 @@ CASES = [
 @pytest.mark.parametrize(("change", "message", "name"), CASES)
 def test_odd_denoisers_of_every_family_are_refused(change, message, name):
     pipe = make(name)
-    denoiser = denoiser_of(pipe)
+    denoiser = subject_of(pipe).denoiser
     change(denoiser)
     before = {key: value.clone() for key, value in denoiser.state_dict().items() if not value.is_meta}
     for pattern in ("unstructured:0.5", "structured:0.5"):

@@ -7,7 +7,7 @@ import torch
 from obsdiff.models.graph import shapes_with
 from obsdiff.models.subject import graph_of
 from obsdiff.obs.pattern import parse_pattern
-from obsdiff.pruning.defaults import pattern_by, spared_by
+from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.plan import kept_units, make_plan
 
 SDXL = {
@@ -105,7 +105,7 @@ def parameters_after(name, pattern, method):
     """Of the whole denoiser, by the plan that ``method`` makes and the shapes that its slices leave."""
     model = model_of(name)
     graph, pattern = graph_of(model), pattern_by(method, parse_pattern(pattern))
-    plan = make_plan(graph, pattern, spare_blocks=spared_by(method, pattern, model))
+    plan = make_plan(graph, pattern)
     kept = {group.name: kept_units(group, plan.entries[group.name]) for group in plan.groups(graph)}
     shapes = shapes_with(graph, kept)["tensors"]
     return sum(torch.Size(shapes.get(name, parameter.shape)).numel() for name, parameter in model.named_parameters())

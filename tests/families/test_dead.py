@@ -9,7 +9,6 @@ from obsdiff.allocation.stage import prune_stage
 from obsdiff.cli.main import main
 from obsdiff.export.inspection import inspect_run
 from obsdiff.files import read_json
-from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import PipelineInfo, attach_info
 from obsdiff.models.subject import subject_of
 from obsdiff.models.tracing import dead_layers
@@ -69,18 +68,22 @@ def answer(subject, denoiser):
 def test_dead_layers_become_zero_and_nothing_changes(name, options):
     plain, reported = pruned(name, **options)
     pipe, report = pruned(name, **options, dead="remove")
-    dead = set(PIPELINES[name].dead) & {n for n, m in denoiser_of(plain).named_modules() if isinstance(m, nn.Linear)}
+    dead = set(PIPELINES[name].dead) & {
+        n for n, m in subject_of(plain).denoiser.named_modules() if isinstance(m, nn.Linear)
+    }
     assert report.dead == dict.fromkeys(report.dead, "zero") and reported.dead == dict.fromkeys(reported.dead, "left")
     assert set(report.dead) == set(reported.dead) == dead
     for layer in dead:
-        module = denoiser_of(pipe).get_submodule(layer)
+        module = subject_of(pipe).denoiser.get_submodule(layer)
         assert not module.weight.any() and (module.bias is None or not module.bias.any())
         assert (
             not report.masks[layer].any() and report.sparsity_per_layer[layer] == 1 and layer not in report.layer_error
         )
-        assert denoiser_of(plain).get_submodule(layer).weight.any()
+        assert subject_of(plain).denoiser.get_submodule(layer).weight.any()
     subject = subject_of(plain)
-    torch.testing.assert_close(answer(subject, denoiser_of(pipe)), answer(subject, denoiser_of(plain)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        answer(subject, subject_of(pipe).denoiser), answer(subject, subject_of(plain).denoiser), rtol=0, atol=0
+    )
     assert report.sparsity > reported.sparsity
 
 
@@ -99,12 +102,14 @@ def test_structured_plans_cut_modules_of_nothing_else(tmp_path):
     assert {fate for layer, fate in report.dead.items() if "txt_mlp" in layer} == {"cut"}
     plain, _ = pruned("qwen-image", pattern="structured:0.5", method="magnitude")
     subject = subject_of(plain)
-    torch.testing.assert_close(answer(subject, denoiser_of(pipe)), answer(subject, denoiser_of(plain)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        answer(subject, subject_of(pipe).denoiser), answer(subject, subject_of(plain).denoiser), rtol=0, atol=0
+    )
     kept, _ = pruned("qwen-image", pattern="structured:0.5", method="magnitude", dead="remove", exclude=["*.txt_mlp"])
-    assert denoiser_of(kept).transformer_blocks[2].txt_mlp.net[2].in_features > 8
+    assert subject_of(kept).denoiser.transformer_blocks[2].txt_mlp.net[2].in_features > 8
     obsdiff.save_pipeline(pipe, tmp_path / "out", report)
     loaded = obsdiff.load_pipeline(tmp_path / "out")
-    torch.testing.assert_close(answer(subject, denoiser_of(loaded)), answer(subject, denoiser_of(pipe)))
+    torch.testing.assert_close(answer(subject, subject_of(loaded).denoiser), answer(subject, subject_of(pipe).denoiser))
 
 
 def test_plan_files_know_them(tmp_path):

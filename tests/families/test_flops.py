@@ -28,7 +28,7 @@ def test_flops(name, monkeypatch):
     call = call_arguments(pipe)
     calls = one_image(pipe, call)
     real = [counted_in_full(partial(denoisers_of(pipe)[part], **told)) for part, told in calls.items()]
-    dense = denoiser_flops(pipe, call)
+    dense = denoiser_flops(subject_of(pipe), call)
     assert dense == round(sum(real) / len(real)) > 0
     report = obsdiff.prune(pipe, "structured:0.5", method="magnitude", spare_blocks=())
     fresh = row.build(encoders=False)
@@ -36,7 +36,7 @@ def test_flops(name, monkeypatch):
     _ = subject_of(fresh, conditioning).call
     if name == WITH_VALUES:
         with pytest.raises(UserError, match="give a budget in parameters"):
-            shrunk_flops(fresh, call, report.shrunk)
-        assert denoiser_flops(pipe, call) < dense
+            shrunk_flops(subject_of(fresh), call, report.shrunk)
+        assert denoiser_flops(subject_of(pipe), call) < dense
         return
-    assert shrunk_flops(fresh, call, report.shrunk) == denoiser_flops(pipe, call) < dense
+    assert shrunk_flops(subject_of(fresh), call, report.shrunk) == denoiser_flops(subject_of(pipe), call) < dense

@@ -8,10 +8,11 @@ import torch
 from obsdiff.errors import UserError
 from obsdiff.models.calling import PromptEncoder
 from obsdiff.models.conditioning import encode_prompts
-from obsdiff.models.denoisers import denoiser_of, denoisers_of
+from obsdiff.models.denoisers import denoisers_of
 from obsdiff.models.families import find_family
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
 from obsdiff.models.latents import encode_images, vae_factor
+from obsdiff.models.subject import subject_of
 from obsdiff.training.fits import check_data
 from obsdiff.training.inputs import Inputs
 from obsdiff.training.objectives import loss_terms
@@ -48,7 +49,7 @@ def accepted(pipe):
 
 
 def own_side(pipe):
-    return denoiser_of(pipe).config.sample_size * vae_factor(pipe)
+    return subject_of(pipe).denoiser.config.sample_size * vae_factor(pipe)
 
 
 def prompts_of(row, rows=2):
@@ -97,17 +98,17 @@ def test_images_are_trained_on(built):
     data = type("Data", (), {"image_shape": tuple(images.shape[1:]), "source": "it"})()
     if name in NOT_TRAINED:
         with pytest.raises(UserError, match=rf"{NOT_TRAINED[name]}.*distil on recorded trajectories instead"):
-            check_data(pipe, data)
+            check_data(subject_of(pipe), data)
         return
-    check_data(pipe, data)
+    check_data(subject_of(pipe), data)
     batch = {"image": images} | ({"prompt": prompts_of(row)} if row.text else {})
-    inputs = Inputs(pipe, PromptEncoder(pipe), 0.0)
+    inputs = Inputs(subject_of(pipe), PromptEncoder(pipe), 0.0)
     told, target = inputs(batch, torch.Generator().manual_seed(2), torch.device("cpu"))
     for model in denoisers_of(pipe).values():
         model.requires_grad_(True)
-    terms = loss_terms(denoiser_of(pipe), None, {"denoise": 1.0}, told, target, torch.Generator())
+    terms = loss_terms(subject_of(pipe).denoiser, None, {"denoise": 1.0}, told, target, torch.Generator())
     terms["denoise"].backward()
     assert 0 < float(terms["denoise"]) < 1e3 * float(target.square().mean())
-    grads = [p.grad for p in denoiser_of(pipe).parameters() if p.grad is not None]
+    grads = [p.grad for p in subject_of(pipe).denoiser.parameters() if p.grad is not None]
     assert grads and all(bool(torch.isfinite(g).all()) for g in grads)
-    denoiser_of(pipe).zero_grad(set_to_none=True)
+    subject_of(pipe).denoiser.zero_grad(set_to_none=True)

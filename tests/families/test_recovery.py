@@ -19,7 +19,7 @@ from obsdiff.data.trajectories import TrajectoryDataModule, TrajectoryDataset
 from obsdiff.errors import UserError
 from obsdiff.evaluation.sampling import FRAMES, sample
 from obsdiff.models.calling import call_denoiser, drop_prompts
-from obsdiff.models.denoisers import denoiser_of, denoisers_of
+from obsdiff.models.denoisers import denoisers_of
 from obsdiff.models.families import find_family
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, write_info
 from obsdiff.models.loading import absent
@@ -111,7 +111,7 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
         told = recording.times if recording.times.dim() == 1 else recording.times[:, 0]
         close(told, family.time_offset + family.time_scale * pipe.scheduler.timesteps.float())
     batch = default_collate(list(TrajectoryDataset(recording)))
-    denoiser = denoiser_of(pipe)
+    denoiser = subject_of(pipe).denoiser
 
     def replay(dropped):
         embeds = drop_prompts(batch["embeds"], torch.full((len(batch["latents"]),), dropped))
@@ -221,7 +221,7 @@ def test_two_steps_of_distillation(saved, tmp_path, pattern):
         assert len(changed) > len(old) // 2
     masks = module.named_masks()
     assert bool(masks) is pattern.startswith("unstructured")
-    trained = dict(denoiser_of(after).named_parameters())
+    trained = dict(subject_of(after).denoiser.named_parameters())
     assert all(bool((trained[key][~kept] == 0).all()) for key, kept in masks.items())
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2

@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 
 import obsdiff
 from obsdiff.models.conditioning import Conditioning
-from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
 from obsdiff.models.loading import absent
 from obsdiff.models.subject import graph_of, subject_of
@@ -87,7 +86,7 @@ def test_masks(case, pattern, tmp_path):
 def masked_like(case, pipe, report):
     """The dense pipeline with the columns of what went zeroed, and the columns that stayed as they came out."""
     masked = case.fresh()
-    denoiser, cut = denoiser_of(masked), denoiser_of(pipe)
+    denoiser, cut = subject_of(masked).denoiser, subject_of(pipe).denoiser
     keeps = {}
     for name, mask in report.masks.items():
         for slices in case.graph.group_of[name].consumers:
@@ -112,10 +111,10 @@ def test_structured(case, allocated, tmp_path):
         asked = PruningOptions(pattern=pattern, allocation="measured", budget="parameters:0.9", scan=scan)
         found = obsdiff.allocate(pipe, asked, case.statistics, case.conditioning)
         pattern, options = found.plan, {}
-    dense = sum(p.numel() for p in denoiser_of(pipe).parameters())
+    dense = sum(p.numel() for p in subject_of(pipe).denoiser.parameters())
     report = obsdiff.prune(pipe, pattern, statistics=case.statistics, **options)
     assert report.masks.keys() == case.graph.group_of.keys()
-    assert report.parameters["pruned"] == sum(p.numel() for p in denoiser_of(pipe).parameters()) < dense
+    assert report.parameters["pruned"] == sum(p.numel() for p in subject_of(pipe).denoiser.parameters()) < dense
     if allocated:
         assert report.parameters["pruned"] <= 0.9 * dense
     drawn = case.sample(pipe)

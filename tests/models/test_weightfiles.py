@@ -8,8 +8,11 @@ from safetensors.torch import load_file, save_file
 
 import obsdiff
 from obsdiff.cli.main import main
-from obsdiff.models.denoisers import denoiser_of
 from obsdiff.models.info import info_of
+from obsdiff.models.loading import check_source
+from obsdiff.models.subject import subject_of
+from obsdiff.pruning.manifest import read_manifest
+from obsdiff.training.stage import start_from
 from tests.families.pipelines import PIPELINES
 
 PLAIN = "diffusion_pytorch_model.safetensors"
@@ -36,7 +39,7 @@ def only(folder, target, *variants):
 
 
 def weights(pipe):
-    return denoiser_of(pipe).state_dict()
+    return subject_of(pipe).denoiser.state_dict()
 
 
 def test_variants_are_chosen_or_found(folder, tmp_path):
@@ -74,7 +77,7 @@ def test_a_single_file_stands_in_place_of_the_denoiser(name, tmp_path):
         torch.bfloat16
     }
     assert all(torch.equal(weights(loaded)[key], tensor.bfloat16()) for key, tensor in expected.items())
-    assert info_of(loaded).source.endswith("mine.safetensors") and not denoiser_of(loaded).training
+    assert info_of(loaded).source.endswith("mine.safetensors") and not subject_of(loaded).denoiser.training
 
 
 AUTHORS = {  # of Wan: diffusers' names, and the authors'
@@ -156,8 +159,15 @@ def test_the_command_line_takes_both(pipe_folder, tmp_path, capsys):
     name = "transformer_blocks.1.attn.to_q.weight"
     kept = pruned[name] != 0
     assert torch.equal(pruned[name][kept], expected[name][kept]) and 0.4 < kept.float().mean() < 0.6
+    called = read_manifest(output)["pipeline"]
+    assert called == f"{pipe_folder} with {tmp_path / 'mine.safetensors'}" == check_source(called)
+    teacher = start_from(str(output), None, tmp_path / "run", "cpu", False, lambda dense: None).teacher
+    for dense in (teacher.pipe, obsdiff.load_pipeline(called)):  # a recovery finds what was pruned by its name
+        assert torch.equal(dense.transformer.state_dict()[name], expected[name])
     main(["sample", *shared, "--prompt", "a seven", "--output", str(tmp_path / "a.png")])
     assert (tmp_path / "a.png").is_file()
+    with pytest.raises(obsdiff.UserError, match=r"missing.safetensors is no \.safetensors file"):
+        check_source(f"{pipe_folder} with {tmp_path / 'missing.safetensors'}")
     for wrong, message in (("--denoiser", "is no .safetensors file"), ("--variant", "has no weight files")):
         with pytest.raises(SystemExit):
             main(["sample", "--pipeline", str(pipe_folder), "--prompt", "a", wrong, "nothing"])

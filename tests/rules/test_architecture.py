@@ -93,6 +93,20 @@ def test_no_two_packages_import_each_other():
     assert not [pair for pair in needed if pair[0] < pair[1] and pair[::-1] in needed]
 
 
+def test_a_pipeline_is_resolved_in_one_place():
+    """What its denoisers are, and which family they are of, is asked of the Subject outside ``models``."""
+    asked = [
+        f"{module} imports {name.name}"
+        for module, path in modules()
+        if not module.startswith("obsdiff.models")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("obsdiff.models")
+        for name in node.names
+        if name.name in ("denoisers_of", "find_family")
+    ]
+    assert not asked
+
+
 def test_numerics_import_torch_only():
     allowed = {"torch", "obsdiff", *sys.stdlib_module_names}
     wrong = [

@@ -9,6 +9,7 @@ from obsdiff.callbacks.budget import Budget
 from obsdiff.data.digits import DigitsDataModule
 from obsdiff.data.trajectories import TrajectoryDataModule
 from obsdiff.errors import UserError
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.training.fits import check_embeds, check_images, check_latents
 from obsdiff.training.options import Objective, Trained
@@ -49,18 +50,18 @@ def test_images_that_nobody_spoke_of_are_refused_at_the_first_batch(pipe_folder,
 
 
 def test_latents_and_embeds(pipe):
-    check_images(pipe, (1, 16, 16), "it")
-    check_images(pipe, (1, 8, 16), "it")
-    check_latents(pipe, (4, 8, 8), "it")
+    check_images(subject_of(pipe), (1, 16, 16), "it")
+    check_images(subject_of(pipe), (1, 8, 16), "it")
+    check_latents(subject_of(pipe), (4, 8, 8), "it")
     for shape, word in (
         ((16, 8, 8), "16 channels, .* takes 4"),
         ((4, 7, 8), "7 x 8, .* multiples of 2"),
         ((4, 10, 8), "ends at 4"),
     ):
         with pytest.raises(UserError, match=word):
-            check_latents(pipe, shape, "it")
+            check_latents(subject_of(pipe), shape, "it")
     with pytest.raises(UserError, match=r"width 32, .* takes 16"):
-        check_embeds(pipe, {"encoder_hidden_states": torch.zeros(1, 5, 32)}, "it")
+        check_embeds(subject_of(pipe), {"encoder_hidden_states": torch.zeros(1, 5, 32)}, "it")
 
 
 def trajectories(folder, tmp_path):

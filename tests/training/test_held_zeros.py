@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.models.denoisers import denoiser_of
+from obsdiff.models.subject import subject_of
 from obsdiff.training.stage import start_from
 from tests.conftest import make_pipe
 
@@ -14,7 +14,7 @@ from tests.conftest import make_pipe
 def zeros(pipe):
     return {
         name
-        for name, p in denoiser_of(pipe).named_parameters()
+        for name, p in subject_of(pipe).denoiser.named_parameters()
         if p.dim() == 2 and float((p == 0).float().mean()) > 0.3
     }
 
@@ -40,7 +40,7 @@ def test_a_pipeline_pruned_twice(tmp_path):
         start = start_from(str(tmp_path / "out"), None, tmp_path / "run", "cpu", False, None)
     assert {f"{name}.weight" for name in start.masks} == zeros(start.pipe) and len(start.masks) > 20
     for name, mask in start.masks.items():
-        assert torch.equal(mask, denoiser_of(start.pipe).get_submodule(name).weight.ne(0))
+        assert torch.equal(mask, subject_of(start.pipe).denoiser.get_submodule(name).weight.ne(0))
 
 
 def test_a_run_whose_masks_cover_all_zeros_says_nothing(tmp_path, recwarn):

@@ -97,7 +97,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pipe_folder, tmp_path, patter
 
 
 def test_lora_respects_the_mask_and_merging_changes_nothing(pipe_folder, tmp_path, images):
-    from obsdiff.models.denoisers import denoiser_of
+    from obsdiff.models.subject import subject_of
     from obsdiff.pruning.masks import load_masks
     from obsdiff.training.adapters import add_adapters, merge_adapters
 
@@ -105,7 +105,7 @@ def test_lora_respects_the_mask_and_merging_changes_nothing(pipe_folder, tmp_pat
     assert_zero(tmp_path / "run")
     pipe = obsdiff.load_pipeline(tmp_path / "run" / "recovered")
     masks = load_masks(tmp_path / "run" / "recovered" / "masks.safetensors")
-    denoiser = denoiser_of(pipe)
+    denoiser = subject_of(pipe).denoiser
     torch.manual_seed(0)
     add_adapters(denoiser, list(masks), masks, rank=4, alpha=4.0)
     for name, parameter in denoiser.named_parameters():

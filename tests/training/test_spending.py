@@ -9,9 +9,10 @@ import obsdiff
 from obsdiff.callbacks.budget import Budget
 from obsdiff.data.digits import DigitsDataModule
 from obsdiff.data.trajectories import TrajectoryDataModule
-from obsdiff.evaluation.flops import FlopCounts, denoiser_flops, latent_size
+from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
 from obsdiff.models.calling import call_denoiser
 from obsdiff.models.info import call_arguments
+from obsdiff.models.subject import subject_of
 from obsdiff.training.adapters import add_adapters
 from obsdiff.training.options import Objective
 from tests.conftest import CALL, make_pipe
@@ -36,18 +37,16 @@ def test_flops_are_those_of_the_tensors_that_run(pipe, count, side, tokens):
 
 def test_nominal_sizes_count_as_before(pipe):
     latents, _, embeds = inputs(1)
-    nominal = denoiser_flops(pipe, CALL)
+    nominal = denoiser_flops(subject_of(pipe), CALL)
     assert FlopCounts(pipe.transformer)(latents, embeds) == nominal
     latents, _, embeds = inputs(5)
     assert FlopCounts(pipe.transformer)(latents, embeds) == 5 * nominal
 
 
 def test_a_call_of_another_size_counts_its_own_latents(pipe):
-    assert latent_size(pipe, CALL) == (8, 8) == latent_size(pipe, {})
     small = {**CALL, "height": 8, "width": 16}
-    assert latent_size(pipe, small) == (4, 8)
     latents, _, embeds = inputs(1)
-    assert denoiser_flops(pipe, small) == FlopCounts(pipe.transformer)(latents[:, :, :4], embeds)
+    assert denoiser_flops(subject_of(pipe), small) == FlopCounts(pipe.transformer)(latents[:, :, :4], embeds)
 
 
 def test_adapters_count(pipe):
@@ -77,7 +76,7 @@ def test_a_recording_is_charged_also_when_it_is_used_again(pipe_folder, tmp_path
     first = spent(pipe_folder, tmp_path / "first", data(), **distil)
     second = spent(pipe_folder, tmp_path / "second", data(), **distil)
     pipe = obsdiff.load_pipeline(pipe_folder)
-    nominal = denoiser_flops(pipe, call_arguments(pipe))
+    nominal = denoiser_flops(subject_of(pipe), call_arguments(pipe))
     assert first["recording"] == second["recording"]
     assert first["recording"]["denoiser_flops"] == 4 * 3 * 2 * nominal  # prompts, steps, rows with guidance
     assert 0 < first["recording"]["wall_s"] == first["recording"]["device_s"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from obsdiff.allocation.assemble import achieved_share, plan_of, settle
 from obsdiff.allocation.budget import Costs, costs_of, table_cost
+from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.knapsack import choose
@@ -68,7 +69,7 @@ def allocate(
     """Give each layer (structured: each attention and feed-forward module) its own pattern under one budget.
 
     Args:
-        pipe: The dense pipeline; as before afterwards.
+        pipe: The dense pipeline, or its Subject; as before afterwards.
         options: What is asked for. Of ``pattern`` the kind is what layers get, at shares of their own; ``allocation``
             is "measured" (a sensitivity scan, then the least summed error), "owl" (2310.05175) or "uniform"; without a
             ``budget`` it is what the uniform plan costs (total sparsity; structured: parameters). The scan prunes with
@@ -94,9 +95,9 @@ def allocate(
     check_serves(statistics, {"gram"} if rule == "measured" else {"diagonal"}, f"the {rule} allocation")
     settings = settings_of(statistics, options.calibration.batch_size)
     units = make_units(graph, base, options.limits)
-    timing = timing_of(pipe, graph, settings.call, folder) if budget.kind == "latency" else None
+    timing = timing_of(subject.pipe, graph, settings.call, folder) if budget.kind == "latency" else None
     if timing is None:
-        costs = costs_of(pipe, graph, units, budget, settings.call)
+        costs = costs_of(subject, units, budget, settings.call)
     else:
         costs = latency_costs(graph, units, budget, timing)
     _check_feasible(costs, budget)
@@ -125,7 +126,7 @@ def allocate(
     sensitivity, probe = scanned.sensitivity, scanned.probe
     found = choose(errors, costs.options, limit)
     even = plan_of(graph, base, units, meet_with_offsets(units, [0.0] * len(units), costs, limit), "uniform", budget)
-    joint, uniform = joint_errors(graph, [plan, even], statistics, solve_options(options), probe)
+    joint, uniform = joint_errors(Solver(graph, statistics, solve_options(options)), [plan, even], probe)
     record |= {
         "predicted_error": found.error,
         "error_bound": found.bound,
@@ -179,10 +180,8 @@ def _scanned(
     units = make_units(subject.graph, base, Limits(share=options.limits.share))
     probe, bare = probe_for(subject, units, prompts, settings, options.scan)
     sensitivity = scan(
-        subject.graph,
+        Solver(subject.graph, statistics, solve_options(options)),
         units,
-        statistics,
-        solve_options(options),
         probe,
         conditioning_hash(subject.pipe, prompts),
         levels=options.scan.levels,

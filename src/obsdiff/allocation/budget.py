@@ -9,7 +9,8 @@ from typing import Any
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.evaluation.flops import denoiser_flops, shrunk_flops
-from obsdiff.models.graph import Graph, shapes_with, units_parameters
+from obsdiff.models.graph import shapes_with, units_parameters
+from obsdiff.models.subject import Subject
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.pruning.plan import kept_units
 
@@ -31,8 +32,9 @@ class Costs:
     limit: float
 
 
-def costs_of(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
+def costs_of(subject: Subject, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
     """Cost tables under a budget in sparsity, parameters or FLOPs."""
+    graph = subject.graph
     members = [member for unit in units for member in unit.members]
     total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
     stays = 1 - budget.share if budget.kind == "sparsity" else budget.share
@@ -47,10 +49,10 @@ def costs_of(pipe: Any, graph: Graph, units: Sequence[Unit], budget: Budget, cal
         return costs_from(units, kept, dense - planned, dense, stays)
     groups = {name: graph.group_of[name] for name in members}
     if budget.kind == "flops":  # affine in each module's width: two counts per module give its slope
-        total = denoiser_flops(pipe, call)
+        total = denoiser_flops(subject, call)
         per_unit: dict[str, float] = {}
         for name, group in groups.items():
-            fewer = shrunk_flops(pipe, call, shapes_with(graph, {name: group.count // 2}))
+            fewer = shrunk_flops(subject, call, shapes_with(graph, {name: group.count // 2}))
             per_unit[name] = (total - fewer) / (group.count - group.count // 2)
     else:
         per_unit = {name: float(units_parameters(graph, group)) for name, group in groups.items()}

@@ -27,7 +27,7 @@ from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit
 from obsdiff.files import read_json, write_json
 from obsdiff.models.calls import remembered_call
-from obsdiff.models.content import denoiser_hash
+from obsdiff.models.content import component_hash
 from obsdiff.models.denoisers import dtype_of, parts_of
 from obsdiff.models.graph import Graph, Group, shapes_with
 from obsdiff.models.modes import eval_mode
@@ -87,7 +87,7 @@ def timing_of(pipe: Any, graph: Graph, call: Mapping[str, Any], store: Path | No
     arguments = {prefix: recorded.get(prefix[:-1], single) for prefix in parts_of(graph.denoiser)}
     device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else platform.machine()
     machine = [platform.node(), device, torch.get_num_threads(), versions()]
-    depends_on = [denoiser_hash(pipe), str(dtype_of(graph.denoiser)), dict(call), machine]
+    depends_on = [component_hash(graph.denoiser), str(dtype_of(graph.denoiser)), dict(call), machine]
     return Timing(arguments, depends_on, None if store is None else store / FILE)
 
 

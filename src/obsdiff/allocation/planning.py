@@ -12,7 +12,7 @@ from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import NM, parse_pattern
-from obsdiff.pruning.defaults import pattern_by, spared_by
+from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.oneshot import check_solving
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan, make_plan
@@ -105,7 +105,6 @@ def first_plan(graph: Graph, options: PruningOptions) -> Plan:
     spared: Any = options.spare_blocks
     if not allocates(options):  # otherwise the shares decide, and widths come in steps that are fast
         pattern = pattern_by(options.method, pattern)
-        spared = spared_by(options.method, pattern, graph.denoiser) if spared is None else spared
     elif rule_of(options) == "measured" and spared is None:
         spared = ()
     return make_plan(graph, pattern, options.include, options.exclude, spared)

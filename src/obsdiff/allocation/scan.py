@@ -18,8 +18,7 @@ from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import NM, Pattern, Structured
 from obsdiff.progress import track
 from obsdiff.pruning.options import ScanOptions
-from obsdiff.pruning.solve import SolveOptions
-from obsdiff.pruning.statistics import Statistics, check_fingerprint
+from obsdiff.pruning.statistics import check_fingerprint
 from obsdiff.pruning.surgery import Edits
 from obsdiff.ranks import rank, solved_in_turn, world_size
 
@@ -88,10 +87,8 @@ def triples_of(graph: Graph, units: Sequence[Unit], scanning: ScanOptions, calls
 
 
 def scan(
-    graph: Graph,
+    solver: Solver,
     units: Sequence[Unit],
-    statistics: Statistics,
-    options: SolveOptions,
     probe: Probe,
     prompts: str,
     *,
@@ -105,10 +102,8 @@ def scan(
     store is continued by any number of them.
 
     Args:
-        graph: The dense denoiser; as before afterwards.
+        solver: Prunes layers; the dense denoiser is as before afterwards.
         units: Without limits, so that a store serves every allocation; in the order of a forward pass.
-        statistics: Of the calibration.
-        options: How layers are pruned.
         probe: Where to measure.
         prompts: Hash of what the probe's denoiser was told (:func:`obsdiff.pruning.calibrate.conditioning_hash`).
         levels: Shares to measure at; None: :data:`MEASURED`.
@@ -118,13 +113,13 @@ def scan(
     Raises:
         UserError: The store was made with other statistics or settings.
     """
-    fingerprint = _fingerprint(units, statistics, options, len(probe), prompts, levels)
+    graph, fingerprint = solver.graph, _fingerprint(solver, units, len(probe), prompts, levels)
     found = (_open(store, fingerprint) if store is not None else None) or Sensitivity(fingerprint, triples=len(probe))
     found.earlier_s = found.cost["scan_s"]
     missing = [unit for unit in units if unit.name not in found.measured]
     if not missing:
         return found
-    restart, solver = Restart(graph, probe), Solver(graph, statistics, options)
+    restart = Restart(graph, probe)
     found.cost["passes"] += world_size() * restart.stages_run / len(graph.stages)  # the dense outputs
 
     def measure(unit: Unit) -> _Measured:
@@ -179,17 +174,13 @@ def _measure(unit: Unit, restart: Restart, solver: Solver, levels: Sequence[floa
 
 
 def _fingerprint(
-    units: Sequence[Unit],
-    statistics: Statistics,
-    options: SolveOptions,
-    triples: int,
-    prompts: str,
-    levels: Sequence[float] | None,
+    solver: Solver, units: Sequence[Unit], triples: int, prompts: str, levels: Sequence[float] | None
 ) -> dict[str, Any]:
+    options = solver.options
     sparsest = units[0].options[-1]  # options begin dense, which N:M has no pattern of its own for
     return {
         "kind": f"N:{sparsest.m}" if isinstance(sparsest, NM) else type(sparsest).__name__.lower(),
-        "statistics": dict(statistics.fingerprint),
+        "statistics": dict(solver.statistics.fingerprint),
         "method": options.method,
         "refit": options.refits,
         "seed": options.seed,

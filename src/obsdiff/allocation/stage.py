@@ -25,7 +25,6 @@ from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import in_known_words
 from obsdiff.models.conditioning import told_nothing
-from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
@@ -54,17 +53,12 @@ def calibration_prompts(pipe: Any, options: PruningOptions) -> list[str]:
     return in_known_words(prompts, info_of(pipe).alignment)
 
 
-def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tuple[Graph, Plan]:
-    """The graph, and the plan before anything is measured.
+def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tuple[Subject, Plan]:
+    """The pipeline resolved, and the plan before anything is measured.
 
     Raises:
         UserError: The plan does not fit, a layer would not be pruned truly, or the pipeline is pruned already.
     """
-    subject, plan = _prepared(pipe, options, prune_again)
-    return subject.graph, plan
-
-
-def _prepared(pipe: Any, options: PruningOptions, prune_again: bool) -> tuple[Subject, Plan]:
     subject = subject_of(pipe)
     plan = first_plan(subject.graph, options)
     if options.dead == "remove":
@@ -93,7 +87,7 @@ def prune_stage(
     """Prune a pipeline in place as the options ask; on all processes alike where there are several.
 
     Args:
-        pipe: The dense pipeline. If anything fails, no weight has changed.
+        pipe: The dense pipeline, or its Subject. If anything fails, no weight has changed.
         options: What is asked for.
         prompts: For the calibration.
         statistics, sensitivity: Folders to keep calibration and scan in, or to find them.
@@ -107,13 +101,13 @@ def prune_stage(
         UserError: The request cannot be met.
     """
     check_options(options, statistics, sensitivity)
-    subject, plan = _prepared(pipe, options, prune_again)
+    subject, plan = prepare(pipe, options, prune_again)
     graph, dead = subject.graph, [] if options.dead == "ignore" else subject.dead
     settings = options.calibration
 
     def measure(sites: set[str] | None) -> Statistics:
         return calibrate(
-            pipe,
+            subject,
             prompts,
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
@@ -133,13 +127,13 @@ def prune_stage(
     record, allocate_s = None, 0.0
     if allocates(options):
         started = time.perf_counter()
-        allocation = allocate(pipe, options, found, prompts, store=sensitivity, quiet=quiet)
+        allocation = allocate(subject, options, found, prompts, store=sensitivity, quiet=quiet)
         plan, record = allocation.plan, allocation.record
         allocate_s = allocation.earlier_s + time.perf_counter() - started
         if options.dead == "remove":
             plan = without_dead(graph, plan, dead, options.exclude)
     report = prune(
-        pipe,
+        subject,
         plan,
         method=options.method,
         statistics=found,
@@ -165,10 +159,9 @@ def weighting_of(options: PruningOptions, statistics: Path | None) -> str:
     return options.calibration.weighting or stored or find_method(options.method).weighting
 
 
-def announce(
-    pipe: Any, graph: Graph, plan: Plan, options: PruningOptions, num_prompts: int, statistics: Path | None
-) -> None:
+def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts: int, statistics: Path | None) -> None:
     """Say on standard error what is about to happen: layers, passes, memory."""
+    pipe, graph = subject.pipe, subject.graph
     sites = plan.sites(graph)
     chosen = [site for site in graph.sites if statistics is not None or site.name in sites]
     numbers = [weight_matrices(graph.layer(site.name)).shape for site in chosen]

@@ -9,17 +9,15 @@ import torch
 from scipy.stats import pearsonr, rankdata
 
 from obsdiff.allocation.budget import Costs
+from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.probe import Probe
 from obsdiff.allocation.scan import Sensitivity
 from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.units import Unit, removed
-from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import Pattern
 from obsdiff.pruning.plan import Plan
-from obsdiff.pruning.solve import SolveOptions
-from obsdiff.pruning.statistics import Statistics
 
 SPREAD = 0.3  # random plans differ by up to this share from the common one
 
@@ -45,13 +43,11 @@ class Additivity:
 
 
 def check_additivity(
-    graph: Graph,
+    solver: Solver,
     base: Plan,
     units: Sequence[Unit],
     costs: Costs,
     sensitivity: Sensitivity,
-    statistics: Statistics,
-    options: SolveOptions,
     probe: Probe,
     plans: int = 24,
     seed: int = 0,
@@ -65,7 +61,7 @@ def check_additivity(
         predicted.append(sum(map(_predicted, units, patterns, [sensitivity] * len(units))))
         entries = {name: p for unit, p in zip(units, patterns, strict=True) for name in unit.members}
         drawn.append(Plan(base.pattern, {name: entries[name] for name in base.entries}))
-    return Additivity(predicted, joint_errors(graph, drawn, statistics, options, probe))
+    return Additivity(predicted, joint_errors(solver, drawn, probe))
 
 
 def _predicted(unit: Unit, pattern: Pattern, sensitivity: Sensitivity) -> float:

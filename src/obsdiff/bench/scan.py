@@ -9,6 +9,7 @@ import torch
 
 from obsdiff.allocation.allocate import default_budget, probe_for, settings_of
 from obsdiff.allocation.budget import costs_of
+from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.scan import scan
 from obsdiff.allocation.units import make_units
 from obsdiff.bench.additivity import check_additivity
@@ -62,14 +63,14 @@ def bench_scan(
     graph = subject.graph
     base = make_plan(graph, parse_pattern(pattern), spare_blocks=())
     units = make_units(graph, base, Limits())
-    options = SolveOptions(method)
+    solver = Solver(graph, statistics, SolveOptions(method))
     settings = settings_of(statistics, preset.batch_size)
     started = time.perf_counter()
     probe, bare = probe_for(subject, units, conditioning, settings, ScanOptions(triples=triples))
-    found = scan(graph, units, statistics, options, probe, conditioning_hash(pipe, conditioning))
+    found = scan(solver, units, probe, conditioning_hash(pipe, conditioning))
     scan_s = time.perf_counter() - started
-    costs = costs_of(pipe, graph, units, default_budget(graph, base), settings.call)
-    added = check_additivity(graph, base, units, costs, found, statistics, options, probe, plans)
+    costs = costs_of(subject, units, default_budget(graph, base), settings.call)
+    added = check_additivity(solver, base, units, costs, found, probe, plans)
     correlation, interval = added.rank_correlation if plans > 1 else (None, None)
     return {
         "forward_only_s": round(forward_s, 3),

@@ -13,7 +13,7 @@ import torch
 
 from obsdiff.diffusion.distill import output_loss
 from obsdiff.models.calling import call_denoiser, drop_prompts
-from obsdiff.models.denoisers import denoiser_of
+from obsdiff.models.subject import subject_of
 from obsdiff.pruning.folder import load_pipeline
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
 from obsdiff.training.options import Objective
@@ -41,7 +41,7 @@ class _Plain(lightning.LightningModule):
 
 
 def _plain(pipeline: str) -> _Plain:
-    student, teacher = (denoiser_of(load_pipeline(pipeline)) for _ in range(2))
+    student, teacher = (subject_of(load_pipeline(pipeline)).denoiser for _ in range(2))
     return _Plain(student.train(), teacher.requires_grad_(False).eval(), 1e-4)
 
 

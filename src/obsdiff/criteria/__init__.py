@@ -17,7 +17,6 @@ METHODS: dict[str, Method] = {
         packages=4,
         multiple_of=1,
         cuts=("heads", "ffn"),  # the counts of tables 3, 4 and 9 leave ResNet blocks whole
-        spares={"SD3Transformer2DModel": (0, -1), "UNet2DConditionModel": ()},  # tables 3, 4 and 9
     ),
     "admm": Method(admm.solve, refit=True, centred=True, allocation="measured"),
     "sparsegpt": Method(sparsegpt.solve, weighting="uniform"),

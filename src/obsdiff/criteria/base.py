@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -98,8 +98,6 @@ class Method:
         packages: Calibration passes by default, where it can be calibrated anew.
         multiple_of: Kept FFN widths of a uniform plan are multiples of this by default; None: what is fast.
         cuts: Kinds of units that ``structured:RATIO`` removes; others go where the pattern names them.
-        spares: Blocks that structured plans leave alone by default, by the denoiser's class; others as in
-            :func:`obsdiff.pruning.plan.make_plan`.
     """
 
     solve: Callable[[Problem], list[Solution]]
@@ -114,4 +112,3 @@ class Method:
     packages: int = 1
     multiple_of: int | None = None
     cuts: Sequence[str] = KINDS
-    spares: Mapping[str, Sequence[int]] = field(default_factory=dict)

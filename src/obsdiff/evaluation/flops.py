@@ -14,21 +14,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from obsdiff.errors import UserError
 from obsdiff.models.calling import call_denoiser, one_image
 from obsdiff.models.calls import moved
-from obsdiff.models.denoisers import denoisers_of, dtype_of
+from obsdiff.models.denoisers import dtype_of
+from obsdiff.models.subject import Subject
 
 META = torch.device("meta")
 
 
-def denoiser_flops(pipe: Any, call: Mapping[str, Any]) -> int:
+def denoiser_flops(subject: Subject, call: Mapping[str, Any]) -> int:
     """FLOPs (two per multiply-add, attention included) of one call of the denoiser with one image, without guidance.
 
     Counted by torch's ``FlopCounterMode`` on a copy without weights. Zeros inside dense tensors count in full: no
     dense kernel skips them. Of two denoisers, the mean.
     """
-    return shrunk_flops(pipe, call, {"tensors": {}, "attributes": {}})
+    return shrunk_flops(subject, call, {"tensors": {}, "attributes": {}})
 
 
-def shrunk_flops(pipe: Any, call: Mapping[str, Any], shapes: Mapping[str, Any]) -> int:
+def shrunk_flops(subject: Subject, call: Mapping[str, Any], shapes: Mapping[str, Any]) -> int:
     """Like :func:`denoiser_flops`, if the denoiser had ``shapes`` (:func:`obsdiff.models.graph.shapes_with`).
 
     Raises:
@@ -36,9 +37,9 @@ def shrunk_flops(pipe: Any, call: Mapping[str, Any], shapes: Mapping[str, Any]) 
     """
     from obsdiff.models.obsdiff_shrunk import apply_shapes
 
-    counts, several = [], len(denoisers_of(pipe)) > 1
-    for name, arguments in one_image(pipe, call).items():
-        model, prefix = denoisers_of(pipe)[name], f"{name}." if several else ""
+    counts, several = [], len(subject.components) > 1
+    for name, arguments in one_image(subject.pipe, call).items():
+        model, prefix = subject.components[name], f"{name}." if several else ""
         shrunk = without_weights(model)
         own = {
             key: {inner.removeprefix(prefix): value for inner, value in described.items() if inner.startswith(prefix)}
@@ -84,16 +85,6 @@ def without_weights(model: nn.Module) -> nn.Module:
         for tensor in tensors
     }
     return copy.deepcopy(model, weightless).eval()
-
-
-def latent_size(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of the latents of a call: as it names them in pixels, else the denoiser's own."""
-    own: Any = next(iter(denoisers_of(pipe).values())).config
-    factor = int(getattr(pipe, "vae_scale_factor", 8))
-    height, width = (
-        int(call[side]) // factor if call.get(side) else int(own["sample_size"]) for side in ("height", "width")
-    )
-    return height, width
 
 
 class FlopCounts:

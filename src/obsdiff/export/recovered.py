@@ -16,8 +16,7 @@ from obsdiff.export.places import finite, write_or_rescue
 from obsdiff.export.report import draw_samples, mse_with_interval, steps_taken
 from obsdiff.files import FILES, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
-from obsdiff.models.denoisers import denoiser_of
-from obsdiff.models.subject import graph_of
+from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.folder import MASKS, load_pipeline, write_pipeline_files
 from obsdiff.pruning.manifest import FILE
@@ -56,7 +55,7 @@ def write_recovered(
     """
     start = module.start
     pipe = load_pipeline(start.folder or start.dense, dtype="float32")
-    denoiser = denoiser_of(pipe)
+    denoiser = subject_of(pipe).denoiser
     module.load_trained(denoiser, state)
     if broken := broken_masks(denoiser, start.masks):
         raise UserError(f"{len(broken)} layers, such as {broken[0]}, are not zero where masked; not exported")

@@ -28,6 +28,7 @@ from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
+from obsdiff.models.subject import Subject
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.oneshot import PruneReport
@@ -70,17 +71,17 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     check_places(options)
     check_options(options, statistics, sensitivity)
     check_space(Path(options.output), pipeline_bytes(pipe))
-    graph, plan = prepare(pipe, options, options.prune_again)
+    subject, plan = prepare(pipe, options, options.prune_again)
     prompts, evaluated = calibration_prompts(pipe, options), evaluation_prompts(pipe, options)
     check_measurable(evaluated, info_of(pipe).alignment)
     seeds = list(range(options.evaluation.seed, options.evaluation.seed + len(evaluated)))
     reused = statistics is not None and (statistics / INDEX).exists()
     if not quiet:
-        announce(pipe, graph, plan, options, len(prompts), statistics)
+        announce(subject, plan, options, len(prompts), statistics)
         if evaluated:
             print(f"evaluation: {len(evaluated)} images each by the dense and the pruned pipeline", file=sys.stderr)
         print(f"the result will lie in {options.output}", file=sys.stderr)
-    flops_dense = denoiser_flops(pipe, call_arguments(pipe))
+    flops_dense = denoiser_flops(subject, call_arguments(pipe))
 
     def draw(allow_nonfinite: bool) -> Tensor | None:
         batch_size = options.evaluation.batch_size
@@ -88,7 +89,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
 
     dense = draw(allow_nonfinite=False)
     done = prune_stage(
-        pipe,
+        subject,
         options,
         prompts,
         statistics=statistics,
@@ -100,7 +101,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     if pruned is not None and not bool(finite_images(pruned).all()) and rank() == 0:
         warnings.warn("images of the pruned pipeline are not finite; the report has no figures of them", stacklevel=2)
     images = None if dense is None or pruned is None else Images(dense, pruned, evaluated, seeds)
-    report = _report(pipe, done, options, len(prompts), reused, flops_dense, images)
+    report = _report(subject, done, options, len(prompts), reused, flops_dense, images)
     report["time_s"]["total"] = time.perf_counter() - started
     report["peak_memory_bytes"] = peak_memory_bytes(pipe.device)
     if rank() == 0:
@@ -108,7 +109,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
             Path(options.output),
             FILE,
             options.overwrite,
-            lambda folder: _write(pipe, folder, done, graph, report, images),
+            lambda folder: _write(pipe, folder, done, subject.graph, report, images),
             _kept(statistics, sensitivity),
         )
     wait_for_all()
@@ -168,7 +169,7 @@ def _requested(plan: Plan) -> float:
 
 
 def _report(
-    pipe: Any,
+    subject: Subject,
     done: PruneReport,
     options: PruneOptions,
     num_prompts: int,
@@ -176,7 +177,7 @@ def _report(
     flops_dense: int,
     images: Images | None,
 ) -> dict[str, Any]:
-    info, settings, measured = info_of(pipe), options.calibration, done.fingerprint
+    info, settings, measured = info_of(subject.pipe), options.calibration, done.fingerprint
     report: dict[str, Any] = {
         "pipeline": info.source,
         "method": done.method,
@@ -185,7 +186,7 @@ def _report(
         "budget": done.plan.budget,
         "refit": done.refit,
         "seed": done.seed,
-        "device": str(pipe.device),
+        "device": str(subject.pipe.device),
         "versions": versions(),
         "calibration": None
         if measured is None
@@ -208,7 +209,7 @@ def _report(
             "per_layer": done.sparsity_per_layer,
         },
         "parameters": done.parameters,
-        "flops": {"dense": flops_dense, "pruned": denoiser_flops(pipe, call_arguments(pipe))},
+        "flops": {"dense": flops_dense, "pruned": denoiser_flops(subject, call_arguments(subject.pipe))},
         "refit_steps": steps_taken(done.refit_steps),
         "layer_error": {"mean": done.mean_layer_error, "per_layer": done.layer_error},
         "time_s": {key: done.time_s.get(key, 0.0) for key in ("calibrate", "forward_only", "allocate", "solve")},

@@ -12,8 +12,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from obsdiff.models.denoisers import denoiser_of
-
 TEXT = ("text_encoder*", "tokenizer*")  # turn prompts into embeds, and nothing else
 DECODING = ("vae", "safety_checker", "feature_extractor", "image_encoder")  # latents do not depend on them
 # config entries that say how a model was loaded or saved, not what it computes
@@ -47,11 +45,6 @@ def component_hash(component: Any) -> str:
     if hasattr(component, "get_vocab"):
         return _digest(kind, _tokenizer(component))
     return _digest(kind, _settings(component))
-
-
-def denoiser_hash(pipe: Any) -> str:
-    """:func:`component_hash` of the pipeline's denoiser."""
-    return component_hash(denoiser_of(pipe))
 
 
 def model_hash(model: nn.Module) -> str:

@@ -49,11 +49,6 @@ def joined(components: Mapping[str, nn.Module]) -> nn.Module:
     return both
 
 
-def denoiser_of(pipe: Any) -> nn.Module:
-    """The denoiser of a pipeline, or a module that holds both (see :func:`denoisers_of`)."""
-    return joined(denoisers_of(pipe))
-
-
 def parts_of(denoiser: nn.Module) -> dict[str, nn.Module]:
     """The models that names in a denoiser lead to, by the prefix of these names: "" for a single one."""
     if isinstance(denoiser, Denoisers):

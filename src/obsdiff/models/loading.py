@@ -104,6 +104,12 @@ def open_pipeline(
     return to_device(pipe, device)
 
 
+def split_source(source: str) -> tuple[str, str | None]:
+    """``PIPELINE with FILE.safetensors``, as reports call a pipeline with another denoiser: its two parts."""
+    name, _, file = source.rpartition(" with ")
+    return (name, file) if name and file.endswith(".safetensors") else (source, None)
+
+
 def check_denoiser_file(file: str | Path | None) -> Path | None:
     """The file, ``~`` filled in.
 
@@ -177,11 +183,16 @@ def to_device(pipe: Any, device: str) -> Any:
 
 
 def check_source(source: str, option: str = "pipeline") -> str:
-    """The name of a pipeline, ``~`` filled in; refuses what is neither there nor a hub id, without importing torch.
+    """The name of a pipeline (:func:`split_source`), ``~`` filled in; refuses what is neither there nor a hub id,
+    without importing torch.
 
     Raises:
         UserError: Nothing can be called so.
     """
+    whole, (source, denoiser) = source, split_source(source)
+    if denoiser is not None:
+        check_denoiser_file(denoiser)
+        return whole.replace(source, check_source(source, option), 1)
     path = user_path(source, option)
     if source not in EMBEDDED and not any((folder / "pruning.json").is_file() for folder in (path, path.parent)):
         find_pipeline(str(path) if source.startswith("~") else source)

@@ -110,16 +110,18 @@ class Subject:
 
 
 def subject_of(pipe: Any, conditioning: Any = None) -> Subject:
-    """Resolve a pipeline.
+    """Resolve a pipeline, unless that was done already.
 
     Args:
-        pipe: A diffusers pipeline with a transformer or a UNet.
+        pipe: A diffusers pipeline with a transformer or a UNet, or a :class:`Subject`, which is handed back.
         conditioning: Prompts or a :class:`Conditioning`; the latter is what the pipeline is told, so that it need not
             have its text encoders.
 
     Raises:
         UserError: It has no denoiser, or a compiled one.
     """
+    if isinstance(pipe, Subject):
+        return pipe
     return Subject(pipe, denoisers_of(pipe), conditioning if isinstance(conditioning, Conditioning) else None)
 
 

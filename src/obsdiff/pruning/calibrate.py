@@ -58,7 +58,8 @@ def calibrate(
     """Measure the inputs of every prunable layer over whole denoising trajectories (OBS-Diff 2510.06751 §4.1).
 
     Args:
-        pipe: A diffusers pipeline of a supported family; it is run with its own sampler and not changed.
+        pipe: A diffusers pipeline of a supported family, or its :class:`~obsdiff.models.subject.Subject`; it is run
+            with its own sampler and not changed.
         prompts: Prompts, or an already encoded :class:`Conditioning`.
         steps: Denoising steps; None takes the pipeline's own default.
         guidance_scale: Classifier-free guidance; None takes the pipeline's own default.
@@ -79,11 +80,11 @@ def calibrate(
     Raises:
         UserError: Non-finite activations, a layer that saw no input, a store of other settings.
     """
-    call = call_arguments(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
+    subject = subject_of(pipe, prompts)
+    call = call_arguments(subject.pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     settings = Settings(call, seed, weighting, tokens, batch_size)
     _check(settings, prompts)
     observer = observer_for(needs)
-    subject = subject_of(pipe, prompts)
     graph = subject.graph
     if isinstance(sites, str):
         raise UserError(f"sites is one text, {sites!r}; give a set of names")
@@ -105,7 +106,7 @@ def calibrate(
         part = "" if world_size() == 1 else f"-{rank()}-of-{world_size()}"
         partial_store = store.with_name(store.name + UNFINISHED + part)
         statistics = _continue_partial(partial_store, statistics, chosen) or statistics
-    conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, call)
+    conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
     _measure(subject, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
     _add_up_processes(statistics, chosen)
     _check_measured(chosen, statistics)

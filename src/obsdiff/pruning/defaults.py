@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-from torch import nn
 
 from obsdiff.criteria import find_method
 from obsdiff.obs.pattern import KINDS, Pattern, Structured
@@ -20,14 +18,6 @@ def pattern_by(method: str, pattern: Pattern) -> Pattern:
     kinds = row.cuts if pattern.everything else KINDS
     shares = {kind: pattern.share(kind) if kind in kinds else 0.0 for kind in KINDS}
     return Structured(**shares, multiple_of=row.multiple_of)
-
-
-def spared_by(method: str, pattern: Pattern, denoiser: nn.Module) -> Sequence[int] | None:
-    """Blocks that the method leaves alone in a denoiser of this class; None: as for any other method."""
-    if not isinstance(pattern, Structured):
-        return None
-    spares = find_method(method).spares
-    return next((spares[base.__name__] for base in type(denoiser).__mro__ if base.__name__ in spares), None)
 
 
 def departures(method: str, measured: Mapping[str, Any] | None, packages: int) -> list[str]:

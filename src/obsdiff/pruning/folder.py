@@ -14,7 +14,7 @@ from obsdiff.files import check_folder, check_writable, read_json, whole_folder,
 from obsdiff.models import obsdiff_shrunk
 from obsdiff.models.denoisers import dtype_of, parts_of, shrunk_of
 from obsdiff.models.info import info_of, write_info
-from obsdiff.models.loading import Weights, open_pipeline, to_device
+from obsdiff.models.loading import Weights, open_pipeline, split_source, to_device
 from obsdiff.models.register import LIBRARY
 from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.pattern import Structured, parse_pattern
@@ -97,7 +97,8 @@ def load_pipeline(
     manifest and masks.
 
     Args:
-        source: The name or folder; a pipeline object is moved to ``device`` and returned.
+        source: The name or folder, or either "with FILE.safetensors" as ``denoiser``; a pipeline object is moved to
+            ``device`` and returned.
         dtype: "float32", "bfloat16" or "float16"; None: what a prune run was saved in, else "float32".
         device: Such as "cpu" or "cuda".
         variant: Weight files to load, such as "fp16"; None: the plain ones, or the only variant of a folder.
@@ -106,6 +107,8 @@ def load_pipeline(
     Raises:
         UserError: Nothing loadable is called so, or the files do not belong together.
     """
+    if isinstance(source, str) and denoiser is None:
+        source, denoiser = split_source(source)
     weights = Weights(variant, denoiser)
     if not isinstance(source, str | Path):
         if weights != Weights():

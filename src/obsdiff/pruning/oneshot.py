@@ -22,7 +22,7 @@ from obsdiff.obs.observers import Observer
 from obsdiff.obs.pattern import Pattern, Structured, parse_pattern
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
-from obsdiff.pruning.defaults import departures, pattern_by, spared_by
+from obsdiff.pruning.defaults import departures, pattern_by
 from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.solve import LayerResult, SolveOptions, emptied, portable, solve_groups, solve_site
@@ -116,7 +116,8 @@ def prune(
     """Prune a pipeline's denoiser in place.
 
     Args:
-        pipe: A diffusers pipeline of a supported family. If anything fails, no weight has changed.
+        pipe: A diffusers pipeline of a supported family, or its :class:`~obsdiff.models.subject.Subject`. If anything
+            fails, no weight has changed.
         pattern: Such as "unstructured:0.5", "2:4", "structured:0.3", a pattern object, or a plan that gives each layer
             its own (:func:`obsdiff.allocate`, :func:`obsdiff.pruning.planfile.read_plan`).
         method: One of :data:`obsdiff.criteria.METHODS`.
@@ -152,8 +153,7 @@ def prune(
     graph = subject.graph
     if given is None:
         pattern = pattern_by(method, pattern)
-        spared = spared_by(method, pattern, graph.denoiser) if spare_blocks is None else spare_blocks
-        plan = make_plan(graph, pattern, include, exclude, spared)
+        plan = make_plan(graph, pattern, include, exclude, spare_blocks)
     else:
         plan = fitted_plan(given, graph)
     subject.check(plan.layers(graph))

@@ -13,15 +13,13 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import check_measurable
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.models.calling import conditions_of
-from obsdiff.models.calls import remembered_call
 from obsdiff.models.conditioning import encode_prompts, told_nothing
 from obsdiff.models.content import DECODING, component_hashes
-from obsdiff.models.denoisers import denoisers_of
-from obsdiff.models.families import find_family
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.latents import encode_images, patch_of, vae_factor
 from obsdiff.models.rows import flattened
 from obsdiff.models.schedules import noising_of_pipeline
+from obsdiff.models.subject import Subject
 from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.pruning.record import Trajectories
 
@@ -31,7 +29,7 @@ def recording_of(trainer: Any) -> Trajectories | None:
     return getattr(trainer.datamodule, "trajectories", None)
 
 
-def check_data(dense: Any, data: Any) -> None:
+def check_data(dense: Subject, data: Any) -> None:
     """Refuse data that the model cannot be trained on, as far as the data module says what it holds; what it does not
     say is checked when the first batch comes.
 
@@ -48,13 +46,13 @@ def check_data(dense: Any, data: Any) -> None:
     if (shape := getattr(data, "image_shape", None)) is not None:
         check_images(dense, shape, str(what))
         height, width = (int(side) for side in shape[-2:])
-        noising_of_pipeline(dense, (height // vae_factor(dense), width // vae_factor(dense)))
-        model = next(iter(denoisers_of(dense).values()))
-        blank = torch.zeros(1, *shape, device=next(model.parameters()).device)
-        latents = encode_images(dense, blank, torch.Generator()).shape[1:]
-        example = "0" if find_family(model).input == "class_labels" else ""
-        conditioning = encode_prompts(dense, [example], call_arguments(dense))
-        check_encoded(dense, latents, conditions_of(dense, conditioning, (height, width))[2])
+        pipe, factor = dense.pipe, vae_factor(dense.pipe)
+        noising_of_pipeline(pipe, (height // factor, width // factor))
+        blank = torch.zeros(1, *shape, device=next(dense.denoiser.parameters()).device)
+        latents = encode_images(pipe, blank, torch.Generator()).shape[1:]
+        example = "0" if dense.family.input == "class_labels" else ""
+        conditioning = encode_prompts(pipe, [example], call_arguments(pipe))
+        check_encoded(dense, latents, conditions_of(pipe, conditioning, (height, width))[2])
 
 
 def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
@@ -76,34 +74,34 @@ def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
     return prompts
 
 
-def check_images(pipe: Any, shape: Sequence[int], what: str) -> None:
+def check_images(subject: Subject, shape: Sequence[int], what: str) -> None:
     """Refuse images (channels, height, width) that the autoencoder or the denoiser cannot take.
 
     Raises:
         UserError: Naming both numbers.
     """
     channels, height, width = (int(size) for size in shape)
-    denoiser: Any = next(iter(denoisers_of(pipe).values())).config
+    pipe, denoiser = subject.pipe, config_of(subject)
     if getattr(pipe, "vae", None) is None:
-        check_latents(pipe, (channels, height, width), what)
+        check_latents(subject, (channels, height, width), what)
         return
     config = pipe.vae.config
     own = config.get("in_channels") or config.get("input_channels") or 3
     if channels != own:
         raise UserError(
-            f"{what} has images of {channels} channels, the autoencoder of {info_of(pipe).source} takes {own}"
+            f"{what} has images of {channels} channels, the autoencoder of {source_of(subject)} takes {own}"
         )
     factor, patch = vae_factor(pipe), patch_of(pipe)
     for side in (height, width):
         if side % (factor * patch):
             raise UserError(
-                f"{what} has images of {height} x {width} pixels, but {info_of(pipe).source} takes multiples of "
+                f"{what} has images of {height} x {width} pixels, but {source_of(subject)} takes multiples of "
                 f"{factor * patch} ({factor} per latent, {patch} latents per patch)"
             )
-    check_latents(pipe, (int(denoiser.in_channels), height // factor, width // factor), what)
+    check_latents(subject, (int(denoiser.in_channels), height // factor, width // factor), what)
 
 
-def check_encoded(pipe: Any, found: Sequence[int], wanted: Sequence[int]) -> None:
+def check_encoded(subject: Subject, found: Sequence[int], wanted: Sequence[int]) -> None:
     """Refuse latents of images that are not laid out as the pipeline's own.
 
     Raises:
@@ -111,27 +109,26 @@ def check_encoded(pipe: Any, found: Sequence[int], wanted: Sequence[int]) -> Non
     """
     if tuple(found) != tuple(wanted):
         raise UserError(
-            f"images become latents of {' x '.join(map(str, found))}, but {info_of(pipe).source} works on "
+            f"images become latents of {' x '.join(map(str, found))}, but {source_of(subject)} works on "
             f"{' x '.join(map(str, wanted))} at their size; distil on recorded trajectories instead"
         )
 
 
-def check_latents(pipe: Any, shape: Sequence[int], what: str) -> None:
+def check_latents(subject: Subject, shape: Sequence[int], what: str) -> None:
     """Refuse latents (channels, height, width) that the denoiser cannot take.
 
     Raises:
         UserError: Naming both numbers.
     """
-    config: Any = next(iter(denoisers_of(pipe).values())).config
-    source, (channels, *sides) = info_of(pipe).source, (int(size) for size in shape)
+    config, source, (channels, *sides) = config_of(subject), source_of(subject), (int(size) for size in shape)
     if len(sides) != 2:  # packed latents, or a video's
-        _check_rank(pipe, shape, what)
+        _check_rank(subject, shape, what)
         return
     if channels != config.in_channels:
         raise UserError(
             f"{what} has latents of {channels} channels, the denoiser of {source} takes {config.in_channels}"
         )
-    patch, table = patch_of(pipe), config.get("pos_embed_max_size")
+    patch, table = patch_of(subject.pipe), config.get("pos_embed_max_size")
     for side in sides:
         if side % patch:
             raise UserError(f"{what} has latents of {' x '.join(map(str, sides))}, {source} takes multiples of {patch}")
@@ -142,13 +139,13 @@ def check_latents(pipe: Any, shape: Sequence[int], what: str) -> None:
             )
 
 
-def check_embeds(pipe: Any, embeds: Mapping[str, Any], what: str) -> None:
+def check_embeds(subject: Subject, embeds: Mapping[str, Any], what: str) -> None:
     """Refuse embeds whose width is not what the denoiser takes.
 
     Raises:
         UserError: Naming both numbers.
     """
-    call = next(iter(remembered_call(pipe).values()))
+    call = next(iter(subject.call.values()))
     for path, value in flattened(call).items():
         given = embeds.get(name := ".".join(path))
         example = value[0] if isinstance(value, list) and value else value
@@ -157,39 +154,48 @@ def check_embeds(pipe: Any, embeds: Mapping[str, Any], what: str) -> None:
         if given.shape[-1] != example.shape[-1]:
             raise UserError(
                 f"{what} has {name} of width {given.shape[-1]}, "
-                f"the denoiser of {info_of(pipe).source} takes {example.shape[-1]}"
+                f"the denoiser of {source_of(subject)} takes {example.shape[-1]}"
             )
 
 
-def _check_rank(pipe: Any, shape: Sequence[int], what: str) -> None:
+def _check_rank(subject: Subject, shape: Sequence[int], what: str) -> None:
     """Packed and video latents: as many dimensions as the denoiser's call has, and as many channels."""
-    call = next(iter(remembered_call(pipe).values()))
-    sample = call[find_family(*denoisers_of(pipe).values()).sample][0]
+    sample = next(iter(subject.call.values()))[subject.family.sample][0]
     packed = sample.dim() == 2
     there, found = (s[-1] if packed else s[0] for s in (sample.shape, shape))
     if sample.dim() != len(shape) or there != found:
         raise UserError(
-            f"{what} has latents of {' x '.join(map(str, shape))}, the denoiser of {info_of(pipe).source} takes "
+            f"{what} has latents of {' x '.join(map(str, shape))}, the denoiser of {source_of(subject)} takes "
             f"{' x '.join(map(str, sample.shape))} at its smallest"
         )
 
 
-def check_trajectories(pipe: Any, found: Trajectories, what: str) -> None:
+def check_trajectories(subject: Subject, found: Trajectories, what: str) -> None:
     """Refuse trajectories that another pipeline drew.
 
     Args:
-        pipe: The dense pipeline.
+        subject: The dense pipeline.
         found: The recording.
         what: What it is called in errors.
 
     Raises:
         UserError: Saying what differs.
     """
-    check_latents(pipe, found.latents.shape[2:], what)
-    check_embeds(pipe, found.embeds, what)
-    then, now = found.content, component_hashes(pipe, DECODING)
+    check_latents(subject, found.latents.shape[2:], what)
+    check_embeds(subject, found.embeds, what)
+    then, now = found.content, component_hashes(subject.pipe, DECODING)
     if different := sorted(name for name in {*now, *then} if now.get(name) != then.get(name)):
         raise UserError(
-            f"{what} was recorded from another pipeline: its {', '.join(different)} is not what {info_of(pipe).source} "
+            f"{what} was recorded from another pipeline: its {', '.join(different)} is not what {source_of(subject)} "
             "has now; delete it or name another folder"
         )
+
+
+def config_of(subject: Subject) -> Any:
+    """The config of the denoiser, of two the first's."""
+    return next(iter(subject.components.values())).config
+
+
+def source_of(subject: Subject) -> str:
+    """What the pipeline is called."""
+    return info_of(subject.pipe).source

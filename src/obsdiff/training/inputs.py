@@ -14,10 +14,9 @@ from obsdiff.errors import UserError
 from obsdiff.models.calling import WHICH, PromptEncoder, drop_prompts
 from obsdiff.models.calls import moved
 from obsdiff.models.conditioning import told_nothing
-from obsdiff.models.denoisers import denoiser_of, denoisers_of
-from obsdiff.models.families import find_family
 from obsdiff.models.latents import encode_images, vae_factor
 from obsdiff.models.schedules import noising_of_pipeline
+from obsdiff.models.subject import Subject
 from obsdiff.models.told import Told
 from obsdiff.training.fits import check_embeds, check_encoded, check_images, check_latents
 
@@ -27,13 +26,13 @@ class Inputs:
     """Makes batches into latents, times, embeds and targets.
 
     Attributes:
-        pipe: Whose autoencoder and noise they are for.
+        subject: Whose autoencoder and noise they are for.
         encode: Prompts to what the denoiser is told (:class:`obsdiff.models.calling.PromptEncoder`).
         common: What it is told in all rows of recorded trajectories.
         prompt_dropout: Share of prompts replaced by the negative one.
     """
 
-    pipe: Any
+    subject: Subject
     encode: PromptEncoder
     prompt_dropout: float
     common: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +42,7 @@ class Inputs:
     def noising(self, size: tuple[int, int]) -> Noising:
         """The noise process for images of this height and width in latents."""
         if size not in self._noising:
-            self._noising[size] = noising_of_pipeline(self.pipe, size)
+            self._noising[size] = noising_of_pipeline(self.subject.pipe, size)
         return self._noising[size]
 
     def __call__(
@@ -57,24 +56,24 @@ class Inputs:
         if "latents" in batch:
             latents, times, embeds, target = batch["latents"], batch["time"], batch["embeds"], None
             common = self.common
-            self._check(latents, lambda shape: check_latents(self.pipe, shape, "a training batch"))
-            check_embeds(self.pipe, embeds, "a training batch")
+            self._check(latents, lambda shape: check_latents(self.subject, shape, "a training batch"))
+            check_embeds(self.subject, embeds, "a training batch")
         elif "image" in batch:
-            self._check(batch["image"], lambda shape: check_images(self.pipe, shape, "a training batch"))
+            self._check(batch["image"], lambda shape: check_images(self.subject, shape, "a training batch"))
             images = batch["image"].to(device)
             height, width = (int(side) for side in images.shape[-2:])
             told = list(batch["prompt"]) if "prompt" in batch else self._unsaid(batch)
             encoded = self.encode(told, (height, width))
-            clean = encode_images(self.pipe, images, generator)
-            check_encoded(self.pipe, clean.shape[1:], self.encode.latents)
+            clean = encode_images(self.subject.pipe, images, generator)
+            check_encoded(self.subject, clean.shape[1:], self.encode.latents)
             noise = torch.randn(clean.shape, generator=generator).to(clean)
-            factor = vae_factor(self.pipe)
+            factor = vae_factor(self.subject.pipe)
             noising = self.noising((height // factor, width // factor))
             times = noising.draw(len(clean), generator).to(clean.device)
             latents, target = noising.add_noise(clean, noise, times), noising.target(clean, noise, times)
-            family = find_family(denoiser_of(self.pipe))
-            if len(denoisers_of(self.pipe)) > 1:  # the first is asked about the noisier latents
-                boundary = 1000 * float(self.pipe.config.boundary_ratio)
+            family = self.subject.family
+            if len(self.subject.components) > 1:  # the first is asked about the noisier latents
+                boundary = 1000 * float(self.subject.pipe.config.boundary_ratio)
                 encoded[WHICH] = (times < boundary).long()
             times, target = family.time_offset + family.time_scale * times, family.sign * target
             embeds = {name: tensor.to(device) for name, tensor in encoded.items()}
@@ -89,7 +88,7 @@ class Inputs:
 
     def _unsaid(self, batch: Mapping[str, Any]) -> list[str]:
         """Prompts of images that come without."""
-        if not told_nothing(self.pipe):
+        if not told_nothing(self.subject.pipe):
             raise UserError(f"a training batch needs image and prompt; it has {sorted(batch)}")
         return [""] * len(batch["image"])
 

@@ -23,10 +23,10 @@ from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
 from obsdiff.evaluation.references import Images, References, draw, measure, references
 from obsdiff.evaluation.sampling import sample
 from obsdiff.models.calling import PromptEncoder, default_dtype, drawing
-from obsdiff.models.denoisers import denoiser_of, denoisers_of
 from obsdiff.models.graph import stages_of
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.loading import check_source
+from obsdiff.models.subject import Subject
 from obsdiff.numbers import check_seed
 from obsdiff.paths import user_path
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
@@ -150,34 +150,32 @@ class Recovery(lightning.LightningModule):
         start = start_from(
             self.pipeline, self.pruning, self.output, device, self.overwrite, self._check if fitting else None
         )
-        denoiser = denoiser_of(start.pipe)
-        flops = denoiser_flops(start.pipe, call_arguments(start.pipe))
+        denoiser = start.subject.denoiser
+        flops = denoiser_flops(start.subject, call_arguments(start.pipe))
         teacher, dense_flops = None, flops
-        if start.dense_pipe is not None:
-            dense_flops = denoiser_flops(start.dense_pipe, call_arguments(start.dense_pipe))
+        if start.teacher is not None:
+            dense_flops = denoiser_flops(start.teacher, call_arguments(start.teacher.pipe))
             if any(term in self.weights for term in TEACHER_TERMS):
-                teacher = denoiser_of(start.dense_pipe).requires_grad_(False).eval()
+                teacher = start.teacher.denoiser.requires_grad_(False).eval()
         costs = costs_before(start, dense_flops, recording_of(self.trainer)) if fitting else {}
         if fitting and (budget := find(self.trainer, Budget)) is not None:
             budget.check(sum(costs.values(), Cost()), "already cost")
         refs = self._references(start, device)
         for name, model in start.pipe.components.items():
-            if isinstance(model, nn.Module) and name not in denoisers_of(start.pipe):
+            if isinstance(model, nn.Module) and name not in start.subject.components:
                 model.requires_grad_(False)
         choose_trained(denoiser, start.masks, self.trained)
         counts = (FlopCounts(denoiser), None if teacher is None else FlopCounts(teacher))
-        self._frozen.append(
-            _Frozen(replace(start, dense_pipe=None), teacher, refs, (flops, dense_flops), costs, counts)
-        )
+        self._frozen.append(_Frozen(replace(start, teacher=None), teacher, refs, (flops, dense_flops), costs, counts))
         self.denoiser = denoiser
         recording = recording_of(self.trainer) if fitting else None
         common = {} if recording is None else recording.common
-        self.inputs = Inputs(start.pipe, PromptEncoder(start.pipe), self.prompt_dropout, common)
+        self.inputs = Inputs(start.subject, PromptEncoder(start.pipe), self.prompt_dropout, common)
 
-    def _check(self, dense: Any) -> None:
+    def _check(self, dense: Subject) -> None:
         """Refuse what training could not go on from, before anything is pruned or drawn."""
-        check_selection(denoiser_of(dense), self.trained)
-        evaluation_prompts(dense, self.evaluation)
+        check_selection(dense.denoiser, self.trained)
+        evaluation_prompts(dense.pipe, self.evaluation)
         check_data(dense, self.trainer.datamodule)  # type: ignore[attr-defined]  # of Lightning's data connector
         check_interval(self.trainer)
         if (budget := find(self.trainer, Budget)) is not None:
@@ -197,7 +195,7 @@ class Recovery(lightning.LightningModule):
             seeds,
             options.batch_size,
             info_of(start.pipe).alignment,
-            lambda: start.dense_pipe or load_dense(start, device),
+            lambda: (start.teacher or load_dense(start, device)).pipe,
             start.pipe,
         )
 
@@ -361,7 +359,7 @@ class Recovery(lightning.LightningModule):
         start = self.start
         return {
             "pattern": start.manifest.get("pattern"),
-            "pruned denoiser": ", ".join(start.content[component] for component in denoisers_of(start.pipe)),
+            "pruned denoiser": ", ".join(start.content[component] for component in start.subject.components),
             "lora_rank": self.trained.lora_rank,
         }
 

@@ -16,8 +16,7 @@ from obsdiff.allocation.stage import announce, calibration_prompts, measures, pr
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.content import component_hashes
-from obsdiff.models.denoisers import denoiser_of
-from obsdiff.models.subject import subject_of
+from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.folder import MASKS, load_pipeline, run_folder, write_pipeline
 from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.pruning.masks import load_masks
@@ -35,22 +34,27 @@ class Start:
     """What a recovery starts from.
 
     Attributes:
-        pipe: The pipeline to train, pruned or not.
+        subject: The pipeline to train, pruned or not.
         folder: The prune run it comes from, or None.
         manifest: Its manifest; empty for a pipeline that is not pruned.
         masks: Bool by layer (True = kept) for weights that are zero and stay so.
         dense: Name of the dense pipeline it was made of.
-        content: Hashes of the components of ``pipe``, as it was before training.
-        dense_pipe: The dense pipeline, float32; None where nothing is trained.
+        content: Hashes of the pipeline's components, as it was before training.
+        teacher: The dense pipeline, float32; None where nothing is trained.
     """
 
-    pipe: Any
+    subject: Subject
     folder: Path | None
     manifest: Mapping[str, Any] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     dense: str = ""
     content: Mapping[str, str] = field(default_factory=dict)
-    dense_pipe: Any = None
+    teacher: Subject | None = None
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline to train."""
+        return self.subject.pipe
 
 
 def start_from(
@@ -59,7 +63,7 @@ def start_from(
     output: Path,
     device: str,
     overwrite: bool,
-    check: Callable[[Any], None] | None,
+    check: Callable[[Subject], None] | None,
 ) -> Start:
     """Load what is to be recovered; prune it first if that was not done before.
 
@@ -94,7 +98,7 @@ def start_from(
         _refuse_difference(folder, found, wanted)
         return _opened(folder, pipeline, device)
     dense = load_pipeline(pipeline, device=device)
-    check(dense)
+    check(subject_of(dense))
     prompts = calibration_prompts(dense, options) if measures(options, None) else []
     wanted |= {"content": component_hashes(dense), "prompts_sha256": _digest("\0".join(prompts).encode())}
     if options.plan is not None:
@@ -106,7 +110,7 @@ def start_from(
         check_writable(folder)
         _prune(dense, prompts, options, output, folder, wanted)
         dense = load_pipeline(pipeline, dtype="float32", device=device)
-    return replace(_opened(folder, pipeline, device), dense_pipe=dense)
+    return replace(_opened(folder, pipeline, device), teacher=subject_of(dense))
 
 
 def settled(options: PruningOptions) -> PruningOptions:
@@ -119,22 +123,22 @@ def request_of(pipeline: str, options: PruningOptions) -> dict[str, Any]:
     return {"pipeline": pipeline, **asdict(settled(options))}
 
 
-def _as_given(given: Path | None, pipeline: str, device: str, check: Callable[[Any], None] | None) -> Start:
+def _as_given(given: Path | None, pipeline: str, device: str, check: Callable[[Subject], None] | None) -> Start:
     start = _opened(given, pipeline, device)
     if check is None:
         return start
     dense = load_dense(start, device)
     check(dense)
-    return replace(start, dense_pipe=dense)
+    return replace(start, teacher=dense)
 
 
-def load_dense(start: Start, device: str) -> Any:
+def load_dense(start: Start, device: str) -> Subject:
     """The dense pipeline that ``start`` was made of, float32.
 
     Raises:
         UserError: It is not what it was then.
     """
-    dense = load_pipeline(start.dense, dtype="float32", device=device)
+    dense = subject_of(load_pipeline(start.dense, dtype="float32", device=device))
     if start.folder is not None and (changed := _changed_since(start, dense)):
         raise UserError(
             f"{', '.join(changed)} of {start.dense} changed since {start.folder} was pruned from it, so it cannot be "
@@ -149,27 +153,27 @@ def dense_key(start: Start) -> Any:
     return kept or (start.manifest.get("statistics") or {}).get("model") or start.content
 
 
-def _changed_since(start: Start, dense: Any) -> list[str]:
+def _changed_since(start: Start, dense: Subject) -> list[str]:
     """Components of the dense pipeline that are not what ``start`` was made of, as far as its manifest tells."""
     if kept := (start.manifest.get("request") or {}).get("content"):
-        now = component_hashes(dense)
+        now = component_hashes(dense.pipe)
         return [name for name in now | kept if now.get(name) != kept.get(name)]
     model = (start.manifest.get("statistics") or {}).get("model")
     if model is None or start.manifest["dtype"] != "float32":  # then it was hashed in another dtype
         return []
-    return [] if model_hash(denoiser_of(dense)) == model else [str(start.manifest["component"])]
+    return [] if model_hash(dense.denoiser) == model else [str(start.manifest["component"])]
 
 
 def _prune(
     pipe: Any, prompts: list[str], options: PruningOptions, output: Path, folder: Path, request: Mapping[str, Any]
 ) -> None:
     """Calibrate and prune on all processes, and keep the result."""
-    graph, plan = prepare(pipe, options)
+    subject, plan = prepare(pipe, options)
     store = output / STATISTICS if options.calibration.packages == 1 and measures(options, None) else None
     scan = output / SENSITIVITY if rule_of(options) == "measured" else None
     if rank() == 0:
-        announce(pipe, graph, plan, options, len(prompts), store)
-    report = prune_stage(pipe, options, prompts, statistics=store, sensitivity=scan, quiet=rank() > 0)
+        announce(subject, plan, options, len(prompts), store)
+    report = prune_stage(subject, options, prompts, statistics=store, sensitivity=scan, quiet=rank() > 0)
     if rank() == 0:
         with whole_folder(folder, FILE, replace=True) as temporary:
             write_pipeline(pipe, temporary, report)
@@ -179,18 +183,18 @@ def _prune(
 
 
 def _opened(folder: Path | None, pipeline: str, device: str) -> Start:
-    pipe = load_pipeline(folder or pipeline, dtype="float32", device=device)
-    content = component_hashes(pipe)
+    subject = subject_of(load_pipeline(folder or pipeline, dtype="float32", device=device))
+    content = component_hashes(subject.pipe)
     if folder is None:
-        return Start(pipe, None, masks=_masks(pipe, {}), dense=pipeline, content=content)
+        return Start(subject, None, masks=_masks(subject, {}), dense=pipeline, content=content)
     manifest = read_manifest(folder)
-    masks = _masks(pipe, {} if manifest["shrunk"] is not None else load_masks(folder / MASKS))
-    return Start(pipe, folder, manifest, masks, str(manifest.get("pipeline") or pipeline), content)
+    masks = _masks(subject, {} if manifest["shrunk"] is not None else load_masks(folder / MASKS))
+    return Start(subject, folder, manifest, masks, str(manifest.get("pipeline") or pipeline), content)
 
 
-def _masks(pipe: Any, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _masks(subject: Subject, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The masks of a run, and of layers pruned elsewhere or before: their zeros must not train back either."""
-    graph = subject_of(pipe).graph
+    graph = subject.graph
     found = {layer: graph.weight(layer).detach().ne(0).cpu() for layer in zeroed_layers(graph) if layer not in known}
     if found:
         rank_zero_warn(
