@@ -187,8 +187,8 @@ class EmojiSD3Pretraining(lightning.LightningModule):
         """The pipeline with the averaged weights, which it shares with this module."""
         from diffusers import StableDiffusion3Pipeline
 
-        averaged = {name: self.average.module[name] for name in TRAINED}
-        return StableDiffusion3Pipeline(**{**self.pipe.components, **averaged})
+        average: Any = self.average.module
+        return StableDiffusion3Pipeline(**{**self.pipe.components, **{name: average[name] for name in TRAINED}})
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         pipe = self.averaged_pipeline()
