@@ -224,9 +224,9 @@ class EmojiSD3Pretraining(lightning.LightningModule):
 
 
 def save_emoji_pipeline(pipe: Any, call: dict[str, int | float], output: Path) -> None:
-    """Write a pipeline of emoji with its habits, in bfloat16 (which halves it; the rounded weights are the model)."""
+    """Write a pipeline of emoji with its habits, in float16 (which halves it; the rounded weights are the model)."""
     with whole_folder(output, INFO_FILE, replace=True) as folder:
         for name in ("vae", *TRAINED):
-            pipe.register_modules(**{name: deepcopy(getattr(pipe, name)).to(torch.bfloat16)})
+            pipe.register_modules(**{name: deepcopy(getattr(pipe, name)).half()})
         pipe.save_pretrained(folder)
         write_json(folder / INFO_FILE, PipelineInfo("", call, "emoji", prompts=PROMPTS).to_json())

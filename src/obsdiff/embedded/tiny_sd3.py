@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -135,7 +136,7 @@ def _clip_tokenizer(corpus: Sequence[str], length: int, learned: bool) -> Any:
 
     letters = _letters(corpus)
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    merges = _learned_merges(_words(corpus)) if learned else _spelling_merges(_words(corpus))
+    merges = _learned_merges(tuple(_words(corpus))) if learned else _spelling_merges(_words(corpus))
     tokens += [left + right for left, right in merges]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
@@ -153,7 +154,8 @@ def _spelling_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(merges))
 
 
-def _learned_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+@cache
+def _learned_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
     """Merges by frequency (Sennrich et al. 2016, arXiv:1508.07909), until every word is one token.
 
     Pairs of the same frequency go by the alphabet; the trainer of ``tokenizers`` takes them as its hashes fall, which
