@@ -23,6 +23,7 @@ from obsdiff.errors import UserError
 
 TILE = 32
 COLUMNS = 64
+ORDER_SEED = 0
 ATLAS, NAMES = "atlas.png", "names.json"
 
 TRAIN_WORDINGS = (
@@ -82,14 +83,15 @@ def caption(wording: str, name: str) -> str:
     return wording.format(name, a=with_article(name))
 
 
-def emoji_prompts(wordings: Sequence[str], names: Sequence[str] | None = None) -> list[str]:
-    """One wording of every name, then another: any first 1,899 k prompts hold every emoji k times.
+def emoji_prompts(wordings: Sequence[str]) -> list[str]:
+    """One wording of every name, then another: any first 1,886 k prompts hold every emoji k times.
 
-    The wording changes from name to name, so that the first of them hold all wordings.
+    Names come in an order drawn by ``ORDER_SEED``, so that the first of them are of all groups, and the wording changes
+    from name to name, so that they hold all wordings.
     """
-    names = load_emoji().names if names is None else names
-    n = len(wordings)
-    return [caption(wordings[(shift + i) % n], name) for shift in range(n) for i, name in enumerate(names)]
+    names, n = load_emoji().names, len(wordings)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
+    return [caption(wordings[(turn + i) % n], names[place]) for turn in range(n) for i, place in enumerate(order)]
 
 
 def words_of(prompt: str) -> list[str]:
