@@ -37,7 +37,7 @@ TRAIN_WORDINGS = (
     "drawing of {a}",
 )
 HELD_OUT_WORDINGS = ("icon of {a}", "picture showing {a}", "{} drawing", "emoji showing {}")
-WORDING_WORDS = frozenset(re.findall(r"[a-z]+", " ".join(TRAIN_WORDINGS + HELD_OUT_WORDINGS))) | {"an", "the", "small"}
+WORDING_WORDS = frozenset(re.findall(r"[a-z]+", " ".join(TRAIN_WORDINGS + HELD_OUT_WORDINGS))) | {"a", "an"}
 SIGNS = {"#": " hash ", "*": " asterisk ", "&": " and ", "’": "", "'": ""}
 VOWELS_SAID_AS_CONSONANTS = ("uni", "euro", "one", "ukulele", "uk ", "us ", "up ")
 
