@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,26 @@ import torch
 
 from obsdiff.data.captionfiles import KINDS, read_captions
 from obsdiff.data.captions import MAX_LENGTH, captions_in, check_text, choose_column
-from obsdiff.embedded.digits import HELD_OUT_WORDINGS, TRAIN_WORDINGS, digit_prompts
+from obsdiff.embedded import digits, emoji
 from obsdiff.errors import UserError
-from obsdiff.names import EMBEDDED_PROMPTS
 from obsdiff.numbers import check_seed, check_whole
 
-EMBEDDED = dict(zip(EMBEDDED_PROMPTS, (TRAIN_WORDINGS, HELD_OUT_WORDINGS), strict=True))
+EMBEDDED: dict[str, Callable[[], list[str]]] = {
+    "digits-train": lambda: digits.digit_prompts(digits.TRAIN_WORDINGS),
+    "digits-heldout": lambda: digits.digit_prompts(digits.HELD_OUT_WORDINGS),
+    "emoji-train": lambda: emoji.emoji_prompts(emoji.TRAIN_WORDINGS),
+    "emoji-heldout": lambda: emoji.emoji_prompts(emoji.HELD_OUT_WORDINGS),
+}
 
 
 def load_prompts(source: str, column: str | None = None, num: int | None = None, seed: int = 0) -> list[str]:
     """The prompts called ``source``, without leading and trailing space; empty ones are left out.
 
     Args:
-        source: "digits-train", "digits-heldout"; a file (.txt: one a line; .csv, .tsv, .jsonl, .parquet: a column); or
-            a Hugging Face dataset "owner/name" or "owner/name:split" (default split: train). A cell with a list of
-            captions gives as many prompts. Files are text (UTF-8, or what their byte order mark says): "NA", "null" and
-            numbers are captions like others.
+        source: "digits-train", "digits-heldout", "emoji-train", "emoji-heldout"; a file (.txt: one a line; .csv, .tsv,
+            .jsonl, .parquet: a column); or a Hugging Face dataset "owner/name" or "owner/name:split" (default split:
+            train). A cell with a list of captions gives as many prompts. Files are text (UTF-8, or what their byte
+            order mark says): "NA", "null" and numbers are captions like others.
         column: The caption column; None takes the first of caption, prompt, text that is there.
         num: How many; drawn without replacement (and again from the start if there are fewer). None: all, in order.
         seed: Of the draw.
@@ -62,7 +66,7 @@ def _draw(prompts: Sequence[str], num: int, seed: int) -> list[str]:
 def _read(source: str, column: str | None) -> tuple[list[Any], bool]:
     """The cells, and whether they are rows of a table (where an empty one is worth a word)."""
     if source in EMBEDDED:
-        return list(digit_prompts(EMBEDDED[source])), False
+        return list(EMBEDDED[source]()), False
     path = Path(source)
     kind = path.suffix.lower()
     try:

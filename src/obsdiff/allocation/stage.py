@@ -22,6 +22,7 @@ from obsdiff.allocation.planning import (
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
+from obsdiff.evaluation.alignment import in_known_words
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
@@ -51,7 +52,8 @@ def calibration_prompts(pipe: Any, options: PruningOptions) -> list[str]:
     source = calibration.prompts or info_of(pipe).prompts.get("calibration")
     if source is None:
         raise UserError("give calibration.prompts: a file, a dataset (owner/name), or an embedded set")
-    return list(load_prompts(source, calibration.column, calibration.num_prompts, options.seed))
+    prompts = load_prompts(source, calibration.column, calibration.num_prompts, options.seed)
+    return in_known_words(prompts, info_of(pipe).alignment)
 
 
 def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tuple[Subject, Plan]:

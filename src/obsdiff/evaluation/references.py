@@ -152,9 +152,13 @@ def measure(refs: References, images: Images) -> dict[str, Any]:
     measured: dict[str, Any] = {"fidelity": fidelity(refs.dense.guided, images.guided) if finite else nothing}
     reader, several = find_reader(refs.alignment), len(refs.prompts) > 1
     if reader is not None:
+        if reader.perceives:
+            measured["fidelity"]["perceptual"] = reader.perceptual(refs.dense.guided, images.guided)
         for suffix, drawn in {"": images.guided, **({"_unguided": images.unguided} if several else {})}.items():
             if len(drawn) and any(refs.prompts):
                 measured[f"alignment{suffix}"] = float(reader.hits(drawn, refs.prompts).mean()) if finite else None
+                if (near := reader.near_hits(drawn, refs.prompts)) is not None:
+                    measured[f"alignment_top5{suffix}"] = float(near.mean()) if finite else None
             if len(drawn) and several:
                 measured[f"frechet{suffix}"] = reader.frechet(drawn) if finite else None
     return measured

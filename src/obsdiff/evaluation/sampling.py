@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.errors import UserError
+from obsdiff.evaluation.alignment import in_known_words
 from obsdiff.evaluation.measures import finite_images
 from obsdiff.files import check_writable, whole_file
 from obsdiff.models.conditioning import asked_for
@@ -54,6 +55,7 @@ def sample(
     accepted = inspect.signature(type(pipe).__call__).parameters
     if foreign := sorted(name for name, value in (call or {}).items() if value is not None and name not in accepted):
         raise UserError(f"a call of {type(pipe).__name__} takes no {foreign[0]}; leave it out")
+    prompts = in_known_words(prompts, info_of(pipe).alignment)
     asked = asked_for(pipe, prompts)
     arguments = call_arguments(pipe, **(call or {}))
     starts = range(0, len(prompts), batch_size)

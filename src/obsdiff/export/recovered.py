@@ -166,7 +166,9 @@ def render_recovery(report: Mapping[str, Any]) -> str:
         lines.append(f"| MSE to dense (95 %) | 0 | {mse_with_interval(before)} | {mse_with_interval(after)} |")
         for key, name in (
             ("alignment", "alignment"),
+            ("alignment_top5", "alignment among the five likeliest"),
             ("alignment_unguided", "alignment without guidance"),
+            ("alignment_top5_unguided", "alignment among the five likeliest, without guidance"),
             ("frechet", "Fréchet distance (can fall while images get worse)"),
             ("frechet_unguided", "Fréchet distance without guidance"),
         ):

@@ -34,6 +34,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         figures = mse_with_interval(fidelity, "95 % ")
         if fidelity["mse"] is not None:
             figures = f"MSE {figures}, PSNR {_number(fidelity['psnr'])} dB, SSIM {_number(fidelity['ssim'])}"
+        if fidelity.get("perceptual") is not None:
+            figures += f", perceptual {_number(fidelity['perceptual'])}"
         rows.append((f"fidelity to dense, n = {fidelity['n']}", figures))
     if alignment is not None:
         rows.append(
@@ -42,6 +44,14 @@ def render_markdown(report: Mapping[str, Any]) -> str:
                 f"{alignment['dense']:.1%} -> {alignment['pruned']:.1%}",
             )
         )
+        if "dense_top5" in alignment:
+            rows.append(
+                ("among the five likeliest", f"{alignment['dense_top5']:.1%} -> {alignment['pruned_top5']:.1%}")
+            )
+        rows += [
+            (f"alignment of {group}, n = {part['n']}", f"{part['dense']:.1%} -> {part['pruned']:.1%}")
+            for group, part in alignment.get("groups", {}).items()
+        ]
     if frechet is not None:
         rows.append(
             (

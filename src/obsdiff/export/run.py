@@ -15,7 +15,7 @@ from obsdiff.allocation.planning import check_options
 from obsdiff.allocation.stage import announce, calibration_prompts, prepare, prune_stage
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
-from obsdiff.evaluation.alignment import check_measurable, find_reader
+from obsdiff.evaluation.alignment import check_measurable, compare_alignment, find_reader
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.measures import fidelity, finite_images
 from obsdiff.evaluation.references import sample_shared
@@ -223,11 +223,10 @@ def _report(
         report["fidelity"] = {**fidelity(images.dense, images.pruned), **sampled}
         if (reader := find_reader(info.alignment)) is not None:
             if any(images.prompts):
-                hits = {
-                    name: float(reader.hits(pictures, images.prompts).mean())
-                    for name, pictures in (("dense", images.dense), ("pruned", images.pruned))
-                }
-                report["alignment"] = {"measure": reader.measure, **hits, **sampled}
+                hits = compare_alignment(reader, images.dense, images.pruned, images.prompts)
+                report["alignment"] = {**hits, **sampled}
+            if reader.perceives:
+                report["fidelity"]["perceptual"] = reader.perceptual(images.dense, images.pruned)
             if len(images.prompts) > 1:
                 report["frechet"] = {
                     "features": reader.space,
