@@ -77,7 +77,11 @@ def make_plan(
         UserError: A name pattern or block matches nothing, nothing is left to prune, or a width does not divide.
     """
     structured = isinstance(pattern, Structured)
-    if structured and not graph.groups:
+    if (
+        isinstance(pattern, Structured)
+        and not any(group.kind in pattern.kinds for group in graph.groups)
+        and (pattern.kinds != (RANK,))
+    ):
         raise UserError(
             f"nothing can be cut out of a {graph.family.denoiser} by {pattern}: "
             + ("none of its blocks is known" if graph.family.known else "obsdiff knows this class by tracing alone")
