@@ -165,6 +165,8 @@ def _write(
 def _requested(plan: Plan) -> float:
     """The sparsity that was asked for; of budgets in something else, what the plan came to."""
     kind, _, share = (plan.budget or "").partition(":")
+    if kind == "parameters":
+        return 1 - float(share)
     return float(share) if kind == "sparsity" else plan.pattern.sparsity
 
 

@@ -96,7 +96,9 @@ class PruningOptions:
     """Prune in one shot.
 
     Args:
-        pattern: unstructured:RATIO, N:M, structured:RATIO, or structured:heads=R,ffn=R[,multiple_of=W].
+        pattern: unstructured:RATIO, N:M, structured:RATIO, structured:heads=R,ffn=R[,multiple_of=W], rank:RANK or
+            rank:SHARE (of modulations, kept), or structured:RATIO+rank:RANK. With a budget "structured", "rank" and
+            "structured+rank" will do.
         method: obs (ours), obs-diff (as published), admm, sparsegpt, wanda, magnitude or random.
         plan: YAML file with a pattern by layer, such as an earlier run's plan.yaml; stands in place of pattern.
         allocation: uniform (every layer the same), measured (by a sensitivity scan, where it hurts least) or owl (by
