@@ -141,7 +141,7 @@ def _own(pattern: Pattern, group: Group | None) -> Pattern:
 
 def _check_kinds(graph: Graph, pattern: Structured, chosen: Sequence[str]) -> None:
     """Refuse a pattern that names kinds of units of which there are none to remove."""
-    there = list(dict.fromkeys(group.kind for group in graph.groups))
+    there = list(dict.fromkeys(group.kind for group in graph.groups if group.kind != RANK))
     left = {graph.group_of[name].kind for name in chosen}
     for kind in pattern.named:
         if kind not in there:
