@@ -85,7 +85,7 @@ class Dense:
         if images is None:
             images = sample_shared(pipe, prompts, seeds, unit.evaluation.batch_size)
             with whole_file(file) as temporary:
-                save_file({"images": images}, temporary)
+                save_file({"images": images.contiguous()}, temporary)
         return References(prompts, seeds, (drawn := Images(images, images[:0])), drawn, alignment)
 
 
