@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from obsdiff.compare.cells import ONE_SHOT, LeftOut
 from obsdiff.compare.intervals import Interval
 from obsdiff.compare.options import CompareOptions
-from obsdiff.compare.table import Line, Row, lines_of
+from obsdiff.compare.table import WHAT, Line, Row, lines_of
 from obsdiff.export.summary import amount
 from obsdiff.files import write_text
 from obsdiff.progress import duration
@@ -36,7 +36,11 @@ def write_report(options: CompareOptions, rows: Sequence[Row], left_out: Sequenc
     """
     output = Path(options.output)
     write_text(output / RESULTS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    lines = lines_of(rows, options.reference)
+    order: list[Sequence[str]] = [options.patterns, [ONE_SHOT, *options.recipes], options.allocations, options.methods]
+    lines = sorted(
+        lines_of(rows, options.reference),
+        key=lambda line: [names.index(getattr(line, what)) for names, what in zip(order, WHAT, strict=True)],
+    )
     shown = {
         "options": options,
         "settings": settings_text(options),
