@@ -67,7 +67,7 @@ def test_wrong_options_are_one_line(changes, told):
 
 
 def test_nothing_to_compare_is_refused_with_the_reasons():
-    with pytest.raises(UserError, match="no method goes with any.*cannot prune heads"):
+    with pytest.raises(UserError, match=r"no method goes with any.*cannot prune heads"):
         units_of(options(methods=["wanda"], reference="wanda", patterns=["structured:0.5"]))
 
 
@@ -87,11 +87,10 @@ def test_a_row_is_kept_by_content(tmp_path):
     assert key == key_of(unit, None, {}, dict(content))
     faster = replace(unit.pruning, calibration=CalibrationOptions(prompts="a-copy.txt", batch_size=9))
     assert key == key_of(replace(unit, pruning=faster), None, {}, content)
+    steps = CalibrationOptions(steps=3)
     others = [
         key_of(unit, None, {}, {"pipeline": "b"}),
-        key_of(
-            replace(unit, pruning=replace(unit.pruning, calibration=CalibrationOptions(steps=3))), None, {}, content
-        ),
+        key_of(replace(unit, pruning=replace(unit.pruning, calibration=steps)), None, {}, content),
         key_of(replace(unit, evaluation=EvaluationOptions(seed=7)), None, {}, content),
         key_of(unit, RECIPE, {}, content),
         key_of(unit, RECIPE, {"steps": 5}, content),

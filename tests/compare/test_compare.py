@@ -142,6 +142,6 @@ def test_mistakes_are_one_line(config, tmp_path):
         (["--evaluation.prompts", "nowhere.txt"], "nowhere.txt"),
         (["--devices", "[cuda:7]", "--part", "0/1"], "cuda"),
     ):
-        code, out, err = run(config, *more)
+        code, _, err = run(config, *more)
         assert code == 2 and told in err and len(err.strip().splitlines()) == 1, (more, err)
     assert not (tmp_path / "out" / "report.md").exists()

@@ -74,7 +74,9 @@ def _line(what: tuple[str, ...], rows: list[Row], others: list[Row]) -> Line:
     if others and others is not rows and mse is not None and _interval(others, "mse") is not None:
         shared = [(row, other) for row in rows for other in others if row["seed"] == other["seed"]]
         if shared:
-            ratio = ratio_interval(*([_values(pair[side], "mse") for pair in shared] for side in (0, 1)))
+            ratio = ratio_interval(
+                [_values(own, "mse") for own, _ in shared], [_values(ref, "mse") for _, ref in shared]
+            )
     frechet = _mean(rows, "figures", "frechet")
     other = _mean(others, "figures", "frechet")
     remark = ""
