@@ -6,15 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
+from obsdiff.cli.early import checked_compare
 from obsdiff.cli.parse import clear_errors, fail, parse_options
-from obsdiff.compare.cells import LeftOut, Unit, check, part_of, units_of
+from obsdiff.compare.cells import LeftOut, Unit, part_of, units_of
 from obsdiff.compare.options import CompareOptions
-from obsdiff.files import check_writable
-from obsdiff.models.loading import check_source
-from obsdiff.paths import user_path
 
 PROGRAM = "obsdiff compare"
 EXAMPLE = """example: obsdiff compare --config configs/compare/digits.yaml
@@ -26,12 +23,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Parse, run what is not finished yet in processes of its own, and report; exit code 1 if a cell failed."""
     given = list(sys.argv[1:] if args is None else args)
     with clear_errors(PROGRAM) as session:
-        options = parse_options(CompareOptions, PROGRAM, given, example=EXAMPLE)
-        check(options)
-        output = user_path(options.output, "output")
-        options = replace(options, pipeline=check_source(options.pipeline), output=str(output))
-        check_writable(output)
-        session.kept = lambda: f"finished cells are kept in {output}; the same command goes on from there"
+        options = checked_compare(parse_options(CompareOptions, PROGRAM, given, example=EXAMPLE))
+        session.kept = lambda: f"finished cells are kept in {options.output}; the same command goes on from there"
         units, left_out = units_of(options)
         mine = part_of(units, options.part)
         if options.part is not None:
