@@ -61,7 +61,7 @@ class PruneReport:
         refit_steps: Conjugate-gradient steps of the refit by layer; empty without one (what stays of heads and neurons
             is solved for in closed form).
         time_s: Seconds: "calibrate", "forward_only", "allocate", "solve", "total".
-        fingerprint: Of the statistics, or None.
+        fingerprint: Of the statistics (with several packages, of the first ones), or None.
         shrunk: New shapes, or None.
         packages: Calibration passes.
         model: Hash of the dense denoiser.
@@ -178,7 +178,7 @@ def prune(
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
                 check_serves(found, needed(pattern, options), f"method {method}")
-                report.fingerprint = found.fingerprint
+                report.fingerprint = report.fingerprint or found.fingerprint  # the first one's: of the dense model
                 _add(report.time_s, found.time_s)
             solve_started = time.perf_counter()
             (_shrink_modules if plan.structured else _mask_sites)(job, package, read)
