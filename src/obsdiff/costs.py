@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 BACKWARD = 2  # a backward pass costs twice its forward pass, weights and activations once each
@@ -52,11 +52,15 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
         wall_s = float(times.get(stage, 0.0))
         return Cost(0, 0, calls * halves * flops, wall_s * processes, wall_s)
 
-    return {
+    costs = {
         "calibration": cost("calibrate", calls),
         "allocation": cost("allocate", scan.get("denoiser_calls", 0)),
         "solving": cost("solve", 0),
     }
+    if (reconstruction := manifest.get("reconstruction")) is not None:
+        rows = reconstruction["denoiser_rows"]
+        costs["reconstruction"] = replace(cost("reconstruct", 0), denoiser_flops=rows * flops)
+    return costs
 
 
 def recording_cost(prompts: int, calls: int, rows: int, flops: int, wall_s: float, processes: int) -> Cost:

@@ -10,7 +10,14 @@ from obsdiff.names import ALLOCATIONS, DEAD, FUSIONS, METHODS, STRUCTURED_METHOD
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import RANK, Structured, is_bare, parse_pattern
 from obsdiff.obs.timesteps import timestep_weights
-from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Limits, PruningOptions, ScanOptions
+from obsdiff.pruning.options import (
+    CalibrationOptions,
+    EvaluationOptions,
+    Limits,
+    PruningOptions,
+    ReconstructionOptions,
+    ScanOptions,
+)
 from obsdiff.yamlfiles import read_yaml
 
 KINDS = ("sparsity", "parameters", "flops", "latency")
@@ -93,6 +100,7 @@ def check_values(options: PruningOptions) -> None:
     check_seed("seed", options.seed)
     _check_calibration(options.calibration)
     check_scan(options.scan)
+    _check_reconstruction(options.reconstruction)
     _check_limits(options.limits)
 
 
@@ -132,6 +140,15 @@ def _check_calibration(calibration: CalibrationOptions) -> None:
     if calibration.weighting is not None:
         timestep_weights(calibration.weighting, 1)
     check_number("calibration.damping", calibration.damping, 0.0)
+
+
+def _check_reconstruction(reconstruction: ReconstructionOptions) -> None:
+    check_whole("reconstruction.steps", reconstruction.steps, 0)
+    check_number("reconstruction.lr", reconstruction.lr, 0.0)
+    check_whole("reconstruction.batch_size", reconstruction.batch_size)
+    check_whole("reconstruction.triples", reconstruction.triples, 2)
+    if not reconstruction.steps and reconstruction != ReconstructionOptions():
+        raise UserError("options of the reconstruction need --reconstruction.steps, which is 0")
 
 
 def _check_limits(limits: Limits) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from obsdiff.allocation.allocate import allocate
 from obsdiff.allocation.clock import PROCESS_S
@@ -19,20 +22,23 @@ from obsdiff.allocation.planning import (
     packages_for,
     rule_of,
 )
+from obsdiff.allocation.probe import record_probe
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import in_known_words
-from obsdiff.models.conditioning import told_nothing
+from obsdiff.models.conditioning import encode_prompts, told_nothing
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.defaults import departures
+from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.plan import Plan, describe, fate_of_dead, kept_units, packages_of, remarks, without_dead
 from obsdiff.pruning.planfile import kinds_of
+from obsdiff.pruning.reconstruct import Call, reconstruct
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 from obsdiff.pruning.vectors import checked_rank
 
@@ -137,6 +143,7 @@ def prune_stage(
         if options.dead == "remove":
             plan = without_dead(graph, plan, dead, options.exclude)
     ranks = _ranks(subject, plan, found, options, prompts, quiet)
+    kept = _before_reconstruction(subject, options, prompts) if options.reconstruction.steps else None
     report = prune(
         subject,
         plan,
@@ -154,7 +161,62 @@ def prune_stage(
     report.allocation, report.ranks = record, ranks
     report.notes += _rank_notes(ranks)
     report.time_s["allocate"] = allocate_s
+    if kept is not None:
+        _reconstruct(subject, report, options, *kept, quiet=quiet)
     return report
+
+
+def _before_reconstruction(
+    subject: Subject, options: PruningOptions, prompts: Sequence[str]
+) -> tuple[nn.Module, list[Call], int]:
+    """The dense denoiser, calls on its way, and how many calls of one prompt recording them took."""
+    settings, asked = options.calibration, options.reconstruction
+    call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
+    how = Settings(call, options.seed, weighting_of(options, None), batch_size=settings.batch_size)
+    conditioning = encode_prompts(subject.pipe, prompts, call)
+    probe = record_probe(subject, conditioning, how, asked.triples)
+    rows = probe.calls[0].rows
+    calls = [Call(name, given, len(weights) * rows) for name, given, weights in probe.batches(asked.batch_size * rows)]
+    if len(calls) < 2:
+        raise UserError(
+            f"a reconstruction needs two batches at least, and {len(probe)} recorded triples make {len(calls)}; use a "
+            "smaller --reconstruction.batch_size or more --reconstruction.triples"
+        )
+    return copy.deepcopy(subject.denoiser), calls, probe.recorded
+
+
+def _reconstruct(
+    subject: Subject,
+    report: PruneReport,
+    options: PruningOptions,
+    dense: nn.Module,
+    calls: Sequence[Call],
+    recorded: int,
+    *,
+    quiet: bool,
+) -> None:
+    started, asked = time.perf_counter(), options.reconstruction
+    errors = reconstruct(
+        subject.denoiser,
+        dense,
+        {stage: stage for stage in subject.graph.stages},
+        calls,
+        {} if report.shrunk is not None else report.masks,
+        steps=asked.steps,
+        lr=asked.lr,
+        seed=options.seed,
+        quiet=quiet,
+    )
+    stages, rows = len(errors), sum(call.rows for call in calls)
+    report.reconstruction = {
+        "steps": asked.steps,
+        "lr": asked.lr,
+        "calls": len(calls),
+        "stages": {name: [error.before, error.after] for name, error in errors.items()},
+        # rows through a whole denoiser: each stage is reached in both models, then trained at three passes a step
+        "denoiser_rows": recorded + rows * (stages + 1) + 3 * asked.steps * rows / len(calls),
+    }
+    report.time_s["reconstruct"] = time.perf_counter() - started
 
 
 def _ranks(

@@ -105,6 +105,7 @@ def recovered_report(
         "calibration": manifest.get("statistics"),
         "notes": manifest.get("notes", []),
         "ranks": manifest.get("ranks", {}),
+        "reconstruction": manifest.get("reconstruction"),
         "sparsity": {
             "achieved": _sparsity(denoiser, manifest, counts),
             "per_layer": manifest.get("sparsity_per_layer"),

@@ -39,6 +39,7 @@ from obsdiff.ranks import rank, wait_for_all
 from obsdiff.versions import versions
 
 SHOWN = 8  # pairs in samples.png
+STAGES = ("calibrate", "forward_only", "allocate", "solve", "reconstruct")
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ def _report(
         "notes": done.notes,
         "dead": done.dead,
         "ranks": done.ranks,
+        "reconstruction": done.reconstruction,
         "sparsity": {
             "requested": _requested(done.plan),
             "achieved": done.sparsity,
@@ -218,7 +220,7 @@ def _report(
         "flops": {"dense": flops_dense, "pruned": denoiser_flops(subject, call_arguments(subject.pipe))},
         "refit_steps": steps_taken(done.refit_steps),
         "layer_error": {"mean": done.mean_layer_error, "per_layer": done.layer_error},
-        "time_s": {key: done.time_s.get(key, 0.0) for key in ("calibrate", "forward_only", "allocate", "solve")},
+        "time_s": {key: done.time_s.get(key, 0.0) for key in STAGES},
         "fidelity": None,
         "alignment": None,
         "frechet": None,

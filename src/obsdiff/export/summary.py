@@ -15,6 +15,7 @@ STAGES = {
     "solve": "solving",
     "calibration": "calibrating",
     "allocation": "allocating",
+    "reconstruct": "reconstructing",
     "recovery": "training",
 }  # others are called as they are
 WHOLE = ("total", "forward_only")  # not stages of their own
@@ -60,6 +61,7 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
         ("pruned", f"{report['pipeline']}: {_done(report)}"),
         ("parameters", _parameters(report) + _dead(report)),
         *rank_rows(report),
+        *reconstruction_rows(report),
         *_allocation(report),
         *(("note", note) for note in report.get("notes", ())),
     ]
@@ -96,6 +98,18 @@ def rank_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             figures += f", on other prompts {other:.2g}"
         rows.append(("rank", figures))
     return rows
+
+
+def reconstruction_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What training stage by stage did, of a report or a manifest."""
+    found = report.get("reconstruction")
+    if found is None:
+        return []
+    errors = list(found["stages"].values())
+    before, after = (sum(error[at] for error in errors) / len(errors) for at in (0, 1))
+    worked = sum(error[1] < error[0] for error in errors)
+    text = f"{found['steps']:,} steps each of {len(errors)} stages, mean output error {before:.2g} -> {after:.2g}"
+    return [("reconstruction", text + ("" if worked == len(errors) else f"; {len(errors) - worked} left as they were"))]
 
 
 def _by_fate(report: Mapping[str, Any]) -> dict[str, list[str]]:

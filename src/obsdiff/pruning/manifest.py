@@ -67,6 +67,7 @@ class Manifest(BaseModel):
     notes: list[str] = []
     dead: dict[str, Literal["left", "zero", "cut"]] = {}
     ranks: dict[str, dict[str, FiniteFloat]] = {}
+    reconstruction: dict[str, Any] | None = None
 
 
 def manifest_of(report: PruneReport, source: str, component: str, denoiser: str) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "notes": report.notes,
         "dead": report.dead,
         "ranks": report.ranks,
+        "reconstruction": report.reconstruction,
         "versions": versions(),
     }
 

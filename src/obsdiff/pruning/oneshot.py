@@ -60,7 +60,7 @@ class PruneReport:
         layer_error: Relative weighted output error by layer; empty if nothing was measured.
         refit_steps: Conjugate-gradient steps of the refit by layer; empty without one (what stays of heads and neurons
             is solved for in closed form).
-        time_s: Seconds: "calibrate", "forward_only", "allocate", "solve", "total".
+        time_s: Seconds: "calibrate", "forward_only", "allocate", "solve", "reconstruct", "total".
         fingerprint: Of the statistics (with several packages, of the first ones), or None.
         shrunk: New shapes, or None.
         packages: Calibration passes.
@@ -69,6 +69,7 @@ class PruneReport:
         notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
             for, and what it could not tell.
         ranks: By vector, what its rank leaves out (:func:`obsdiff.pruning.vectors.checked_rank`).
+        reconstruction: What training stage by stage did (:mod:`obsdiff.pruning.reconstruct`), or None.
         dead: Layers that reach no output of the denoiser, as far as they were looked for, and what became of them:
             "left", "zero" or "cut".
     """
@@ -93,6 +94,7 @@ class PruneReport:
     notes: list[str] = field(default_factory=list)
     dead: dict[str, str] = field(default_factory=dict)
     ranks: dict[str, dict[str, float]] = field(default_factory=dict)
+    reconstruction: Mapping[str, Any] | None = None
 
     @property
     def mean_layer_error(self) -> float | None:

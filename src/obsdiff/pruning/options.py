@@ -91,6 +91,23 @@ class Limits:
     choices: Sequence[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class ReconstructionOptions:
+    """How stages are trained, one after the other, to give what the dense ones give.
+
+    Args:
+        steps: Of Adam for each stage, with a batch of recorded calls each; 0 for no reconstruction.
+        lr: Peak learning rate; it falls to zero along a cosine.
+        triples: Recorded (latent, step, prompt) triples; a fifth of them only tells whether it helped.
+        batch_size: Triples of one step.
+    """
+
+    steps: int = 0
+    lr: float = 1e-3
+    triples: int = 640
+    batch_size: int = 32
+
+
 @dataclass(kw_only=True)
 class PruningOptions:
     """Prune in one shot.
@@ -120,6 +137,7 @@ class PruningOptions:
             report them, remove them (their weights become zero; structured: modules of nothing else are cut to the
             least), or ignore, which does not look for them.
         calibration: How layer inputs are measured.
+        reconstruction: How stages are trained before anything else is.
     """
 
     pattern: str = "unstructured:0.5"
@@ -137,6 +155,7 @@ class PruningOptions:
     fusion: str = "reciprocal_rank"
     dead: str = "report"
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,204 @@
+"""Reconstruction: one stage after the other is trained to give what the dense stage gives, before anything else is.
+
+Stage s reads what the pruned stages before it make of a recorded call, x̂, and its kept weights are trained by Adam to
+minimise ``Σ_k ‖f̂_s(x̂)_k − f_s(x)_k‖² / ‖f_s(x)_k‖²`` over the tensors k that the stage gives, f_s(x) being the dense
+stage on dense inputs: errors of earlier stages are taken up where they can be (BRECQ, 2102.05426, and block-wise
+tuning of pruned language models, EBFT 2402.12419, with the pruned prefix as the source of inputs). What was pruned
+stays pruned.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.diffusion.distill import feature_loss
+from obsdiff.models.modes import eval_mode
+from obsdiff.progress import track
+from obsdiff.pruning.masks import apply_masks
+
+HELD_OUT = 5  # every so many-th call is not trained on: it says whether training helped
+
+
+@dataclass(frozen=True)
+class Call:
+    """A recorded call of some rows.
+
+    Attributes:
+        denoiser: Of two denoisers, the name of the one that is asked; else "".
+        arguments: By name.
+        rows: How many.
+    """
+
+    denoiser: str
+    arguments: Mapping[str, Any]
+    rows: int
+
+
+@dataclass(frozen=True)
+class StageError:
+    """Relative squared error of a stage's outputs on calls that were not trained on, before and after."""
+
+    before: float
+    after: float
+
+
+class _Stop(Exception):
+    """The stage was seen; nothing behind it has to run."""
+
+
+def reconstruct(
+    denoiser: nn.Module,
+    dense: nn.Module,
+    stages: Mapping[str, str],
+    calls: Sequence[Call],
+    masks: Mapping[str, Tensor],
+    *,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    quiet: bool = True,
+) -> dict[str, StageError]:
+    """Train the stages of a pruned denoiser in their order, in place.
+
+    A stage whose error on held-out calls does not fall keeps its weights.
+
+    Args:
+        denoiser: Pruned; changed in place.
+        dense: The same model before pruning.
+        stages: Names of its blocks, in the order of execution, and what each was called in ``dense``.
+        calls: Recorded along the dense pipeline's way, at least two.
+        masks: Bool by layer (True = kept) of weights that stay zero elsewhere.
+        steps: Of Adam, for each stage; one call each.
+        lr: Peak learning rate; it falls to zero along a cosine.
+        seed: Of the order of the calls.
+        quiet: No progress bar.
+
+    Returns:
+        By stage, its error before and after.
+    """
+    held = calls[::HELD_OUT]
+    seen = [call for at, call in enumerate(calls) if at % HELD_OUT]
+    found = {}
+    with eval_mode(denoiser), eval_mode(dense):
+        for name, before in track(stages.items(), len(stages), "reconstructing", quiet):
+            own, like = denoiser.get_submodule(name), dense.get_submodule(before)
+            examples, checks = (
+                [example for call in part if (example := _example(denoiser, own, dense, like, call)) is not None]
+                for part in (seen, held)
+            )
+            if examples and checks:  # of two denoisers, a stage answers the calls of its own
+                inside = {layer: mask for layer, mask in masks.items() if f"{layer}.".startswith(f"{name}.")}
+                found[name] = _train(denoiser, own, examples, checks, inside, steps, lr, seed)
+    return found
+
+
+Example = tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]
+
+
+def _example(denoiser: nn.Module, own: nn.Module, dense: nn.Module, like: nn.Module, call: Call) -> Example | None:
+    """What a stage is given by the pruned prefix, and what it should answer; None if the call does not pass it."""
+    given = _seen(denoiser, own, call)
+    wanted = _seen(dense, like, call)
+    return None if given is None or wanted is None else (given[0], given[1], _tensors(wanted[2]))
+
+
+@torch.no_grad()
+def _seen(model: nn.Module, stage: nn.Module, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], Any] | None:
+    """Arguments and answer of a stage in a call."""
+    found: list[Any] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
+        # a copy: a stage may write into its input's memory, and so may those behind it
+        found.append((_copied(args), _copied(kwargs), _copied(answer)))
+        raise _Stop
+
+    handle = stage.register_forward_hook(look, with_kwargs=True)
+    try:
+        asked = model.get_submodule(call.denoiser) if call.denoiser else model
+        asked(**call.arguments)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return found[0] if found else None
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(inner) for inner in value)
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return value
+
+
+def _tensors(answer: Any) -> list[Tensor]:
+    parts = answer if isinstance(answer, tuple | list) else (answer,)
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def _train(
+    denoiser: nn.Module,
+    stage: nn.Module,
+    examples: Sequence[Example],
+    checks: Sequence[Example],
+    masks: Mapping[str, Tensor],
+    steps: int,
+    lr: float,
+    seed: int,
+) -> StageError:
+    before = _error(stage, checks)
+    state = copy.deepcopy(stage.state_dict())
+    trained = [parameter for parameter in stage.parameters() if parameter.is_floating_point()]
+    weights: list[Tensor] = [denoiser.get_parameter(f"{layer}.weight") for layer in masks]
+    factors = [mask.to(weight) for mask, weight in zip(masks.values(), weights, strict=True)]
+    optimizer = torch.optim.Adam(trained, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    with _trainable(trained):
+        for _ in range(steps):
+            args, kwargs, wanted = examples[int(torch.randint(len(examples), (), generator=generator))]
+            loss = feature_loss(_tensors(stage(*args, **kwargs)), wanted, robust=False)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                apply_masks(weights, factors)
+    after = _error(stage, checks)
+    if not after < before:
+        stage.load_state_dict(state)
+        after = before
+    return StageError(before, after)
+
+
+@contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for these parameters, and as it was afterwards."""
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        with torch.enable_grad():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield
+    finally:
+        for parameter, wanted in zip(parameters, before, strict=True):
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+
+
+@torch.no_grad()
+def _error(stage: nn.Module, examples: Sequence[Example]) -> float:
+    found = [_tensors(stage(*args, **kwargs)) for args, kwargs, _ in examples]
+    losses = [
+        float(feature_loss(mine, wanted, robust=False)) for mine, (_, _, wanted) in zip(found, examples, strict=True)
+    ]
+    return sum(losses) / len(losses)

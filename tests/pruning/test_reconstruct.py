@@ -1,0 +1,134 @@
+"""Stage by stage: inputs of the pruned prefix, targets of the dense model, zeros that stay, nothing that gets worse."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from obsdiff.allocation.stage import calibration_prompts, prune_stage
+from obsdiff.diffusion.distill import feature_loss
+from obsdiff.errors import UserError
+from obsdiff.models.subject import subject_of
+from obsdiff.pruning.options import CalibrationOptions, PruningOptions, ReconstructionOptions
+from obsdiff.pruning.reconstruct import Call, _example, reconstruct
+from tests.conftest import make_pipe
+
+HOW = ReconstructionOptions(steps=20, lr=1e-2, triples=24, batch_size=4)
+
+
+def call_of(pipe, rows=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    config = pipe.transformer.config
+    shape = (rows, config.in_channels, config.sample_size, config.sample_size)
+    return Call(
+        "",
+        {
+            "hidden_states": torch.randn(shape, generator=generator),
+            "encoder_hidden_states": torch.randn(rows, 6, config.joint_attention_dim, generator=generator),
+            "pooled_projections": torch.randn(rows, config.pooled_projection_dim, generator=generator),
+            "timestep": torch.full((rows,), 300.0),
+            "return_dict": False,
+        },
+        rows,
+    )
+
+
+def pruned_by_half():
+    """A pipeline whose transformer lost half of its weights, its masks, and the dense one."""
+    pipe = make_pipe()
+    dense = copy.deepcopy(pipe.transformer)
+    report = prune_stage(pipe, PruningOptions(method="magnitude"), [])
+    return pipe, report.masks, dense
+
+
+@torch.no_grad()
+def test_a_stage_reads_the_pruned_prefix_and_aims_at_the_dense_one():
+    """Against a forward pass written out with hooks that stop nothing."""
+    pipe, _, dense = pruned_by_half()
+    call, seen = call_of(pipe), {}
+    for name, model in (("pruned", pipe.transformer), ("dense", dense)):
+        stage = model.transformer_blocks[1]
+        handle = stage.register_forward_hook(
+            lambda module, args, kwargs, out, name=name: seen.update({name: (kwargs, out)}), with_kwargs=True
+        )
+        model(**call.arguments)
+        handle.remove()
+    args, kwargs, wanted = _example(
+        pipe.transformer, pipe.transformer.transformer_blocks[1], dense, dense.transformer_blocks[1], call
+    )
+    assert not args and torch.equal(kwargs["hidden_states"], seen["pruned"][0]["hidden_states"])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(wanted, seen["dense"][1], strict=True))
+    assert not torch.equal(wanted[0], seen["pruned"][1][0])
+
+
+def test_errors_fall_zeros_stay_and_what_is_said_is_what_is():
+    pipe, masks, dense = pruned_by_half()
+    graph = subject_of(pipe).graph
+    calls = [call_of(pipe, seed=seed) for seed in range(10)]
+    before = {name: parameter.clone() for name, parameter in pipe.transformer.named_parameters()}
+    stages = {stage: stage for stage in graph.stages}
+    found = reconstruct(pipe.transformer, dense, stages, calls, masks, steps=30, lr=1e-2)
+    assert list(found) == list(graph.stages) and all(error.after < error.before for error in found.values())
+    for layer, mask in masks.items():
+        assert not pipe.transformer.get_parameter(f"{layer}.weight")[~mask].any()
+    outside = [name for name in before if not name.startswith(tuple(f"{stage}." for stage in graph.stages))]
+    assert outside and all(torch.equal(pipe.transformer.get_parameter(name), before[name]) for name in outside)
+    assert all(p.grad is None for p in pipe.transformer.parameters())
+    last = graph.stages[-1]  # its inputs did not change after it was trained
+    losses = []
+    for call in calls[::5]:
+        stage, like = pipe.transformer.get_submodule(last), dense.get_submodule(last)
+        args, kwargs, wanted = _example(pipe.transformer, stage, dense, like, call)
+        with torch.no_grad():
+            answer = stage(*args, **kwargs)
+        mine = [part for part in answer if isinstance(part, torch.Tensor)]
+        losses.append(float(feature_loss(mine, wanted, robust=False)))
+    assert found[last].after == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_a_stage_that_training_makes_worse_keeps_its_weights():
+    pipe, masks, dense = pruned_by_half()
+    before = copy.deepcopy(pipe.transformer.state_dict())
+    stages = {stage: stage for stage in subject_of(pipe).graph.stages}
+    calls = [call_of(pipe, seed=seed) for seed in range(4)]
+    found = reconstruct(pipe.transformer, dense, stages, calls, masks, steps=5, lr=1e3)
+    assert all(error.after == error.before for error in found.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.7", "2:4", "structured:0.5", "structured:0.25+rank:4"])
+def test_through_the_stage_with_what_it_cost(pattern):
+    options = PruningOptions(
+        pattern=pattern,
+        allocation="uniform",
+        spare_blocks=[],
+        calibration=CalibrationOptions(num_prompts=6),
+        reconstruction=replace(HOW, lr=1e-3),
+    )
+    pipe, plain = make_pipe(), make_pipe()
+    prompts = calibration_prompts(pipe, options)
+    report = prune_stage(pipe, options, prompts)
+    other = prune_stage(plain, replace(options, reconstruction=ReconstructionOptions()), prompts)
+    assert other.reconstruction is None and report.masks.keys() == other.masks.keys()
+    assert all(torch.equal(report.masks[name], other.masks[name]) for name in other.masks)
+    found = report.reconstruction
+    stages = subject_of(pipe).graph.stages
+    assert list(found["stages"]) == list(stages) and all(after <= before for before, after in found["stages"].values())
+    assert any(after < before for before, after in found["stages"].values())
+    # 6 prompts x 3 steps recorded; 18 triples of two rows in 5 calls, through both models; 20 steps of three passes
+    assert found["calls"] == 5 and found["denoiser_rows"] == 18 + 36 * (len(stages) + 1) + 3 * 20 * 36 / 5
+    assert report.time_s["reconstruct"] > 0
+
+
+def test_too_few_calls_are_refused_before_anything_is_pruned():
+    pipe = make_pipe()
+    before = copy.deepcopy(pipe.transformer.state_dict())
+    options = PruningOptions(
+        method="magnitude",
+        calibration=CalibrationOptions(num_prompts=2),
+        reconstruction=replace(HOW, batch_size=100),
+    )
+    with pytest.raises(UserError, match="two batches at least"):
+        prune_stage(pipe, options, ["the digit one", "the digit two"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
