@@ -38,8 +38,8 @@ one: a file of ten lines.
 - **Norms over all heads** (Wan, Sana 1.5 and Sprint, LTX attn2) depend on every head. They and their layers of
   queries and keys stay whole, and give only the kept heads' channels: exactly the masked model; values, outputs and
   the attention itself become smaller.
-- **Ranks** (`rank:R`) are of the vector that modulations, or the projections of time in ResNet blocks, read in one call.
-  Where they are made in front of the blocks (Chroma, Flux.2, PixArt, Sana, Wan, LTX) there are none to reduce.
+- **Ranks** (`rank:R`) are of the vector that modulations, or the projections of time in ResNet blocks, read. Where
+  modulations are made in front of the blocks (Chroma, Flux.2, PixArt, Sana, Wan, LTX) there is none to reduce.
 - **Spared blocks.** Structured patterns leave the first and last block alone unless `--spare_blocks` or a measured
   allocation says otherwise; UNets spare none.
 - **As published.** `--method obs-diff` is OBS-Diff to the letter: SD3 spares its first and last block, SDXL none,
