@@ -97,19 +97,18 @@ def test_restarting_from_a_block_changes_no_figure(setting, pattern):
 
 
 def test_beside_ranks_every_curve_ends_at_a_measurement(setting):
-    """A budget that ranks share takes some modules to their last unit: there the error is measured, not extrapolated."""
+    """A budget that ranks share takes modules to their last unit: there the error is measured, not extrapolated."""
     _, graph, statistics, probe = setting
     both, alone, rank = (units_of(graph, pattern) for pattern in ("structured:0.5+rank:8", "structured:0.5", "rank:8"))
-    solver, found = Solver(graph, statistics, SolveOptions("obs")), {}
     for unit in (unit for unit in both if graph.group_of[unit.name].kind != "rank"):
         shares = [removed(level) for level in measured_levels(unit, None)]
         assert shares[-1] == removed(unit.options[-1]) and len(shares) >= 3
         assert measured_levels(unit, [0.5]) == levels_of(unit, [0.5])
-        found[unit.name] = shares
     for unit in (*alone, *rank):  # what stood before stays
         usual = MEASURED_RANK if graph.group_of[unit.name].kind == "rank" else MEASURED_STRUCTURED
         assert measured_levels(unit, None) == levels_of(unit, usual)
     unit = next(unit for unit in both if unit.name.endswith("0.ff_context"))
+    solver = Solver(graph, statistics, SolveOptions("obs"))
     sensitivity = scan(solver, [unit], probe, "")
     least = unit.options[-1]
     plan = Plan(least, {unit.name: least})
