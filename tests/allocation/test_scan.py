@@ -10,11 +10,20 @@ import torch
 
 import obsdiff
 from obsdiff.allocation.candidates import Solver
+from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.probe import power, record_probe
 from obsdiff.allocation.restart import Restart
-from obsdiff.allocation.scan import FILE, passes_needed, scan
-from obsdiff.allocation.units import Unit, make_units
+from obsdiff.allocation.scan import (
+    FILE,
+    MEASURED_RANK,
+    MEASURED_STRUCTURED,
+    levels_of,
+    measured_levels,
+    passes_needed,
+    scan,
+)
+from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
@@ -85,6 +94,35 @@ def test_restarting_from_a_block_changes_no_figure(setting, pattern):
     assert passes_needed(graph, units, LEVELS) == pytest.approx(chained.cost["passes"])
     now = graph.denoiser.state_dict()
     assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+
+
+def test_beside_ranks_every_curve_ends_at_a_measurement(setting):
+    """A budget that ranks share takes modules to their last unit: there the error is measured, not extrapolated."""
+    _, graph, statistics, probe = setting
+    both, alone, rank = (units_of(graph, pattern) for pattern in ("structured:0.5+rank:8", "structured:0.5", "rank:8"))
+    for unit in (unit for unit in both if graph.group_of[unit.name].kind != "rank"):
+        shares = [removed(level) for level in measured_levels(unit, None)]
+        assert shares[-1] == removed(unit.options[-1]) and len(shares) >= 3
+        assert measured_levels(unit, [0.5]) == levels_of(unit, [0.5])
+    for unit in (*alone, *rank):  # what stood before stays
+        usual = MEASURED_RANK if graph.group_of[unit.name].kind == "rank" else MEASURED_STRUCTURED
+        assert measured_levels(unit, None) == levels_of(unit, usual)
+    unit = next(unit for unit in both if unit.name.endswith("0.ff_context"))
+    solver = Solver(graph, statistics, SolveOptions("obs"))
+    sensitivity = scan(solver, [unit], probe, "")
+    least = unit.options[-1]
+    plan = Plan(least, {unit.name: least})
+    [error] = joint_errors(solver, [plan], probe)
+    curve = error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], [removed(least)])
+    assert curve == pytest.approx([error], rel=1e-3)
+
+
+def test_a_scan_beside_ranks_is_told_from_one_without(setting, tmp_path):
+    _, graph, statistics, probe = setting
+    solver = Solver(graph, statistics, SolveOptions("magnitude"))
+    scan(solver, units_of(graph, "structured:0.5")[:1], probe, "", store=tmp_path)
+    with pytest.raises(obsdiff.UserError, match=r"kind \("):
+        scan(solver, units_of(graph, "structured:0.5+rank:8")[:2], probe, "", store=tmp_path)
 
 
 def test_a_structured_candidate_is_the_shrunk_module(setting):

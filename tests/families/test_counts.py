@@ -6,6 +6,7 @@ import torch
 
 from obsdiff.models.graph import shapes_with
 from obsdiff.models.subject import graph_of
+from obsdiff.models.tracing import trace
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.plan import kept_units, make_plan
@@ -93,6 +94,12 @@ MODELS = {
     "z-image": ("ZImageTransformer2DModel", {}, 6_154_908_736, (34, 34, 0)),
     "aura-flow": ("AuraFlowTransformer2DModel", {}, 6_833_439_744, (36, 40, 0)),
 }
+# parameters with so many directions of what the modulations read (docs/results.md)
+RANKED = {
+    "sd3.5-large": {64: 5_442_208_064, 128: 5_513_027_904, 256: 5_654_667_584},
+    "flux-dev": {64: 8_722_846_784, 128: 8_790_676_544, 256: 8_926_336_064},
+    "qwen-image": {64: 13_758_901_824, 128: 13_901_049_408, 256: 14_185_344_576},
+}
 
 
 def model_of(name):
@@ -137,3 +144,40 @@ def test_obs_diff_leaves_the_parameters_that_were_published(name, published, dig
 def test_other_methods_keep_their_own_rules():
     """Ours cuts ResNet channels too and keeps widths that are fast; so it leaves other numbers."""
     assert parameters_after("sdxl", "structured:0.1", "obs") < parameters_after("sdxl", "structured:0.1", "obs-diff")
+
+
+def zeros(*shape):
+    return torch.zeros(shape, device="meta")
+
+
+TOLD = {"encoder_hidden_states": zeros(1, 4, 4096), "timestep": zeros(1)}
+QWEN = {"encoder_hidden_states": zeros(1, 4, 3584), "encoder_hidden_states_mask": None, "img_shapes": [[(1, 2, 2)]]}
+FLUX = {"pooled_projections": zeros(1, 768), "guidance": zeros(1), "img_ids": zeros(4, 3), "txt_ids": zeros(4, 3)}
+CALLS = {
+    "sd3.5-large": {**TOLD, "hidden_states": zeros(1, 16, 8, 8), "pooled_projections": zeros(1, 2048)},
+    "flux-dev": {**TOLD, **FLUX, "hidden_states": zeros(1, 4, 64)},
+    "qwen-image": {**TOLD, **QWEN, "hidden_states": zeros(1, 4, 64)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "modulations"),
+    [  # layers, and their outputs in multiples of the width
+        ("sd3.5-large", 2432, (38 + 38 + 1, 38 * 6 + 37 * 6 + 2 + 2)),  # the last block has a shorter one of the text
+        ("flux-dev", 3072, (19 * 2 + 38 + 1, 19 * 2 * 6 + 38 * 3 + 2)),
+        ("qwen-image", 3072, (60 * 2 + 1, 60 * 2 * 6 + 2)),
+    ],
+)
+def test_ranks_of_modulations(name, width, modulations):
+    """One vector is read by all modulations, and what a rank of it leaves is the sum that paper and pencil give."""
+    model = model_of(name)
+    graph = graph_of(model, traced=trace(model, {"": CALLS[name]}))
+    [group] = [group for group in graph.groups if group.kind == "rank"]
+    layers, multiples = modulations
+    assert (len(group.layers), group.count) == (layers, width)
+    total, rows = MODELS[name][2], multiples * width
+    for rank in (64, 128, 256):
+        shapes = {parameter: list(value.shape) for parameter, value in model.named_parameters()}
+        shapes |= shapes_with(graph, {group.name: rank})["tensors"]
+        expected = total - rows * width + rows * rank + rank * width
+        assert sum(torch.Size(shape).numel() for shape in shapes.values()) == expected == RANKED[name][rank]

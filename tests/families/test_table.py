@@ -103,6 +103,15 @@ def test_classes_that_nobody_knows_are_pruned_by_tracing_alone(unknown, pattern,
     assert all(torch.equal(weights[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
 
 
+def test_ranks_of_classes_that_nobody_knows(unknown):
+    pipe, conditioning = unknown
+    [group] = subject_of(pipe, conditioning).graph.groups
+    report = obsdiff.prune(pipe, "rank:4", statistics=obsdiff.calibrate(pipe, conditioning))
+    assert int(report.masks[group.name].sum()) == 4 and set(group.layers) == report.layer_error.keys()
+    blocks = [f"transformer_blocks.{i}.{norm}" for i in (0, 1) for norm in ("norm1.linear", "norm1_context.linear")]
+    assert set(group.layers) == {*blocks[:3], "transformer_blocks.1.norm1_context.linear_1", "norm_out.linear"}
+
+
 def test_classes_that_nobody_knows_are_not_cut(unknown):
     pipe, conditioning = unknown
     _ = subject_of(pipe, conditioning).call

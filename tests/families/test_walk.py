@@ -154,6 +154,7 @@ def projected_like(case, pipe, report):
 def test_ranks(case, tmp_path):
     """What reads a few directions of a vector is the projected model, and everything else goes on from it."""
     pipe = case.traced()
+    assert case.graph.family.modulated == bool(case.graph.vectors)
     if not case.graph.vectors:
         with pytest.raises(obsdiff.UserError, match="none in its blocks that is whole"):
             obsdiff.prune(pipe, "rank:0.25", statistics=case.statistics)

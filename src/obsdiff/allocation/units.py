@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph, Group, group_parameters
-from obsdiff.obs.pattern import NM, Pattern, Structured, Unstructured
+from obsdiff.obs.pattern import NM, RANK, Pattern, Structured, Unstructured
 from obsdiff.pruning.options import Limits
 from obsdiff.pruning.plan import Plan, kept_units
 
@@ -24,11 +24,13 @@ class Unit:
         members: Their names.
         stage: The first stage that holds one of them.
         options: Patterns it may get, by rising share removed.
+        beside_ranks: Whether it shares the budget with ranks of vectors.
     """
 
     members: tuple[str, ...]
     stage: int
     options: tuple[Pattern, ...]
+    beside_ranks: bool = False
 
     @property
     def name(self) -> str:
@@ -60,6 +62,7 @@ def make_units(graph: Graph, plan: Plan, limits: Limits) -> list[Unit]:
             if not any(fnmatchcase(name, rule) for name in blocks):
                 raise UserError(f"--limits.{option}: {rule!r} matches none of the {len(blocks)} names in the plan")
     units = []
+    kinds = {groups[name].kind for name in plan.entries} if plan.structured else set()
     for members in _shared(list(plan.entries), limits.share):
         options = [_options(graph, plan.pattern, name, limits) for name in members]
         common = tuple(pattern for pattern in options[0] if all(pattern in other for other in options[1:]))
@@ -68,7 +71,8 @@ def make_units(graph: Graph, plan: Plan, limits: Limits) -> list[Unit]:
                 f"{members[0]} and {members[-1]} have no ratio or width in common within their limits; they cannot "
                 "share one"
             )
-        units.append(Unit(members, min(blocks[name] for name in members), common))
+        beside = RANK in kinds and groups[members[0]].kind != RANK
+        units.append(Unit(members, min(blocks[name] for name in members), common, beside))
     return sorted(units, key=lambda unit: unit.stage)
 
 

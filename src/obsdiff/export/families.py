@@ -20,8 +20,9 @@ What `obsdiff inspect --families` prints, with what a user of each should know. 
 
 """
 _NOTES = """
-*Other denoisers* of diffusers get unstructured and N:M patterns through tracing alone, and a note says so;
-structured patterns are refused. [adding-a-family.md](adding-a-family.md) says how to add one: a file of ten lines.
+*Other denoisers* of diffusers get unstructured and N:M patterns, and ranks where they have modulations, through tracing
+alone, and a note says so; structured patterns are refused. [adding-a-family.md](adding-a-family.md) says how to add
+one: a file of ten lines.
 
 ## What holds for all
 
@@ -37,6 +38,8 @@ structured patterns are refused. [adding-a-family.md](adding-a-family.md) says h
 - **Norms over all heads** (Wan, Sana 1.5 and Sprint, LTX attn2) depend on every head. They and their layers of
   queries and keys stay whole, and give only the kept heads' channels: exactly the masked model; values, outputs and
   the attention itself become smaller.
+- **Ranks** (`rank:R`) are of the vector that modulations, or the projections of time in ResNet blocks, read. Where
+  modulations are made in front of the blocks (Chroma, Flux.2, PixArt, Sana, Wan, LTX) there is none to reduce.
 - **Spared blocks.** Structured patterns leave the first and last block alone unless `--spare_blocks` or a measured
   allocation says otherwise; UNets spare none.
 - **As published.** `--method obs-diff` is OBS-Diff to the letter: SD3 spares its first and last block, SDXL none,
@@ -63,12 +66,12 @@ structured patterns are refused. [adding-a-family.md](adding-a-family.md) says h
 
 def table(families: Sequence[Family] = FAMILIES) -> str:
     """A table in Markdown, one row a family, its columns aligned for terminals."""
-    head = ("models", "unstructured, N:M", "heads", "FFN neurons", "ResNet channels", "guidance", "padding", "recovery")
+    head = ("models", "unstructured, N:M", *KINDS.values(), "rank", "guidance", "padding", "recovery")
     rows = [head, tuple("---" for _ in head)]
     for family in families:
-        cells = [family.title, "yes", *(_cell(family, kind) for kind in KINDS)]
+        cells = [family.title, "yes", *(_cell(family, kind) for kind in KINDS), "yes" if family.modulated else "-"]
         rows.append((*cells, _guidance(family), _padding(family), _recovery(family)))
-    rows.append(("any other", "yes", *("-" for _ in KINDS), "as it is called", "counts", "-"))
+    rows.append(("any other", "yes", *("-" for _ in KINDS), "as traced", "as it is called", "counts", "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = []
     for row in rows:
@@ -116,7 +119,7 @@ def _section(family: Family) -> str:
     facts = [
         f"`{family.denoiser}` through {', '.join(f'`{name}`' for name in family.pipelines)}; structured: "
         + ", ".join(KINDS[kind] for kind in family.cuts)
-        + "."
+        + ("; rank of modulations." if family.modulated else ".")
     ]
     facts += [f"Not cut: `{rule}`, {reason}." for rule, reason in family.refused.items()]
     negated = ", and its answer is negated" if family.sign < 0 else ""

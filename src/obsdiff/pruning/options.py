@@ -64,7 +64,8 @@ class ScanOptions:
     """How layers' sensitivity is measured, for the measured allocation.
 
     Args:
-        levels: Shares removed at which the denoiser runs; default: 0.5, 0.8, 0.98 (structured: 0.25, 0.5, 0.75).
+        levels: Shares removed at which the denoiser runs; default: 0.5, 0.8, 0.98 (structured: 0.25, 0.5, 0.75,
+            beside ranks also 0.9 and 0.98; ranks: 0.5, 0.75, 0.85, 0.95).
         triples: Recorded (latent, step, prompt) triples to measure on; default: 160, or fewer where the scan would run
             the denoiser on more than 12 times what a calibration pass does.
     """

@@ -6,6 +6,7 @@ AURA_FLOW = Family(
     denoiser="AuraFlowTransformer2DModel",
     title="AuraFlow",
     pipelines=("AuraFlowPipeline",),
+    modulated=True,
     notes="Eight register tokens stand before the text. No layer has a bias.",
     time_scale=1 / 1000,
 )

@@ -32,6 +32,7 @@ class Family:
         title: The models that use it, for people.
         pipelines: Pipeline classes that make images of prompts alone with it: those that can be measured.
         cuts: Kinds of units that its blocks have: "heads", "ffn", "channels".
+        modulated: Whether layers in its blocks read one vector per sample, whose rank can be reduced.
         notes: What else a user should know, for people.
         sample, time: Its arguments that hold the noisy latents (a tensor, or a list of one per row) and the time.
         time_scale, time_offset: The time it is told is ``offset + scale · t`` for the scheduler's t in 0 to 1000.
@@ -64,6 +65,7 @@ class Family:
     title: str = ""
     pipelines: tuple[str, ...] = ()
     cuts: tuple[str, ...] = ("heads", "ffn")
+    modulated: bool = False
     notes: str = ""
     sample: str = "hidden_states"
     time: str = "timestep"

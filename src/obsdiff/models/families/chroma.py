@@ -9,6 +9,7 @@ CHROMA = replace(
     denoiser="ChromaTransformer2DModel",
     title="Chroma",
     pipelines=("ChromaPipeline",),
+    modulated=False,
     notes="As Flux.1, with modulations from one network that sees the time alone and is left alone.",
     text=(),
     mask="attention_mask",

@@ -16,6 +16,7 @@ COGVIDEOX = Family(
     title="CogVideoX",
     video=True,
     pipelines=("CogVideoXPipeline",),
+    modulated=True,
     notes="Text and video share all weights.",
     text=(TextSegment(("tokenizer",), length_argument="max_sequence_length", default_length=226),),
     tokens=(("*", (TEXT, IMAGE)),),

@@ -6,6 +6,7 @@ DIT = Family(
     denoiser="DiTTransformer2DModel",
     title="DiT",
     pipelines=("DiTPipeline",),
+    modulated=True,
     notes="Every block holds embedders of time and class of its own. Prompts are class numbers or names.",
     learned_sigma=True,
     guidance="last",

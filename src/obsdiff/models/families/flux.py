@@ -14,6 +14,7 @@ FLUX = Family(
     denoiser="FluxTransformer2DModel",
     title="Flux.1",
     pipelines=("FluxPipeline",),
+    modulated=True,
     notes=(
         "Joint attention is cut in both streams at once; in single blocks heads and neurons share one "
         "output layer and one Hessian (15,360 wide in the public models)."

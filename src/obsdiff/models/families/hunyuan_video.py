@@ -7,6 +7,7 @@ HUNYUAN_VIDEO = Family(
     title="HunyuanVideo",
     video=True,
     pipelines=("HunyuanVideoPipeline",),
+    modulated=True,
     notes="Guidance is embedded. The refiner of the text is cut too.",
     guidance="calls",
     mask="encoder_attention_mask",

@@ -9,6 +9,7 @@ LUMINA2 = Family(
     denoiser="Lumina2Transformer2DModel",
     title="Lumina 2",
     pipelines=("Lumina2Pipeline",),
+    modulated=True,
     notes="A unit of heads is one head of keys and values with all query heads that read it.",
     time_scale=-1 / 1000,
     time_offset=1.0,

@@ -16,6 +16,7 @@ QWEN_IMAGE = Family(
     title="Qwen-Image",
     video=True,
     pipelines=("QwenImagePipeline",),
+    modulated=True,
     notes="In the last block the text's queries, output and feed-forward network reach nothing.",
     time_scale=1 / 1000,
     packed=packed,

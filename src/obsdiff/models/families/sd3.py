@@ -6,6 +6,7 @@ SD3 = Family(
     denoiser="SD3Transformer2DModel",
     title="Stable Diffusion 3, 3.5",
     pipelines=("StableDiffusion3Pipeline",),
+    modulated=True,
     notes=("SD3.5-medium's second attention has heads of its own. In the last block the text's queries reach nothing."),
     encoded=(
         "prompt_embeds",

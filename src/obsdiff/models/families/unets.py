@@ -7,6 +7,7 @@ UNET_CONDITION = Family(
     components=("unet",),
     title="Stable Diffusion 1.5, 2.1, XL",
     pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    modulated=True,
     cuts=("heads", "ffn", "channels"),
     notes=(
         "ResNet blocks lose inner channels by whole GroupNorm groups, the only exact way. Keys and values of all "
@@ -23,6 +24,7 @@ UNET = Family(
     components=("unet",),
     title="DDPM",
     pipelines=("DDPMPipeline",),
+    modulated=True,
     cuts=("heads", "channels"),
     notes="Pixels, no prompts. An attention with one head (ddpm-cifar10) has none to spare.",
     sample="sample",

@@ -14,6 +14,7 @@ Z_IMAGE = Family(
     denoiser="ZImageTransformer2DModel",
     title="Z-Image",
     pipelines=("ZImagePipeline",),
+    modulated=True,
     notes="Its guidance scale adds to one.",
     sample="x",
     time="t",
