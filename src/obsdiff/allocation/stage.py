@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from obsdiff.allocation.allocate import allocate
 from obsdiff.allocation.clock import PROCESS_S
+from obsdiff.allocation.depth import describe_depth, prune_depth
 from obsdiff.allocation.planning import (
     allocates,
     check_options,
+    depth_of,
     describe_scan,
     first_plan,
     needs_for,
@@ -29,10 +32,12 @@ from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.defaults import departures
-from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
+from obsdiff.pruning.oneshot import prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.plan import Plan, describe, fate_of_dead, kept_units, packages_of, remarks, without_dead
-from obsdiff.pruning.planfile import kinds_of
+from obsdiff.pruning.planfile import fitted_plan, kinds_of
+from obsdiff.pruning.report import PruneReport
+from obsdiff.pruning.shorten import stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 from obsdiff.pruning.vectors import checked_rank
 
@@ -63,12 +68,14 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
         UserError: The plan does not fit, a layer would not be pruned truly, or the pipeline is pruned already.
     """
     subject = subject_of(pipe)
+    if not prune_again:
+        refuse_pruned(subject.graph, info_of(subject.pipe).manifest)
+    if (depth := depth_of(options)) is not None:
+        stages_to_remove(subject, depth, options.spare_blocks)
     plan = first_plan(subject.graph, options)
     if options.dead == "remove":
         plan = without_dead(subject.graph, plan, subject.dead, options.exclude)
     subject.check(plan.layers(subject.graph))
-    if not prune_again:
-        refuse_pruned(subject.graph)
     return subject, plan
 
 
@@ -105,6 +112,33 @@ def prune_stage(
     """
     check_options(options, statistics, sensitivity)
     subject, plan = prepare(pipe, options, prune_again)
+    kept = _Kept(statistics, sensitivity, prune_again, quiet)
+
+    def layers(shorter: Subject, own: PruningOptions) -> PruneReport:
+        if plan.removed:
+            return _prune_layers(shorter, fitted_plan(replace(plan, removed=()), shorter.graph), own, prompts, kept)
+        return _prune_layers(*prepare(shorter, own, prune_again=True), own, prompts, kept)
+
+    if plan.removed or depth_of(options) is not None:
+        return prune_depth(subject, plan, options, prompts, layers, quiet)
+    return _prune_layers(subject, plan, options, prompts, kept)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What of a stage is the same for the whole denoiser and a shorter one."""
+
+    statistics: Path | None
+    sensitivity: Path | None
+    prune_again: bool
+    quiet: bool
+
+
+def _prune_layers(
+    subject: Subject, plan: Plan, options: PruningOptions, prompts: Sequence[str], kept: _Kept
+) -> PruneReport:
+    """Calibrate, allocate, prune what is there."""
+    statistics, quiet = kept.statistics, kept.quiet
     graph, dead = subject.graph, [] if options.dead == "ignore" else subject.dead
     settings = options.calibration
 
@@ -131,7 +165,7 @@ def prune_stage(
     record, allocate_s = None, 0.0
     if allocates(options):
         started = time.perf_counter()
-        allocation = allocate(subject, options, found, prompts, store=sensitivity, quiet=quiet)
+        allocation = allocate(subject, options, found, prompts, store=kept.sensitivity, quiet=quiet)
         plan, record = allocation.plan, allocation.record
         allocate_s = allocation.earlier_s + time.perf_counter() - started
         if options.dead == "remove":
@@ -147,7 +181,7 @@ def prune_stage(
         seed=options.seed,
         damping=settings.damping,
         fusion=options.fusion,
-        prune_again=prune_again,
+        prune_again=kept.prune_again,
         quiet=quiet,
     )
     report.dead = fate_of_dead(graph, plan, dead) if options.dead == "remove" else dict.fromkeys(dead, "left")
@@ -210,6 +244,10 @@ def weighting_of(options: PruningOptions, statistics: Path | None) -> str:
 def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts: int, statistics: Path | None) -> None:
     """Say on standard error what is about to happen: layers, passes, memory."""
     pipe, graph = subject.pipe, subject.graph
+    if plan.removed or depth_of(options) is not None:
+        print(f"{info_of(pipe).source}: {describe_depth(subject, plan, options, num_prompts)}", file=sys.stderr)
+    if not plan.entries:
+        return
     sites = plan.sites(graph)
     chosen = [site for site in (*graph.vectors, *graph.sites) if statistics is not None or site.name in sites]
     numbers = [weight_matrices(graph.layer(site.name)).shape for site in chosen]

@@ -191,7 +191,9 @@ class Depth:
 
     def __post_init__(self) -> None:
         if not (0 < self.amount < 1 or (self.amount >= 1 and float(self.amount).is_integer())):
-            raise UserError(f"depth is {self.amount:g}; it must be a whole number of stages, or a share of them below 1")
+            raise UserError(
+                f"depth is {self.amount:g}; it must be a whole number of stages, or a share of them below 1"
+            )
 
     @property
     def sparsity(self) -> float:
