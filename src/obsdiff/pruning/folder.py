@@ -176,9 +176,7 @@ def _check_depth(denoiser: Any, depth: Mapping[str, Any] | None) -> None:
     for prefix, changed in () if depth is None else depth["config"].items():
         config: Any = models[prefix].config if prefix in models else {}
         if other := [key for key, value in changed.items() if _plain(config.get(key)) != value]:
-            raise _Unlike(
-                f"the manifest says that {other[0]} is {changed[other[0]]}, and the denoiser's config differs"
-            )
+            raise _Unlike(f"its {other[0]} is not the {changed[other[0]]} that the manifest says is left")
 
 
 def _plain(value: Any) -> Any:

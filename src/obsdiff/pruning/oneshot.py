@@ -288,7 +288,9 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
         consumers = dict.fromkeys(s.layer for group in bundle for s in group.consumers)
         found = None
         if read is not None:
-            found = {layer: read(graph.site_of[layer].name, graph.weight(layer).device) for layer in consumers}
+            sites = {graph.site_of[layer].name: graph.weight(layer).device for layer in consumers}
+            known = {site: read(site, device) for site, device in sites.items()}  # each once: it is let go
+            found = {layer: known[graph.site_of[layer].name] for layer in consumers}
         kept, results = solve_groups(graph, patterns, found, job.options)  # type: ignore[arg-type]  # all structured
         return {name: units.cpu() for name, units in kept.items()}, portable(results)
 

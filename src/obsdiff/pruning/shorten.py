@@ -36,8 +36,8 @@ def removable(subject: Subject, spare_blocks: Sequence[int] | None = None) -> di
     if not subject.stacks:
         raise UserError(
             f"depth removes blocks that a class counts in its config and runs as a chain, and a "
-            f"{subject.family.denoiser} has none; use unstructured:RATIO, N:M, or structured:RATIO where its blocks are "
-            "known"
+            f"{subject.family.denoiser} has none; use unstructured:RATIO or N:M, or structured:RATIO where its blocks "
+            "are known"
         )
     found: dict[str, str | None] = {}
     for stack in subject.stacks:
@@ -100,11 +100,7 @@ def shorten(edits: Edits, subject: Subject, stages: Sequence[str]) -> Subject:
     Raises:
         UserError: One is not there, or the class cannot build what would be left.
     """
-    gone = _by_stack(subject, stages)
-    try:
-        changes = _shorter(subject, gone)
-    except Uncounted as error:
-        raise UserError(f"{', '.join(stages)} cannot be removed: {error}") from None
+    gone, changes = _changes(subject, stages)
     denoiser = subject.denoiser
     for stack, lost in gone.items():
         owner, _, child = stack.name.rpartition(".")
@@ -175,8 +171,7 @@ def prune_shorter(
 
 def depth_record(subject: Subject, stages: Sequence[str]) -> dict[str, Any]:
     """What a manifest keeps of the removal of ``stages`` from a denoiser that is still whole; JSON-able."""
-    gone = _by_stack(subject, stages)
-    changes = _shorter(subject, gone)
+    gone, changes = _changes(subject, stages)
     return {
         "removed": list(stages),
         "of": sum(stack.count for stack in subject.stacks),
@@ -189,6 +184,15 @@ def depth_record(subject: Subject, stages: Sequence[str]) -> dict[str, Any]:
         },
         "model": model_hash(subject.denoiser),
     }
+
+
+def _changes(subject: Subject, stages: Sequence[str]) -> tuple[dict[Stack, set[int]], dict[str, Shorter]]:
+    """The numbers of the stages by stack, and what becomes of each model without them."""
+    gone = _by_stack(subject, stages)
+    try:
+        return gone, _shorter(subject, gone)
+    except Uncounted as error:
+        raise UserError(f"{', '.join(stages)} cannot be removed: {error}") from None
 
 
 def _by_stack(subject: Subject, stages: Sequence[str]) -> dict[Stack, set[int]]:

@@ -85,7 +85,8 @@ def _is_kept(stage: str, kept: Mapping[str, Sequence[int]]) -> bool:
 
 @contextmanager
 def _block_outputs(denoiser: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Every tensor the denoiser's blocks ``names`` give, in order, while it runs once (not again when checkpoints recompute)."""
+    """Every tensor the denoiser's blocks ``names`` give, in order, while it runs once (not again when checkpoints
+    recompute)."""
     found: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
