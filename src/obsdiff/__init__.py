@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from obsdiff.obs.pattern import NM, Structured, Unstructured, parse_pattern
     from obsdiff.pruning.calibrate import calibrate
     from obsdiff.pruning.folder import load_pipeline, save_pipeline
+    from obsdiff.pruning.lora import load_lora
     from obsdiff.pruning.oneshot import prune
     from obsdiff.pruning.report import PruneReport
 
@@ -33,6 +34,7 @@ _HOME = {
     "UserError": "obsdiff.errors",
     "allocate": "obsdiff.allocation.allocate",
     "calibrate": "obsdiff.pruning.calibrate",
+    "load_lora": "obsdiff.pruning.lora",
     "load_pipeline": "obsdiff.pruning.folder",
     "load_prompts": "obsdiff.data.prompts",
     "parse_pattern": "obsdiff.obs.pattern",
@@ -49,6 +51,7 @@ __all__ = [
     "UserError",
     "allocate",
     "calibrate",
+    "load_lora",
     "load_pipeline",
     "load_prompts",
     "parse_pattern",

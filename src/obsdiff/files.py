@@ -90,6 +90,24 @@ def whole_folder(target: Path, index: str, *, replace: bool = False) -> Iterator
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def working_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that vanishes with the block; what killed processes left there goes first.
+
+    Raises:
+        UserError: The place cannot be written.
+    """
+    target = Path(os.path.realpath(target))
+    with _clear_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".part", dir=target.parent))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _swap_in(new: Path, target: Path, index: str, replace: bool) -> None:
     check_folder(target, index, "a finished run", replace=replace)
     if not _occupied(target):

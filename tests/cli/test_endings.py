@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from torch.multiprocessing.spawn import ProcessRaisedException
@@ -208,7 +209,9 @@ def test_ctrl_c_in_pruning(pipe_folder, tmp_path):
         "--evaluation.num_images",
         "0",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a shell starts what runs in the background deaf to Ctrl-C, and this suite may run there
+    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     said = ""
     while "calibration:" not in said:
         said += process.stderr.readline()

@@ -327,3 +327,26 @@ def test_a_recovery_trains_what_is_left(given, objective, pipe_folder, tmp_path)
     start = obsdiff.load_pipeline(module.start.folder).transformer.state_dict()
     trained = module.denoiser.state_dict()
     assert trained.keys() == start.keys() and any(not torch.equal(trained[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_lora_of_the_whole_model_finds_its_blocks(loaded, tmp_path, images):
+    """Blocks that moved up take what was trained on them, and what was of those that went is told of."""
+    whole, pipe = make_pipe(blocks=4), make_pipe(blocks=4)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for i in range(4):
+        for name in ("attn.to_q", "ff.net.2"):
+            rows, columns = whole.transformer.get_submodule(f"transformer_blocks.{i}.{name}").weight.shape
+            key = f"transformer.transformer_blocks.{i}.{name}"
+            state[f"{key}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+            state[f"{key}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    report = obsdiff.prune(pipe, removing("transformer_blocks.1"))
+    depth = report.depth
+    if loaded:
+        obsdiff.save_pipeline(pipe, tmp_path / "out", report)
+        pipe, depth = obsdiff.load_pipeline(tmp_path / "out"), None
+    found = obsdiff.load_lora(pipe, state, depth=depth)
+    assert found.dropped == ["transformer_blocks.1.attn.to_q", "transformer_blocks.1.ff.net.2"] and found.share < 1
+    whole.load_lora_weights(dict(state))
+    torch.testing.assert_close(images(pipe), images(skipping(whole, ["transformer_blocks.1"])))

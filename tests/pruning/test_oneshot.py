@@ -5,6 +5,7 @@ import torch
 
 import obsdiff
 from obsdiff.criteria import METHODS
+from obsdiff.models.content import model_hash
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.plan import make_plan, packages_of
 
@@ -105,7 +106,7 @@ def test_packages_recalibrate_with_earlier_layers_pruned(prompts):
     from tests.conftest import make_pipe
 
     pipe = make_pipe()
-    passes = []
+    passes, dense = [], model_hash(pipe.transformer)
 
     def calibrate(sites):
         zeros = sum(int((p == 0).sum()) for p in pipe.transformer.parameters())
@@ -117,6 +118,7 @@ def test_packages_recalibrate_with_earlier_layers_pruned(prompts):
     sites = [site.name for site in subject_of(pipe).graph.sites]
     assert set().union(*(found for found, _ in passes)) == set(sites)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert report.fingerprint["model"] == report.model == dense  # by which a recovery knows its teacher
 
 
 def test_packages_are_contiguous_and_near_equal(pipe):

@@ -159,6 +159,13 @@ def test_every_config_instantiates(path):
         options = parse_options(PruneOptions, "obsdiff prune", ["--config", str(path)])
         parse_pattern(options.pattern)
         find_method(options.method)
+    elif path.parent.name == "compare":
+        from obsdiff.cli.parse import parse_options
+        from obsdiff.compare.cells import units_of
+        from obsdiff.compare.options import CompareOptions
+
+        units, _ = units_of(parse_options(CompareOptions, "obsdiff compare", ["--config", str(path)]))
+        assert {unit.method for unit in units} and all(unit.evaluation.num_images for unit in units)
     else:
         from obsdiff.cli.train import command_line
 

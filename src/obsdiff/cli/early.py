@@ -7,7 +7,10 @@ from pathlib import Path
 
 from obsdiff.allocation.request import check_evaluation, check_values
 from obsdiff.cli.options import BenchOptions, BenchScanOptions, InspectOptions, SampleOptions
+from obsdiff.compare.cells import check
+from obsdiff.compare.options import CompareOptions
 from obsdiff.errors import UserError
+from obsdiff.files import check_writable
 from obsdiff.models.loading import check_denoiser_file, check_loading, check_source
 from obsdiff.names import METHODS, PRESETS
 from obsdiff.numbers import check_number, check_seed, check_whole
@@ -37,6 +40,25 @@ def checked_prune(options: PruneOptions) -> PruneOptions:
         output=str(output),
         statistics=_optional(options.statistics, "statistics", whole=True),
         sensitivity=_optional(options.sensitivity, "sensitivity"),
+        calibration=replace(calibration, prompts=_prompts(calibration.prompts, "calibration.prompts")),
+        evaluation=replace(evaluation, prompts=_prompts(evaluation.prompts, "evaluation.prompts")),
+    )
+
+
+def checked_compare(options: CompareOptions) -> CompareOptions:
+    """The options with ``~`` filled in.
+
+    Raises:
+        UserError: A value is wrong, or a file is missing.
+    """
+    check(options)
+    output = user_path(options.output, "output")
+    check_writable(output)
+    calibration, evaluation = options.calibration, options.evaluation
+    return replace(
+        options,
+        pipeline=check_source(options.pipeline),
+        output=str(output),
         calibration=replace(calibration, prompts=_prompts(calibration.prompts, "calibration.prompts")),
         evaluation=replace(evaluation, prompts=_prompts(evaluation.prompts, "evaluation.prompts")),
     )

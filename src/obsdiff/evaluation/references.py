@@ -162,3 +162,15 @@ def measure(refs: References, images: Images) -> dict[str, Any]:
             if len(drawn) and several:
                 measured[f"frechet{suffix}"] = reader.frechet(drawn) if finite else None
     return measured
+
+
+def per_image(refs: References, images: Images) -> dict[str, Tensor]:
+    """What intervals over prompts go by, (n,) each: ``mse`` to the dense images, and where there is a reader and a
+    prompt, ``alignment`` and ``alignment_top5`` as 1.0 or 0.0."""
+    found = {"mse": (refs.dense.guided.double() - images.guided.double()).square().flatten(1).mean(1)}
+    reader = find_reader(refs.alignment)
+    if reader is not None and any(refs.prompts):
+        found["alignment"] = reader.hits(images.guided, refs.prompts)
+        if (near := reader.near_hits(images.guided, refs.prompts)) is not None:
+            found["alignment_top5"] = near
+    return found

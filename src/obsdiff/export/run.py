@@ -32,7 +32,7 @@ from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
-from obsdiff.pruning.options import PruneOptions
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.statistics import INDEX
 from obsdiff.ranks import rank, wait_for_all
@@ -72,7 +72,10 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     check_options(options, statistics, sensitivity)
     check_space(Path(options.output), pipeline_bytes(pipe))
     subject, plan = prepare(pipe, options, options.prune_again)
-    prompts, evaluated = calibration_prompts(pipe, options), evaluation_prompts(pipe, options)
+    prompts, evaluated = (
+        calibration_prompts(pipe, options),
+        evaluation_prompts(pipe, options.evaluation, options.calibration),
+    )
     check_measurable(evaluated, info_of(pipe).alignment)
     seeds = list(range(options.evaluation.seed, options.evaluation.seed + len(evaluated)))
     reused = statistics is not None and (statistics / INDEX).exists()
@@ -125,14 +128,14 @@ def _kept(statistics: Path | None, sensitivity: Path | None) -> str:
     return f"kept are the {' and the '.join(places)}, from which the same command goes on"
 
 
-def evaluation_prompts(pipe: Any, options: PruneOptions) -> list[str]:
+def evaluation_prompts(pipe: Any, evaluation: EvaluationOptions, calibration: CalibrationOptions) -> list[str]:
     """One prompt per image of the evaluation: from the set that was named, else the pipeline's own, else the
     calibration's.
 
     Raises:
         UserError: The options are out of range, or the set cannot be read.
     """
-    evaluation, calibration, own = options.evaluation, options.calibration, info_of(pipe).prompts
+    own = info_of(pipe).prompts
     if evaluation.num_images < 0:
         raise UserError(f"evaluation.num_images is {evaluation.num_images}; it must be at least 0")
     if evaluation.batch_size < 1:

@@ -57,8 +57,9 @@ def apply_shapes(model, shrunk):
 def sizes_of(module):
     """What a module's attributes must say, by the shape of its weight."""
     shape = tuple(module.weight.shape)
-    if isinstance(module, nn.Linear):
-        return {"in_features": shape[1], "out_features": shape[0]}
+    if isinstance(module, nn.Linear):  # adapters are made for what a layer truly reads, before it is projected
+        read = module.projection[0].weight.shape[1] if hasattr(module, "projection") else shape[1]
+        return {"in_features": read, "out_features": shape[0]}
     if isinstance(module, nn.Conv2d):
         groups = shape[0] if module.groups > 1 and shape[1] == 1 else module.groups  # depthwise ones follow
         return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
@@ -128,6 +129,7 @@ def project(layer, name, basis):
     layer.__class__ = projecting_class(type(layer))
     layer.basis = name
     layer.projection = [basis]  # in a list, so that it is not registered (and saved) with every layer
+    fit_sizes(layer)
 
 
 @functools.cache

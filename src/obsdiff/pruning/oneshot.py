@@ -144,7 +144,7 @@ def prune(
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
                 check_serves(found, needed(pattern, options), f"method {method}")
-                report.fingerprint = found.fingerprint
+                report.fingerprint = report.fingerprint or found.fingerprint  # the first one's: of the dense model
                 _add(report.time_s, found.time_s)
             solve_started = time.perf_counter()
             (_shrink_modules if plan.structured else _mask_sites)(job, package, read)

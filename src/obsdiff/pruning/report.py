@@ -29,7 +29,7 @@ class PruneReport:
         refit_steps: Conjugate-gradient steps of the refit by layer; empty without one (what stays of heads and neurons
             is solved for in closed form).
         time_s: Seconds: "calibrate", "forward_only", "allocate", "solve", "total".
-        fingerprint: Of the statistics, or None.
+        fingerprint: Of the statistics (with several packages, of the first ones), or None.
         shrunk: New shapes, or None.
         packages: Calibration passes.
         model: Hash of the dense denoiser.

@@ -1,0 +1,196 @@
+"""The cells of a comparison: what is pruned how, and what is trained after it. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from obsdiff.allocation.request import check_evaluation, check_values
+from obsdiff.compare.options import CompareOptions
+from obsdiff.costs import Cost
+from obsdiff.errors import UserError
+from obsdiff.numbers import check_number, check_seed, check_whole
+from obsdiff.pruning.options import EvaluationOptions, PruningOptions
+from obsdiff.yamlfiles import read_yaml
+
+ONE_SHOT = "one shot"  # the name of a row that nothing was trained for
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is pruned once; each of its rows is a recovery from there, or none.
+
+    Attributes:
+        method, pattern, allocation, seed: As the options name them.
+        pruning: The whole request.
+        evaluation: Its images.
+    """
+
+    method: str
+    pattern: str
+    allocation: str
+    seed: int
+    pruning: PruningOptions
+    evaluation: EvaluationOptions
+
+    def __str__(self) -> str:
+        return f"{self.pattern} by {self.method}, {self.allocation}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A combination that cannot be, with the reason."""
+
+    method: str
+    pattern: str
+    allocation: str
+    reason: str
+
+
+def units_of(options: CompareOptions) -> tuple[list[Unit], list[LeftOut]]:
+    """All that is to be pruned, those of one seed and method next to each other, and what cannot be.
+
+    Raises:
+        UserError: An option is wrong, or nothing is left to compare.
+    """
+    check(options)
+    units, left_out = [], []
+    for at, seed in enumerate(options.seeds):
+        for method in options.methods:
+            for pattern in options.patterns:
+                for allocation in options.allocations:
+                    pruning = _request(options, method, pattern, allocation, seed)
+                    try:
+                        _check_together(pruning)
+                    except UserError as error:
+                        if at == 0:
+                            left_out.append(LeftOut(method, pattern, allocation, str(error)))
+                        continue
+                    own = options.evaluation
+                    images = replace(own, seed=own.seed + at * own.num_images)
+                    units.append(Unit(method, pattern, allocation, seed, pruning, images))
+    if not units:
+        reasons = "; ".join(dict.fromkeys(found.reason for found in left_out))
+        raise UserError(f"no method goes with any of the patterns and allocations: {reasons}")
+    return units, left_out
+
+
+def _request(options: CompareOptions, method: str, pattern: str, allocation: str, seed: int) -> PruningOptions:
+    text, _, budget = pattern.partition(" ")
+    return PruningOptions(
+        pattern=text,
+        budget=budget.strip() or None,
+        method=method,
+        allocation=allocation,
+        seed=seed,
+        calibration=options.calibration,
+    )
+
+
+def _check_together(pruning: PruningOptions) -> None:
+    """Refuse a method, a pattern and an allocation that do not go together."""
+    from obsdiff.allocation.planning import check_options
+
+    check_options(pruning)
+
+
+def check(options: CompareOptions) -> None:
+    """Refuse options that are wrong by themselves.
+
+    Raises:
+        UserError: Naming the first one.
+    """
+    for name in ("methods", "patterns", "allocations", "seeds"):
+        values = getattr(options, name)
+        if not values:
+            raise UserError(f"{name} is empty; name at least one")
+        if double := [value for at, value in enumerate(values) if value in values[:at]]:
+            raise UserError(f"{name} names {double[0]} twice")
+    for pattern in options.patterns:
+        check_values(_request(options, "obs", pattern, "uniform", 0))
+    for method in (*options.methods, options.reference):
+        check_values(PruningOptions(method=method))
+    for allocation in options.allocations:
+        check_values(PruningOptions(allocation=allocation))
+    if options.reference not in options.methods:
+        raise UserError(f"reference {options.reference} is none of the methods {', '.join(options.methods)}")
+    for seed in options.seeds:
+        check_seed("seeds", seed)
+    check_evaluation(options.evaluation)
+    check_whole("evaluation.num_images", options.evaluation.num_images, 2)
+    check_whole("jobs", options.jobs, 1, 1000)
+    check_whole("shown", options.shown, 0)
+    for name, limit in options.budget.items():
+        if name not in Cost.__dataclass_fields__:
+            raise UserError(f"unknown budget {name!r}; choose one of {', '.join(Cost.__dataclass_fields__)}")
+        check_number(f"budget.{name}", limit, 1e-9)
+    if options.budget and not options.recipes:
+        raise UserError("budget limits recoveries, and recipes names none")
+    for name, recipe in options.recipes.items():
+        if name == ONE_SHOT:
+            raise UserError(f"a recipe cannot be called {ONE_SHOT!r}")
+        read_recipe(recipe)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The content of a recovery's YAML.
+
+    Raises:
+        UserError: It is missing, or no configuration of a recovery.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"recipe {path} not found")
+    found = read_yaml(path, "recipe")
+    if not {"model", "data"} <= found.keys() or not all(isinstance(found[key], Mapping) for key in ("model", "data")):
+        raise UserError(f"recipe {path} has no model and data; name one such as configs/recover/distill.yaml")
+    return found
+
+
+def part_of(units: Sequence[Unit], part: str | None) -> list[Unit]:
+    """The units of one part, "K/N": a stretch of the list, so that parts share few calibrations and scans.
+
+    Raises:
+        UserError: There is no such part.
+    """
+    if part is None:
+        return list(units)
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UserError(f"part is {part!r}; it must be K/N with K from 0 to N-1, such as 0/4")
+    at, count = int(match[1]), int(match[2])
+    return list(units[at * len(units) // count : (at + 1) * len(units) // count])
+
+
+def key_of(unit: Unit, recipe: str | None, budget: Mapping[str, float], content: Mapping[str, Any]) -> str:
+    """What a row is kept by: everything its figures depend on, never a path or a name.
+
+    Args:
+        unit: What is pruned.
+        recipe: The recovery's YAML, or None.
+        budget: Limits of the recovery.
+        content: Hashes of the dense pipeline and of the prompts.
+    """
+    unnamed: dict[str, Any] = {"prompts": None, "column": None, "batch_size": 1}  # the content says which prompts
+    material = {
+        "pruning": asdict(replace(unit.pruning, calibration=replace(unit.pruning.calibration, **unnamed))),
+        "evaluation": asdict(replace(unit.evaluation, **unnamed)),
+        "recovery": None if recipe is None else [_with_content(read_recipe(recipe)), dict(budget)],
+        "content": content,
+    }
+    return hashlib.sha256(json.dumps(material, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _with_content(node: Any) -> Any:
+    """The same configuration with a hash in place of the name of every file that it names."""
+    if isinstance(node, Mapping):
+        return {key: _with_content(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_with_content(value) for value in node]
+    if isinstance(node, str) and Path(node).is_file():
+        return hashlib.sha256(Path(node).read_bytes()).hexdigest()
+    return node

@@ -1,0 +1,54 @@
+"""What a comparison is asked for. The fields are the schema of command line and YAML alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions
+
+
+@dataclass(kw_only=True)
+class CompareOptions:
+    """Compare methods, patterns, allocations and recoveries on the same prompts and seeds, at equal budgets.
+
+    Every combination is a cell; finished cells are kept in the output folder by content, so that the same command goes
+    on where it was stopped and a larger comparison runs only what is new.
+
+    Args:
+        pipeline: The dense pipeline: an embedded one (digits-sd3), a folder, or a hub id (owner/name).
+        output: Folder of the comparison.
+        methods: Methods of pruning, as for prune.
+        patterns: Patterns, as for prune; "PATTERN BUDGET", such as "structured parameters:0.5", for a budget.
+        allocations: How sparsity is shared out among layers: uniform, measured or owl. Where one does not go with a
+            pattern or method, the cell is left out and the report says why.
+        recipes: By name, YAML files of recoveries (configs/recover); what they say of pipeline, pruning, folders, seeds
+            and evaluation is replaced. Each starts from the same pruned pipeline.
+        budget: Limits of every recovery, over those of its recipe, such as {steps: 500}: steps, images, denoiser_flops,
+            device_s or wall_s; calibration, scan, solving and recording count.
+        seeds: Of calibration, noise and training; each has its own evaluation images.
+        reference: The method that the others are compared with.
+        calibration: How layer inputs are measured, once for all methods that ask for the same weighting.
+        evaluation: Images of each cell. The noise seeds of the second of ``seeds`` follow those of the first.
+        jobs: Processes that work side by side on this machine.
+        devices: Where they work, in turns, such as [cuda:0, cuda:1]; default: cuda if there is one, else cpu.
+        part: Do only one part, "K/N" with K from 0, and write no report: for a cluster, where N tasks share the
+            output folder.
+        shown: Images of each cell in the report.
+    """
+
+    pipeline: str
+    output: str
+    methods: list[str]
+    patterns: list[str]
+    allocations: list[str] = field(default_factory=lambda: ["uniform"])
+    recipes: Mapping[str, str] = field(default_factory=dict)
+    budget: Mapping[str, float] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    reference: str = "obs"
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    jobs: int = 1
+    devices: list[str] = field(default_factory=list)
+    part: str | None = None
+    shown: int = 8

@@ -1,0 +1,156 @@
+"""What a comparison ends in: ``results.jsonl``, ``report.md`` and a self-contained ``report.html``."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from obsdiff.compare.cells import ONE_SHOT, LeftOut
+from obsdiff.compare.intervals import Interval
+from obsdiff.compare.options import CompareOptions
+from obsdiff.compare.table import WHAT, Line, Row, lines_of
+from obsdiff.export.summary import amount
+from obsdiff.files import write_text
+from obsdiff.progress import duration
+
+RESULTS, MARKDOWN, PAGE = "results.jsonl", "report.md", "report.html"
+INCIDENTAL = ("jobs", "devices", "part", "shown")  # options that change no figure
+
+
+def write_report(options: CompareOptions, rows: Sequence[Row], left_out: Sequence[LeftOut], cells: Path) -> None:
+    """Write the three files, each whole.
+
+    Args:
+        options: Of the comparison.
+        rows: All rows that are there, failed ones too.
+        left_out: Combinations that cannot be.
+        cells: The folder that their images lie in.
+    """
+    output = Path(options.output)
+    write_text(output / RESULTS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    order: list[Sequence[str]] = [options.patterns, [ONE_SHOT, *options.recipes], options.allocations, options.methods]
+    lines = sorted(
+        lines_of(rows, options.reference),
+        key=lambda line: [names.index(getattr(line, what)) for names, what in zip(order, WHAT, strict=True)],
+    )
+    shown = {
+        "options": options,
+        "settings": settings_text(options),
+        "patterns": {pattern: [line for line in lines if line.pattern == pattern] for pattern in options.patterns},
+        "lines": lines,
+        "failed": [row for row in rows if row["error"] is not None],
+        "left_out": left_out,
+        "one_shot": ONE_SHOT,
+        "versions": versions_of(rows),
+        "dense": lines[0].rows[0]["dense"] if lines else None,
+        "n": sum(lines[0].rows[at]["evaluation"]["n"] for at in range(len(lines[0].rows))) if lines else 0,
+    }
+    environment = Environment(
+        loader=PackageLoader("obsdiff.compare", "templates"),
+        autoescape=lambda name: str(name).endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "interval": interval_text,
+        "percent": lambda value: "" if value is None else percent_text(value),
+        "number": lambda value: "" if value is None else f"{value:.3g}",
+        "amount": lambda value: "" if value is None else amount(float(value)),
+        "duration": duration,
+        "picture": lambda name: _embedded(cells / name, "png"),
+    }
+    write_text(output / MARKDOWN, environment.get_template(MARKDOWN).render(shown))
+    plot = draw_lines(lines, options) if lines else None
+    write_text(output / PAGE, environment.get_template(PAGE).render(shown, plot=plot))
+
+
+def settings_text(options: CompareOptions) -> str:
+    """The configuration that repeats the comparison, as YAML."""
+    kept = {key: _plain(value) for key, value in asdict(options).items() if key not in INCIDENTAL}
+    return str(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _plain(value: Any) -> Any:
+    """Without what was left at its default of None, which says nothing."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
+def versions_of(rows: Sequence[Row]) -> list[str]:
+    """Which versions the rows were made with; one line each where there are several."""
+    return list(dict.fromkeys(", ".join(f"{key} {value}" for key, value in row["versions"].items()) for row in rows))
+
+
+def interval_text(interval: Interval | None) -> str:
+    """A value and, in brackets, its interval."""
+    if interval is None:
+        return ""
+    return f"{interval.value:.3g} ({interval.low:.3g} to {interval.high:.3g})"
+
+
+def percent_text(interval: Interval | float) -> str:
+    """The same in percent."""
+    if isinstance(interval, Interval):
+        if interval.low == interval.high:
+            return f"{interval.value:.1%}"
+        return f"{interval.value:.1%} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    return f"{interval:.1%}"
+
+
+def draw_lines(lines: Sequence[Line], options: CompareOptions) -> str:
+    """Image error by pattern, one panel per recovery, with intervals: a picture as a data URL."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    recipes = list(dict.fromkeys(line.recipe for line in lines))
+    colours = dict(zip(options.methods, colormaps["tab10"].colors * 4, strict=False))  # type: ignore[attr-defined]
+    figure = Figure(figsize=(11, 0.6 + 3.6 * len(recipes)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(recipes), 1, squeeze=False, sharey=True, sharex=True)[:, 0]
+    kinds = [(method, rule) for rule in options.allocations for method in options.methods]
+    for panel, recipe in zip(panels, recipes, strict=True):
+        for at, (method, rule) in enumerate(kinds):
+            found = [line for line in lines if (line.method, line.allocation, line.recipe) == (method, rule, recipe)]
+            found = [line for line in found if line.mse is not None and line.mse.low > 0]
+            if not found:
+                continue
+            shift = (at - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
+            places = [options.patterns.index(line.pattern) + shift for line in found]
+            marks = [line.mse for line in found if line.mse is not None]
+            panel.errorbar(
+                places,
+                [mark.value for mark in marks],
+                [[mark.value - mark.low for mark in marks], [mark.high - mark.value for mark in marks]],
+                fmt="o" if rule == options.allocations[0] else "^",
+                color=colours[method],
+                markersize=5,
+                capsize=2,
+                label=method if len(options.allocations) == 1 else f"{method}, {rule}",
+            )
+        panel.set_yscale("log")
+        panel.set_ylabel(f"MSE to dense\n{recipe}")
+        panel.set_xticks(range(len(options.patterns)), options.patterns)
+        panel.grid(axis="y", alpha=0.3)
+        for border in range(1, len(options.patterns)):
+            panel.axvline(border - 0.5, color="0.85", linewidth=1)
+    panels[0].legend(fontsize=8, ncols=min(6, len(kinds)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return _data_url(stream.getvalue(), "png")
+
+
+def _embedded(file: Path, kind: str) -> str:
+    return _data_url(file.read_bytes(), kind)
+
+
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

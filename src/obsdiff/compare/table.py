@@ -1,0 +1,122 @@
+"""Rows of a comparison as the lines that people read: means over seeds, intervals, and the ratio to one method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obsdiff.compare.intervals import Interval, mean_interval, ratio_interval
+
+Row = Mapping[str, Any]
+WHAT = ("pattern", "recipe", "allocation", "method")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method, pattern, allocation and recovery, over all seeds.
+
+    Attributes:
+        pattern, recipe, allocation, method: What was done.
+        rows: Of each seed, finished ones only.
+        mse: To the dense images.
+        ratio: Of the mse to that of the reference method with the same pattern, allocation and recovery; None for the
+            reference itself and where it is not there.
+        alignment, top5: Share of images that show what was asked for; None where nothing reads them.
+        perceptual: Mean distance in the reader's features, if it has such.
+        frechet: Mean over seeds.
+        flops: Spent in denoisers on all of it, mean over seeds.
+        wall_s: The same in seconds.
+        remark: What should not be overlooked, or nothing.
+    """
+
+    pattern: str
+    recipe: str
+    allocation: str
+    method: str
+    rows: Sequence[Row]
+    mse: Interval | None
+    ratio: Interval | None
+    alignment: Interval | None
+    top5: Interval | None
+    perceptual: float | None
+    frechet: float | None
+    flops: float
+    wall_s: float
+    remark: str = ""
+
+    def mean(self, *path: str) -> float | None:
+        """Of a figure of the rows, over seeds; None if one has none."""
+        return _mean(self.rows, *path)
+
+
+def lines_of(rows: Sequence[Row], reference: str) -> list[Line]:
+    """The lines, in the order in which their first rows come.
+
+    Args:
+        rows: Contents of finished and failed rows; failed ones are left out.
+        reference: The method that the others are compared with.
+    """
+    held: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row["error"] is None:
+            held.setdefault(tuple(row[key] for key in WHAT), []).append(row)
+    return [_line(what, found, held.get((*what[:3], reference), [])) for what, found in held.items()]
+
+
+def _line(what: tuple[str, ...], rows: list[Row], others: list[Row]) -> Line:
+    pattern, recipe, allocation, method = what
+    mse = _interval(rows, "mse")
+    ratio = None
+    if others and others is not rows and mse is not None and _interval(others, "mse") is not None:
+        shared = [(row, other) for row in rows for other in others if row["seed"] == other["seed"]]
+        if shared:
+            ratio = ratio_interval(
+                [_values(own, "mse") for own, _ in shared], [_values(ref, "mse") for _, ref in shared]
+            )
+    frechet = _mean(rows, "figures", "frechet")
+    other = _mean(others, "figures", "frechet")
+    remark = ""
+    if ratio is not None and ratio.low > 1 and frechet is not None and other is not None and frechet < other:
+        remark = "its Fréchet distance is lower although its images are further from the dense ones"
+    costs = [cost for row in rows for cost in row["costs"].values()]
+    return Line(
+        pattern,
+        recipe,
+        allocation,
+        method,
+        rows,
+        mse,
+        ratio,
+        _interval(rows, "alignment"),
+        _interval(rows, "alignment_top5"),
+        _mean(rows, "figures", "fidelity", "perceptual"),
+        frechet,
+        sum(cost["denoiser_flops"] for cost in costs) / len(rows),
+        sum(cost["wall_s"] for cost in costs) / len(rows),
+        remark,
+    )
+
+
+def _values(row: Row, measure: str) -> Tensor:
+    return torch.tensor(row["per_image"][measure], dtype=torch.float64)
+
+
+def _interval(rows: Sequence[Row], measure: str) -> Interval | None:
+    """None where a row was not measured so, or an image was not finite."""
+    if any(measure not in row["per_image"] or None in row["per_image"][measure] for row in rows):
+        return None
+    return mean_interval([_values(row, measure) for row in rows])
+
+
+def _mean(rows: Sequence[Row], *path: str) -> float | None:
+    values = []
+    for row in rows:
+        value: Any = row
+        for key in path:
+            value = None if value is None else value.get(key)
+        values.append(value)
+    return None if not values or None in values else sum(values) / len(values)

@@ -1,0 +1,109 @@
+"""Which cells a comparison has, what they are kept by, and what is refused before anything is loaded."""
+
+from dataclasses import replace
+
+import pytest
+
+from obsdiff.compare.cells import check, key_of, part_of, units_of
+from obsdiff.compare.options import CompareOptions
+from obsdiff.errors import UserError
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions
+
+RECIPE = "configs/recover/distill.yaml"
+
+
+def options(**changes):
+    given = {"pipeline": "digits-sd3", "output": "out", "methods": ["obs", "wanda"], "patterns": ["2:4"]}
+    return CompareOptions(**given | changes)
+
+
+def test_every_combination_is_a_unit_and_each_seed_has_its_own_images():
+    units, left_out = units_of(options(patterns=["2:4", "unstructured:0.5"], seeds=[3, 5]))
+    assert len(units) == 8 and not left_out
+    assert {unit.evaluation.seed for unit in units if unit.seed == 3} == {1000}
+    assert {unit.evaluation.seed for unit in units if unit.seed == 5} == {1064}
+    assert all(unit.pruning.seed == unit.seed for unit in units)
+
+
+def test_a_pattern_may_bring_its_budget():
+    [unit] = units_of(options(methods=["obs"], patterns=["structured+rank parameters:0.5"]))[0]
+    assert unit.pruning.pattern == "structured+rank" and unit.pruning.budget == "parameters:0.5"
+
+
+def test_what_does_not_go_together_is_left_out_with_the_reason():
+    units, left_out = units_of(options(patterns=["2:4", "structured:0.5"], seeds=[0, 1]))
+    assert [(unit.method, unit.pattern) for unit in units[:3]] == [
+        ("obs", "2:4"), ("obs", "structured:0.5"), ("wanda", "2:4"),
+    ]  # fmt: skip
+    [found] = left_out
+    assert (found.method, found.pattern) == ("wanda", "structured:0.5") and "cannot prune heads" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"methods": []}, "methods is empty"),
+        ({"methods": ["obs", "obs"]}, "methods names obs twice"),
+        ({"methods": ["obs", "magic"]}, "unknown method 'magic'"),
+        ({"patterns": ["half"]}, "half"),
+        ({"patterns": ["structured"]}, "has no number"),
+        ({"patterns": ["structured parameters:2"]}, "out of range"),
+        ({"allocations": ["fair"]}, "unknown allocation 'fair'"),
+        ({"reference": "admm"}, "reference admm is none of the methods"),
+        ({"seeds": [-1]}, "seeds is -1"),
+        ({"budget": {"steps": 5}}, "recipes names none"),
+        ({"budget": {"epochs": 5}, "recipes": {"a": RECIPE}}, "unknown budget 'epochs'"),
+        ({"budget": {"steps": 0}, "recipes": {"a": RECIPE}}, "budget.steps is 0"),
+        ({"recipes": {"a": "nowhere.yaml"}}, "recipe nowhere.yaml not found"),
+        ({"recipes": {"a": "configs/prune/digits.yaml"}}, "has no model and data"),
+        ({"recipes": {"one shot": RECIPE}}, "cannot be called"),
+        ({"evaluation": EvaluationOptions(num_images=1)}, "at least 2"),
+        ({"jobs": 0}, "jobs is 0"),
+    ],
+)
+def test_wrong_options_are_one_line(changes, told):
+    with pytest.raises(UserError, match=told):
+        check(options(**changes))
+
+
+def test_nothing_to_compare_is_refused_with_the_reasons():
+    with pytest.raises(UserError, match=r"no method goes with any.*cannot prune heads"):
+        units_of(options(methods=["wanda"], reference="wanda", patterns=["structured:0.5"]))
+
+
+def test_parts_are_all_of_it_once():
+    units = units_of(options(patterns=["2:4", "unstructured:0.5"], seeds=[0, 1, 2]))[0]
+    parts = [part_of(units, f"{at}/5") for at in range(5)]
+    assert [unit for part in parts for unit in part] == units and max(map(len, parts)) - min(map(len, parts)) <= 1
+    for wrong in ("5/5", "a/b", "1", "-1/2"):
+        with pytest.raises(UserError, match="part is"):
+            part_of(units, wrong)
+
+
+def test_a_row_is_kept_by_content(tmp_path):
+    [unit] = units_of(options(methods=["obs"]))[0]
+    content = {"pipeline": "a"}
+    key = key_of(unit, None, {}, content)
+    assert key == key_of(unit, None, {}, dict(content))
+    faster = replace(unit.pruning, calibration=CalibrationOptions(prompts="a-copy.txt", batch_size=9))
+    assert key == key_of(replace(unit, pruning=faster), None, {}, content)
+    steps = CalibrationOptions(steps=3)
+    others = [
+        key_of(unit, None, {}, {"pipeline": "b"}),
+        key_of(replace(unit, pruning=replace(unit.pruning, calibration=steps)), None, {}, content),
+        key_of(replace(unit, evaluation=EvaluationOptions(seed=7)), None, {}, content),
+        key_of(unit, RECIPE, {}, content),
+        key_of(unit, RECIPE, {"steps": 5}, content),
+    ]
+    assert len({key, *others}) == 6
+
+
+def test_a_file_that_a_recipe_names_counts_by_its_content(tmp_path):
+    [unit] = units_of(options(methods=["obs"]))[0]
+    prompts, recipe = tmp_path / "prompts.txt", tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{}}\ndata: {{init_args: {{prompts: {prompts}}}}}\n")
+    keys = []
+    for text in ("one", "two"):
+        prompts.write_text(text)
+        keys.append(key_of(unit, str(recipe), {}, {}))
+    assert keys[0] != keys[1]

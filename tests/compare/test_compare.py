@@ -1,0 +1,149 @@
+"""The real script on a tiny pipeline: rows, report, what is kept, what fails, and what a killed run leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from obsdiff.cli.main import main
+from tests.rules.test_architecture import ROOT
+
+RECIPE = {
+    "trainer": {"accelerator": "cpu", "max_epochs": -1},
+    "budget": {"steps": 2},
+    "model": {
+        "class_path": "obsdiff.training.recovery.Recovery",
+        "init_args": {"pipeline": "unused", "output": "unused", "objective": {"distill_output": 1.0}},
+    },
+    "data": {
+        "class_path": "obsdiff.data.trajectories.TrajectoryDataModule",
+        "init_args": {
+            "pipeline": "unused", "folder": "unused", "prompts": "digits-train", "num_prompts": 4, "batch_size": 4,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(pipe_folder, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    settings = {
+        "pipeline": str(pipe_folder),
+        "output": str(tmp_path / "out"),
+        "methods": ["obs", "obs-diff", "magnitude"],
+        "patterns": ["structured:0.5"],
+        "recipes": {"distilled": str(tmp_path / "recipe.yaml")},
+        "calibration": {"num_prompts": 4},
+        "evaluation": {"num_images": 4},
+        "shown": 2,
+    }
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def start(config, *more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "obsdiff.cli.compare", "--config", str(config), *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ,
+    )  # fmt: skip
+
+
+def run(config, *more):
+    process = start(config, *more)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def rows(output):
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_comparison_from_one_config(config, tmp_path):
+    output = tmp_path / "out"
+    code, out, err = run(config, "--jobs", "2")
+    assert code == 0, err
+    assert "6 of 6" in out and str(output / "report.html") in out
+    found = rows(output)
+    assert [row["error"] for row in found] == [None] * 6
+    methods, recipes = ("obs", "obs-diff", "magnitude"), ("one shot", "distilled")
+    assert {(row["method"], row["recipe"]) for row in found} == {(m, recipe) for m in methods for recipe in recipes}
+    for row in found:
+        assert len(row["per_image"]["mse"]) == 4 and row["figures"]["fidelity"]["mse"] > 0
+        assert row["nonzero"] < row["parameters"]["dense"] and row["evaluation"] == {"n": 4, "seed": 1000}
+        trained = row["recipe"] == "distilled"
+        assert ("recovery" in row) is trained and ("recording" in row["costs"]) is trained
+        if trained:
+            assert row["recovery"]["steps"] == 2 and row["costs"]["recovery"]["steps"] == 2
+    calibrated = {row["method"]: row["costs"]["calibration"]["denoiser_flops"] for row in found}
+    assert calibrated["magnitude"] == 0 and calibrated["obs-diff"] == 4 * calibrated["obs"] > 0
+    page, text = (output / "report.html").read_text(), (output / "report.md").read_text()
+    assert page.count("data:image/png;base64,") == 1 + 2 * (1 + 6) and "http" not in page.replace("xmlns", "")
+    assert text.count("| obs-diff | uniform |") == 2 and "methods:\n- obs\n" in text
+    assert not [path for path in (output / "cells").iterdir() if path.name.startswith(".")]
+
+    before = {path: path.stat().st_mtime_ns for path in (output / "cells").rglob("*.json")}
+    code, out, err = run(config, "--patterns", "['structured:0.5', '2:4']", "--methods", "[obs]", "--recipes", "{}")
+    assert code == 0, err
+    after = {path: path.stat().st_mtime_ns for path in (output / "cells").rglob("*.json")}
+    assert {path: after[path] for path in before} == before and len(after) == len(before) + 1
+    assert [row["pattern"] for row in rows(output)] == ["structured:0.5", "2:4"]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_loses_no_finished_cell(config, tmp_path):
+    cells = tmp_path / "out" / "cells"
+    more = ["--patterns", "['structured:0.5', '2:4']", "--recipes", "{}"]
+    process = start(config, "--part", "0/1", *more)
+    while process.poll() is None and len(list(cells.glob("*.json"))) < 2:
+        time.sleep(0.05)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = {path: path.read_bytes() for path in cells.glob("*.json")}
+    assert 2 <= len(kept) < 6
+    code, out, err = run(config, *more)
+    assert code == 0 and "6 of 6" in out, err
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert not [path for path in cells.iterdir() if path.name.startswith(".")]
+
+
+def test_a_cell_that_fails_is_a_row_and_the_others_go_on(config, tmp_path):
+    changed = yaml.safe_load(config.read_text())
+    broken = json.loads(json.dumps(RECIPE))
+    broken["data"]["init_args"]["batch_size"] = 10**6  # more than the recording has
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
+    changed |= {
+        "methods": ["magnitude"], "reference": "magnitude", "patterns": ["2:4"],
+        "recipes": {"broken": str(tmp_path / "broken.yaml"), "distilled": str(tmp_path / "recipe.yaml")},
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(changed))
+    code, out, err = run(config)
+    assert code == 1 and "3 of 3" not in out and "1 failed" in out
+    errors = {row["recipe"]: row["error"] for row in rows(tmp_path / "out")}
+    assert (
+        errors["one shot"] is None and errors["distilled"] is None and "1,000,000" in errors["broken"].replace("_", ",")
+    )
+    assert "## Failed" in (tmp_path / "out" / "report.md").read_text()
+    assert "failed: " in err and "Traceback" not in err
+
+
+def test_mistakes_are_one_line(config, tmp_path, capsys):
+    for more, told in (
+        (["--methods", "[obs, magic]"], "unknown method 'magic'"),
+        (["--pipeline", "nowhere"], "nowhere"),
+        (["--part", "2/2"], "part is '2/2'"),
+        (["--calibration.prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--evaluation.prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--devices", "[cuda:7]", "--part", "0/1"], "cuda"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["compare", "--config", str(config), *more])
+        [line] = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and line.startswith("obsdiff compare: ") and told in line
+    assert not (tmp_path / "out" / "report.md").exists()
