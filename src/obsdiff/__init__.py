@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from obsdiff.pruning.calibrate import calibrate
     from obsdiff.pruning.folder import load_pipeline, save_pipeline
     from obsdiff.pruning.lora import load_lora
-    from obsdiff.pruning.oneshot import PruneReport, prune
+    from obsdiff.pruning.oneshot import prune
+    from obsdiff.pruning.report import PruneReport
 
 _HOME = {
     "NM": "obsdiff.obs.pattern",
-    "PruneReport": "obsdiff.pruning.oneshot",
+    "PruneReport": "obsdiff.pruning.report",
     "Structured": "obsdiff.obs.pattern",
     "Unstructured": "obsdiff.obs.pattern",
     "UserError": "obsdiff.errors",

@@ -46,6 +46,7 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
     times, settings = manifest.get("time_s", {}), manifest.get("statistics") or {}
     halves = 2 if (settings.get("guidance_scale") or 0) > 1 else 1
     calls = manifest.get("packages", 1) * settings.get("num_prompts", 0) * (settings.get("steps") or 0)
+    depth = manifest.get("depth") or {}
     scan = (manifest.get("allocation") or {}).get("scan", {})
 
     def cost(stage: str, calls: float) -> Cost:
@@ -54,7 +55,7 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
 
     costs = {
         "calibration": cost("calibrate", calls),
-        "allocation": cost("allocate", scan.get("denoiser_calls", 0)),
+        "allocation": cost("allocate", scan.get("denoiser_calls", 0) + depth.get("denoiser_calls", 0)),
         "solving": cost("solve", 0),
     }
     if (reconstruction := manifest.get("reconstruction")) is not None:

@@ -12,7 +12,9 @@ from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
 from obsdiff.models.loading import absent
 from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.hessian import weight_matrices
+from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.options import PruningOptions, ScanOptions
+from obsdiff.pruning.plan import Plan
 from tests.families.pipelines import PIPELINES
 
 ROWS = 2
@@ -187,6 +189,49 @@ def test_ranks_and_units_at_once(case):
         report = obsdiff.prune(pipe, pattern, statistics=case.statistics, spare_blocks=())
         assert report.masks.keys() == case.graph.group_of.keys()
         assert torch.isfinite(case.sample(pipe)).all()
+
+
+UNCOUNTED = {"sd15", "sd21", "sdxl", "ddpm", "chroma"}  # no count in the config, or blocks told by their number
+
+
+def test_depth(case, request, tmp_path):
+    """A model without a block of each kind is the one that skips them, and plain diffusers loads it by its config."""
+    pipe = case.traced()
+    subject = subject_of(pipe, case.conditioning)
+    options = PruningOptions(pattern="depth:1", scan=ScanOptions(triples=2))
+    if request.node.callspec.params["case"] in UNCOUNTED:
+        assert not subject.stacks
+        with pytest.raises(obsdiff.UserError, match=r"runs as a chain, and a .* has none; use unstructured"):
+            obsdiff.allocate(pipe, options, None, case.conditioning)
+        return
+    found = obsdiff.allocate(pipe, options, None, case.conditioning)
+    counted = sum(stack.count for stack in subject.stacks)
+    kinds = {stage.rpartition(".")[0] for stage in case.graph.stages}
+    assert len(found.record["alone"]) == counted - (subject.family.denoiser == "SD3Transformer2DModel")
+    assert {stack.name for stack in subject.stacks} == kinds - {"noise_refiner", "context_refiner"}
+    assert found.plan.removed == (min(found.record["alone"], key=found.record["alone"].get),)
+    first = [stack.stage(0) for stack in subject.stacks]
+    skipped = case.traced()
+    for name in first:
+        owner, _, child = name.rpartition(".")
+        blocks = subject_of(skipped).denoiser.get_submodule(owner)
+        del blocks[int(child)]
+    wanted = case.sample(skipped)
+    report = obsdiff.prune(pipe, Plan(Depth(len(first)), {}, removed=tuple(first)))
+    assert report.parameters["pruned"] == sum(p.numel() for p in subject_of(pipe).denoiser.parameters())
+    drawn = case.sample(pipe)
+    assert torch.equal(drawn, wanted) and not torch.equal(drawn, case.sample(case.fresh()))
+    obsdiff.save_pipeline(pipe, tmp_path / "out", report)
+    folder = tmp_path / "out" / "pipeline"
+    assert not list(folder.rglob("*.py"))
+    plain = plainly(folder)
+    assert torch.equal(case.sample(plain), drawn)
+    before, after = (subject_of(made).denoiser for made in (case.fresh(), plain))
+    assert type(before) is type(after)
+    loaded = obsdiff.load_pipeline(tmp_path / "out")
+    _ = subject_of(loaded, case.conditioning).call
+    again = obsdiff.prune(loaded, "unstructured:0.5", method="magnitude", prune_again=True)
+    assert again.sparsity == pytest.approx(0.5, abs=0.02) and torch.isfinite(case.sample(loaded)).all()
 
 
 def test_groups_survive_copies_and_the_meta_device(case):

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsdiff.errors import UserError
-from obsdiff.obs.pattern import NM, Structured, Unstructured, parse_pattern
+from obsdiff.obs.pattern import NM, Depth, Structured, Unstructured, of_layers, parse_pattern, parse_request
 
 
 def test_parses():
@@ -47,3 +47,30 @@ def test_ffn_widths_are_multiples():
     assert Structured(0.3, 0.0).kept_neurons(300) == 300
     assert Structured(0.99, 0.99).kept_neurons(256) == 8
     assert Structured(0.0, 0.99).kept("heads", 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "depth"),
+    [
+        ("depth:2", Depth(2)),
+        ("depth:0.25", Depth(0.25)),
+        ("depth:1+structured:0.3", Depth(1, Structured(0.3, 0.3, channels=0.3))),
+        ("structured:0.3+depth:1+rank:8", Depth(1, Structured(0.3, 0.3, channels=0.3, rank=8))),
+        ("depth:1+2:4", Depth(1, NM(2, 4))),
+    ],
+)
+def test_depth_stands_alone_or_before_a_pattern(text, depth):
+    assert parse_request(text) == depth and parse_request(str(depth)) == depth
+    assert of_layers(depth) == depth.then and of_layers(parse_request("2:4")) == NM(2, 4)
+
+
+@pytest.mark.parametrize("text", ["depth", "depth:", "depth:0", "depth:-1", "depth:2.5", "depth:nan", "depth:inf",
+                                  "depth:1+depth:1", "depth:x", "depth:1+nothing"])  # fmt: skip
+def test_impossible_depths(text):
+    with pytest.raises(UserError):
+        parse_request(text)
+
+
+def test_stages_that_go():
+    assert [Depth(0.25).gone(count) for count in (2, 4, 6, 24, 57)] == [0, 1, 2, 6, 14]
+    assert Depth(3).gone(2) == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from obsdiff.allocation.assemble import achieved_share, plan_of, settle
 from obsdiff.allocation.budget import Costs, costs_of, table_cost
 from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.curves import error_curve
+from obsdiff.allocation.depth import choose_stages
 from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.knapsack import choose
 from obsdiff.allocation.latency import latency_costs, meet_latency, timing_of
 from obsdiff.allocation.owl import owl_offsets
-from obsdiff.allocation.planning import check_options, rule_of, solve_options
+from obsdiff.allocation.planning import check_options, depth_of, rule_of, solve_options
 from obsdiff.allocation.probe import Probe, record_probe
 from obsdiff.allocation.request import Budget, parse_budget
 from obsdiff.allocation.scan import Sensitivity, passes_needed, scan, triples_of
@@ -27,7 +28,7 @@ from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.graph import Graph, group_parameters
 from obsdiff.models.subject import Subject, subject_of
-from obsdiff.obs.pattern import Pattern, Structured, Unstructured, parse_pattern
+from obsdiff.obs.pattern import Depth, Pattern, Structured, Unstructured, parse_pattern
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan, kept_units, make_plan
@@ -60,7 +61,7 @@ class Allocation:
 def allocate(
     pipe: Any,
     options: PruningOptions,
-    statistics: Statistics,
+    statistics: Statistics | None,
     prompts: Sequence[str] | Conditioning,
     *,
     store: str | Path | None = None,
@@ -74,7 +75,7 @@ def allocate(
             is "measured" (a sensitivity scan, then the least summed error), "owl" (2310.05175) or "uniform"; without a
             ``budget`` it is what the uniform plan costs (total sparsity; structured: parameters). The scan prunes with
             ``method`` and its options.
-        statistics: Of a calibration of all layers.
+        statistics: Of a calibration of all layers; None for "depth:2" alone, which needs none.
         prompts: The calibration's prompts; the scan draws its triples from them.
         store: Folder to keep the scan in, and what was timed; what it holds of the same settings (and, of times, the
             same machine) is not measured again.
@@ -84,6 +85,8 @@ def allocate(
         UserError: The request cannot be met.
     """
     check_options(options)
+    if (depth := depth_of(options)) is not None:
+        return _stages(subject_of(pipe, prompts), depth, options, prompts, quiet)
     if options.plan is not None:
         raise UserError(f"the plan {options.plan} has a pattern for each layer; leave it out to allocate")
     check_prompts(prompts)
@@ -91,6 +94,8 @@ def allocate(
     graph = subject.graph
     budget, base = _asked(graph, options)
     subject.check(base.layers(graph))
+    if statistics is None:
+        raise UserError(f"allocating {options.pattern} needs statistics; calibrate")
     check_measured_on(statistics, graph.denoiser)
     check_serves(statistics, {"gram"} if rule == "measured" else {"diagonal"}, f"the {rule} allocation")
     settings = settings_of(statistics, options.calibration.batch_size)
@@ -140,6 +145,19 @@ def allocate(
         },
     }
     return Allocation(plan, record, sensitivity)
+
+
+def _stages(
+    subject: Subject, depth: Depth, options: PruningOptions, prompts: Sequence[str] | Conditioning, quiet: bool
+) -> Allocation:
+    """The plan that removes the stages that cost least."""
+    if depth.then is not None:
+        raise UserError(
+            f"{depth}: allocate {replace(depth, then=None)}, prune by its plan, and allocate {depth.then} on the "
+            "pipeline that is left"
+        )
+    choice = choose_stages(subject, depth, options, prompts, quiet)
+    return Allocation(Plan(depth, {}, removed=choice.stages), choice.to_json())
 
 
 def _asked(graph: Graph, options: PruningOptions) -> tuple[Budget, Plan]:

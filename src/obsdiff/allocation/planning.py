@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from obsdiff.allocation.units import make_units
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph
-from obsdiff.obs.pattern import NM, RANK, Pattern, Structured, parse_pattern
+from obsdiff.obs.pattern import NM, RANK, Depth, Request, Structured, of_layers, parse_request
 from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.oneshot import check_solving, needed
@@ -32,7 +33,9 @@ def rule_of(options: PruningOptions) -> str:
     passes = options.calibration.packages or 1
     if options.plan is not None or passes > 1:
         return "uniform"
-    pattern = parse_pattern(options.pattern)
+    pattern = of_layers(parse_request(options.pattern))
+    if pattern is None:
+        return "uniform"
     ranks = isinstance(pattern, Structured) and pattern.kinds == (RANK,) and options.budget is None
     if ranks or isinstance(pattern, NM):
         return "uniform"
@@ -56,16 +59,25 @@ def packages_for(options: PruningOptions, statistics: Path | None) -> int:
     return 1 if statistics is not None or allocates(options) else find_method(options.method).packages
 
 
-def pattern_of(options: PruningOptions) -> Pattern:
+def pattern_of(options: PruningOptions) -> Request:
     """The pattern that is asked for, or that of the plan file."""
-    return parse_pattern(options.pattern) if options.plan is None else parse_plan(options.plan)[0].pattern
+    return parse_request(options.pattern) if options.plan is None else parse_plan(options.plan)[0].pattern
+
+
+def depth_of(options: PruningOptions) -> Depth | None:
+    """How many stages go, where that is asked for by number."""
+    request = None if options.plan is not None else parse_request(options.pattern)
+    return request if isinstance(request, Depth) else None
 
 
 def needs_for(options: PruningOptions, statistics: Path | None) -> frozenset[str]:
     """What a calibration measures: what the method needs; all there is where it is kept, for every other method too, or
     where an allocation goes by it."""
     kept = statistics is not None and not (statistics / INDEX).exists()
-    return frozenset({"gram"}) if kept or allocates(options) else needed(pattern_of(options), solve_options(options))
+    pattern = of_layers(pattern_of(options))
+    if pattern is None:
+        return frozenset()
+    return frozenset({"gram"}) if kept or allocates(options) else needed(pattern, solve_options(options))
 
 
 def check_options(options: PruningOptions, statistics: Path | None = None, sensitivity: Path | None = None) -> None:
@@ -79,9 +91,13 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
         UserError: The request cannot be met.
     """
     check_values(options)
-    pattern = pattern_of(options)
+    pattern = of_layers(pattern_of(options))
     packages = packages_for(options, statistics)
-    check_solving(pattern, solve_options(options), packages)
+    if pattern is None and (statistics is not None or sensitivity is not None):
+        name = "statistics" if statistics is not None else "sensitivity"
+        raise UserError(f"{pattern_of(options)} alone keeps no {name}; leave out --{name}, or add a pattern")
+    if pattern is not None:
+        check_solving(pattern, solve_options(options), packages)
     rule = rule_of(options)
     if packages > 1 and statistics is not None:
         raise UserError(
@@ -97,7 +113,8 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
             )
     if packages > 1 and allocates(options):
         raise UserError("an allocation goes by one calibration of the dense model; use --calibration.packages 1")
-    if rule != "measured" and (options.scan != ScanOptions() or sensitivity is not None):
+    scanned = replace(options.scan, triples=None) if depth_of(options) is not None else options.scan
+    if rule != "measured" and (scanned != ScanOptions() or sensitivity is not None):
         raise UserError("sensitivity and scan options belong to --allocation measured")
     if options.limits != Limits() and not allocates(options):
         raise UserError("floors, ceilings and shared values need --allocation measured or owl, or a --budget")
@@ -111,7 +128,10 @@ def first_plan(graph: Graph, options: PruningOptions) -> Plan:
     """
     if options.plan is not None:
         return read_plan(options.plan, graph)
-    pattern = parse_pattern(options.pattern)
+    request = parse_request(options.pattern)
+    pattern = of_layers(request)
+    if pattern is None:
+        return Plan(request, {})
     spared: Any = options.spare_blocks
     if not allocates(options):  # otherwise the shares decide, and widths come in steps that are fast
         pattern = pattern_by(options.method, pattern)

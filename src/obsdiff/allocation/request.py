@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from obsdiff.errors import UserError
 from obsdiff.names import ALLOCATIONS, DEAD, FUSIONS, METHODS, STRUCTURED_METHODS
 from obsdiff.numbers import check_number, check_seed, check_whole
-from obsdiff.obs.pattern import RANK, Structured, is_bare, parse_pattern
+from obsdiff.obs.pattern import RANK, Depth, Structured, is_bare, of_layers, parse_request
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.options import (
     CalibrationOptions,
@@ -74,7 +74,10 @@ def check_values(options: PruningOptions) -> None:
     if options.plan is not None:
         read_yaml(options.plan, "plan")
     else:
-        pattern = parse_pattern(options.pattern)
+        request = parse_request(options.pattern)
+        pattern = of_layers(request)
+        if isinstance(request, Depth):
+            _check_depth(request, options)
         if is_bare(options.pattern) and options.budget is None:
             raise UserError(f"pattern {options.pattern!r} has no number; give one, or --budget, by which it is chosen")
         ranks = isinstance(pattern, Structured) and pattern.rank is not None
@@ -102,6 +105,24 @@ def check_values(options: PruningOptions) -> None:
     check_scan(options.scan)
     _check_reconstruction(options.reconstruction)
     _check_limits(options.limits)
+
+
+def _check_depth(depth: Depth, options: PruningOptions) -> None:
+    """Refuse what a number of stages leaves without effect."""
+    if options.budget is not None:
+        raise UserError(f"a budget does not choose stages yet; give {depth} its numbers and leave out --budget")
+    if depth.then is not None:
+        return
+    default, calibration = PruningOptions(), CalibrationOptions()
+    named = ("method", "allocation", "limits", "refit", "include", "exclude", "fusion")
+    told = [name for name in named if getattr(options, name) != getattr(default, name)]
+    given = options.calibration
+    told += [f"calibration.{k}" for k in ("tokens", "damping") if getattr(given, k) != getattr(calibration, k)]
+    told += ["calibration.packages"] if (given.packages or 1) > 1 else []
+    told += ["scan.levels"] if options.scan.levels is not None else []
+    told += ["dead remove"] if options.dead == "remove" else []
+    if told:
+        raise UserError(f"{depth} alone prunes no layers, so --{told[0]} has no effect; leave it out, or add a pattern")
 
 
 def check_scan(scan: ScanOptions) -> None:

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from obsdiff.allocation.allocate import allocate
 from obsdiff.allocation.clock import PROCESS_S
+from obsdiff.allocation.depth import describe_depth, prune_depth
 from obsdiff.allocation.planning import (
     allocates,
     check_options,
+    depth_of,
     describe_scan,
     first_plan,
     needs_for,
     packages_for,
     rule_of,
 )
-from obsdiff.allocation.probe import record_probe
+from obsdiff.allocation.reconstruction import before_reconstruction, reconstruct_stages
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import in_known_words
-from obsdiff.models.conditioning import encode_prompts, told_nothing
+from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.defaults import departures
-from obsdiff.pruning.fingerprint import Settings
-from obsdiff.pruning.oneshot import PruneReport, prune, refuse_pruned
+from obsdiff.pruning.oneshot import prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.plan import Plan, describe, fate_of_dead, kept_units, packages_of, remarks, without_dead
-from obsdiff.pruning.planfile import kinds_of
-from obsdiff.pruning.reconstruct import Call, reconstruct
+from obsdiff.pruning.planfile import fitted_plan, kinds_of
+from obsdiff.pruning.report import PruneReport
+from obsdiff.pruning.shorten import stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 from obsdiff.pruning.vectors import checked_rank
 
@@ -69,12 +69,14 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
         UserError: The plan does not fit, a layer would not be pruned truly, or the pipeline is pruned already.
     """
     subject = subject_of(pipe)
+    if not prune_again:
+        refuse_pruned(subject.graph, info_of(subject.pipe).manifest)
+    if (depth := depth_of(options)) is not None:
+        stages_to_remove(subject, depth, options.spare_blocks)
     plan = first_plan(subject.graph, options)
     if options.dead == "remove":
         plan = without_dead(subject.graph, plan, subject.dead, options.exclude)
     subject.check(plan.layers(subject.graph))
-    if not prune_again:
-        refuse_pruned(subject.graph)
     return subject, plan
 
 
@@ -111,6 +113,38 @@ def prune_stage(
     """
     check_options(options, statistics, sensitivity)
     subject, plan = prepare(pipe, options, prune_again)
+    kept = _Kept(statistics, sensitivity, prune_again, quiet)
+
+    def layers(shorter: Subject, own: PruningOptions) -> PruneReport:
+        if plan.removed:
+            return _prune_layers(shorter, fitted_plan(replace(plan, removed=()), shorter.graph), own, prompts, kept)
+        return _prune_layers(*prepare(shorter, own, prune_again=True), own, prompts, kept)
+
+    whole = before_reconstruction(subject, options, prompts) if options.reconstruction.steps else None
+    if plan.removed or depth_of(options) is not None:
+        report = prune_depth(subject, plan, options, prompts, layers, quiet)
+    else:
+        report = _prune_layers(subject, plan, options, prompts, kept)
+    if whole is not None:
+        reconstruct_stages(subject.pipe, report, options, whole, quiet)
+    return report
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What of a stage is the same for the whole denoiser and a shorter one."""
+
+    statistics: Path | None
+    sensitivity: Path | None
+    prune_again: bool
+    quiet: bool
+
+
+def _prune_layers(
+    subject: Subject, plan: Plan, options: PruningOptions, prompts: Sequence[str], kept: _Kept
+) -> PruneReport:
+    """Calibrate, allocate, prune what is there."""
+    statistics, quiet = kept.statistics, kept.quiet
     graph, dead = subject.graph, [] if options.dead == "ignore" else subject.dead
     settings = options.calibration
 
@@ -137,13 +171,12 @@ def prune_stage(
     record, allocate_s = None, 0.0
     if allocates(options):
         started = time.perf_counter()
-        allocation = allocate(subject, options, found, prompts, store=sensitivity, quiet=quiet)
+        allocation = allocate(subject, options, found, prompts, store=kept.sensitivity, quiet=quiet)
         plan, record = allocation.plan, allocation.record
         allocate_s = allocation.earlier_s + time.perf_counter() - started
         if options.dead == "remove":
             plan = without_dead(graph, plan, dead, options.exclude)
     ranks = _ranks(subject, plan, found, options, prompts, quiet)
-    kept = _before_reconstruction(subject, options, prompts) if options.reconstruction.steps else None
     report = prune(
         subject,
         plan,
@@ -154,69 +187,14 @@ def prune_stage(
         seed=options.seed,
         damping=settings.damping,
         fusion=options.fusion,
-        prune_again=prune_again,
+        prune_again=kept.prune_again,
         quiet=quiet,
     )
     report.dead = fate_of_dead(graph, plan, dead) if options.dead == "remove" else dict.fromkeys(dead, "left")
     report.allocation, report.ranks = record, ranks
     report.notes += _rank_notes(ranks)
     report.time_s["allocate"] = allocate_s
-    if kept is not None:
-        _reconstruct(subject, report, options, *kept, quiet=quiet)
     return report
-
-
-def _before_reconstruction(
-    subject: Subject, options: PruningOptions, prompts: Sequence[str]
-) -> tuple[nn.Module, list[Call], int]:
-    """The dense denoiser, calls on its way, and how many calls of one prompt recording them took."""
-    settings, asked = options.calibration, options.reconstruction
-    call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
-    how = Settings(call, options.seed, weighting_of(options, None), batch_size=settings.batch_size)
-    conditioning = encode_prompts(subject.pipe, prompts, call)
-    probe = record_probe(subject, conditioning, how, asked.triples)
-    rows = probe.calls[0].rows
-    calls = [Call(name, given, len(weights) * rows) for name, given, weights in probe.batches(asked.batch_size * rows)]
-    if len(calls) < 2:
-        raise UserError(
-            f"a reconstruction needs two batches at least, and {len(probe)} recorded triples make {len(calls)}; use a "
-            "smaller --reconstruction.batch_size or more --reconstruction.triples"
-        )
-    return copy.deepcopy(subject.denoiser), calls, probe.recorded
-
-
-def _reconstruct(
-    subject: Subject,
-    report: PruneReport,
-    options: PruningOptions,
-    dense: nn.Module,
-    calls: Sequence[Call],
-    recorded: int,
-    *,
-    quiet: bool,
-) -> None:
-    started, asked = time.perf_counter(), options.reconstruction
-    errors = reconstruct(
-        subject.denoiser,
-        dense,
-        {stage: stage for stage in subject.graph.stages},
-        calls,
-        {} if report.shrunk is not None else report.masks,
-        steps=asked.steps,
-        lr=asked.lr,
-        seed=options.seed,
-        quiet=quiet,
-    )
-    stages, rows = len(errors), sum(call.rows for call in calls)
-    report.reconstruction = {
-        "steps": asked.steps,
-        "lr": asked.lr,
-        "calls": len(calls),
-        "stages": {name: [error.before, error.after] for name, error in errors.items()},
-        # rows through a whole denoiser: each stage is reached in both models, then trained at three passes a step
-        "denoiser_rows": recorded + rows * (stages + 1) + 3 * asked.steps * rows / len(calls),
-    }
-    report.time_s["reconstruct"] = time.perf_counter() - started
 
 
 def _ranks(
@@ -272,6 +250,10 @@ def weighting_of(options: PruningOptions, statistics: Path | None) -> str:
 def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts: int, statistics: Path | None) -> None:
     """Say on standard error what is about to happen: layers, passes, memory."""
     pipe, graph = subject.pipe, subject.graph
+    if plan.removed or depth_of(options) is not None:
+        print(f"{info_of(pipe).source}: {describe_depth(subject, plan, options, num_prompts)}", file=sys.stderr)
+    if not plan.entries:
+        return
     sites = plan.sites(graph)
     chosen = [site for site in (*graph.vectors, *graph.sites) if statistics is not None or site.name in sites]
     numbers = [weight_matrices(graph.layer(site.name)).shape for site in chosen]

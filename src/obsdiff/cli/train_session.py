@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
 
+from obsdiff.allocation.planning import pattern_of
 from obsdiff.callbacks.budget import Budget
 from obsdiff.callbacks.export import Export
 from obsdiff.callbacks.find import find
@@ -22,6 +23,7 @@ from obsdiff.evaluation.references import measure
 from obsdiff.export.recovered import RESULT
 from obsdiff.export.summary import aligned, evaluation_summary, images_summary, limits_text, recovery_summary
 from obsdiff.files import read_json
+from obsdiff.obs.pattern import of_layers
 from obsdiff.paths import user_path
 from obsdiff.progress import duration
 from obsdiff.pruning.folder import run_folder
@@ -179,7 +181,8 @@ def _announcement(
     elif (pruned / FILE).exists():
         start = f"take {pruned} as pruned before"
     else:
-        start = f"prune {module.pipeline} to {module.pruning.pattern} by {module.pruning.method}"
+        chosen = "" if of_layers(pattern_of(module.pruning)) is None else f" by {module.pruning.method}"
+        start = f"prune {module.pipeline} to {module.pruning.pattern}{chosen}"
     rate = f"{module.optimization.schedule} learning rate from {module.optimization.lr:g}"
     yield f"recovery: {start}, then train on {terms} ({rate}); budget {limits}"
     images = module.evaluation.num_images

@@ -42,6 +42,8 @@ one: a file of ten lines.
   modulations are made in front of the blocks (Chroma, Flux.2, PixArt, Sana, Wan, LTX) there is none to reduce.
 - **Spared blocks.** Structured patterns leave the first and last block alone unless `--spare_blocks` or a measured
   allocation says otherwise; UNets spare none.
+- **Depth.** Whole blocks go where the class builds what is left from its config alone, which is tried without weights:
+  all families but UNets and Chroma; the last block of SD3 and the refiners of Lumina 2 and Z-Image stay.
 - **As published.** `--method obs-diff` is OBS-Diff to the letter: SD3 spares its first and last block, SDXL none,
   counts are rounded, widths keep no multiple, and `structured:RATIO` leaves ResNet blocks whole. On the true
   configurations that leaves 1.911, 1.834, 1.776 and 1.717 B parameters of SD3-medium at 10, 15, 20 and 25 %, 7.277

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.errors import MALFORMED, UserError, brief
-from obsdiff.export.summary import dead_rows
+from obsdiff.export.summary import dead_rows, depth_rows
 from obsdiff.pruning.folder import run_folder
 from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.pruning.planfile import kinds_of, parse_plan
@@ -47,19 +47,20 @@ def _run(folder: Path, manifest: dict[str, Any]) -> str:
             f"calibrated on {statistics['num_prompts']} prompts, {statistics['steps']} steps, guidance "
             f"{statistics['guidance_scale']}, {statistics['weighting']} weights, {manifest['packages']} pass(es)"
         )
-    header += [f"{name}: {text}" for name, text in dead_rows(manifest)]
+    header += [f"{name}: {text}" for name, text in (*depth_rows(manifest), *dead_rows(manifest))]
     header += [f"note: {note}" for note in manifest.get("notes", [])]
     if manifest.get("rule", "uniform") != "uniform":
         header.append(f"allocation {manifest['rule']}, budget {manifest['budget']}")
-    return "\n".join([*header, "", *_table(manifest)])
+    return "\n".join([*header, "", *_table(manifest)] if manifest["plan"] else header)
 
 
 def _plan(source: str | Path) -> str:
     """A plan file as text."""
     plan, content = parse_plan(source)
-    width = max(map(len, plan.entries))
+    width = max(map(len, plan.entries), default=0)
     header = f"{source}: {content.get('denoiser', 'any denoiser')}, {plan.pattern}, allocation {plan.rule}, budget "
     header += f"{plan.budget or 'none'}; {len(plan.entries)} entries, {kinds_of(plan)}"
+    header += f"; first {', '.join(plan.removed)} go" if plan.removed else ""
     return "\n".join([header, "", *(f"{name:<{width}}  {pattern}" for name, pattern in plan.entries.items())])
 
 

@@ -14,6 +14,7 @@ from obsdiff.evaluation.references import Images, References, measure
 from obsdiff.export.heatmap import draw_ratios
 from obsdiff.export.places import finite, write_or_rescue
 from obsdiff.export.report import draw_samples, mse_with_interval, steps_taken
+from obsdiff.export.summary import depth_rows
 from obsdiff.files import FILES, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.subject import graph_of, subject_of
@@ -106,6 +107,7 @@ def recovered_report(
         "notes": manifest.get("notes", []),
         "ranks": manifest.get("ranks", {}),
         "reconstruction": manifest.get("reconstruction"),
+        "depth": manifest.get("depth"),
         "sparsity": {
             "achieved": _sparsity(denoiser, manifest, counts),
             "per_layer": manifest.get("sparsity_per_layer"),
@@ -134,6 +136,8 @@ def recovered_report(
 def _sparsity(denoiser: Any, manifest: Mapping[str, Any], counts: Mapping[str, int]) -> float | None:
     """What there is of the prune in the trained weights; None for a pipeline that was not pruned."""
     plan = {name: parse_pattern(pattern) for name, pattern in manifest.get("plan", {}).items()}
+    if not plan and manifest.get("depth"):
+        return 1 - counts["pruned"] / counts["dense"]
     return measured_sparsity(denoiser, plan, counts) if plan else None
 
 
@@ -158,6 +162,7 @@ def render_recovery(report: Mapping[str, Any]) -> str:
         f"| steps | {recovery['steps']:,}, objective {terms} |",
         f"| denoiser parameters | {parameters['dense']:,} -> {parameters['pruned']:,}, "
         f"{parameters['nonzero']:,} of them not zero |",
+        *(f"| {name} | {text} |" for name, text in depth_rows(report)),
         *(f"| note | {note} |" for note in report["notes"]),
         f"| versions | {', '.join(f'{key} {value}' for key, value in report['versions'].items())} |",
     ]

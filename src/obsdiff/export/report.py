@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from obsdiff.export.summary import dead_rows, rank_rows, reconstruction_rows
+from obsdiff.export.summary import dead_rows, depth_rows, rank_rows, reconstruction_rows
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
@@ -28,12 +28,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     ]
     if (steps := report["refit_steps"]) is not None:
         rows.append(("refit steps by layer", f"{steps['min']} to {steps['max']}, median {steps['median']:g}"))
-    rows += [
-        *rank_rows(report),
-        *reconstruction_rows(report),
-        *dead_rows(report),
-        *(("note", note) for note in report["notes"]),
-    ]
+    rows += [*depth_rows(report), *rank_rows(report), *reconstruction_rows(report), *dead_rows(report)]
+    rows += [("note", note) for note in report["notes"]]
     fidelity, alignment, frechet = report["fidelity"], report["alignment"], report["frechet"]
     if fidelity is not None:
         figures = mse_with_interval(fidelity, "95 % ")

@@ -28,12 +28,12 @@ from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
-from obsdiff.models.subject import Subject
+from obsdiff.models.subject import Subject, subject_of
+from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
-from obsdiff.pruning.oneshot import PruneReport
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
-from obsdiff.pruning.plan import Plan
+from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.statistics import INDEX
 from obsdiff.ranks import rank, wait_for_all
 from obsdiff.versions import versions
@@ -101,6 +101,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         prune_again=options.prune_again,
         quiet=quiet,
     )
+    subject = subject_of(pipe)  # stages may be gone
     pruned = draw(allow_nonfinite=True)  # what was pruned is not lost because it cannot be measured
     if pruned is not None and not bool(finite_images(pruned).all()) and rank() == 0:
         warnings.warn("images of the pruned pipeline are not finite; the report has no figures of them", stacklevel=2)
@@ -166,12 +167,15 @@ def _write(
         draw_samples(folder / "samples.png", rows, images.prompts[:SHOWN], images.seeds[:SHOWN], title)
 
 
-def _requested(plan: Plan) -> float:
-    """The sparsity that was asked for; of budgets in something else, what the plan came to."""
-    kind, _, share = (plan.budget or "").partition(":")
+def _requested(done: PruneReport) -> float:
+    """The sparsity that was asked for; of budgets in something else, what the plan came to; of stages alone, what they
+    hold."""
+    kind, _, share = (done.plan.budget or "").partition(":")
     if kind == "parameters":
         return 1 - float(share)
-    return float(share) if kind == "sparsity" else plan.pattern.sparsity
+    if isinstance(done.plan.pattern, Depth):
+        return done.sparsity
+    return float(share) if kind == "sparsity" else done.plan.pattern.sparsity
 
 
 def _report(
@@ -211,8 +215,9 @@ def _report(
         "dead": done.dead,
         "ranks": done.ranks,
         "reconstruction": done.reconstruction,
+        "depth": done.depth,
         "sparsity": {
-            "requested": _requested(done.plan),
+            "requested": _requested(done),
             "achieved": done.sparsity,
             "per_layer": done.sparsity_per_layer,
         },

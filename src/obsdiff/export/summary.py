@@ -60,6 +60,7 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
     rows = [
         ("pruned", f"{report['pipeline']}: {_done(report)}"),
         ("parameters", _parameters(report) + _dead(report)),
+        *depth_rows(report),
         *rank_rows(report),
         *reconstruction_rows(report),
         *_allocation(report),
@@ -112,6 +113,16 @@ def reconstruction_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("reconstruction", text + ("" if worked == len(errors) else f"; {len(errors) - worked} left as they were"))]
 
 
+def depth_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which stages went, and what each changed; of a report or a manifest."""
+    if not (depth := report.get("depth")):
+        return []
+    errors = [f"{error:.3g}" for error in depth.get("errors", ())]
+    after = f"; error of the denoiser's output after each {', '.join(errors)}" if errors else ""
+    removed = depth["removed"]
+    return [("depth", f"{len(removed)} of {depth['of']} stages removed: {', '.join(removed)}{after}")]
+
+
 def _by_fate(report: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for layer, fate in (report.get("dead") or {}).items():
@@ -136,6 +147,7 @@ def recovery_summary(report: Mapping[str, Any], output: str | Path, total_s: flo
     recovery, dense = report["recovery"], report.get("dense", {})
     steps = f"{recovery['steps']:,} step{'s' * (recovery['steps'] != 1)}"
     rows = [("recovered", f"{report['pipeline']}: {_done(report)}, {steps}"), ("parameters", _parameters(report))]
+    rows += depth_rows(report)
     rows += [("note", note) for note in report.get("notes", ())]
     if "fidelity_after" in recovery:
         before, after = recovery["fidelity_before"], recovery["fidelity_after"]

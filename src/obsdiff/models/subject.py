@@ -18,6 +18,7 @@ from obsdiff.models.denoisers import denoisers_of, dtype_of, joined, parts_of
 from obsdiff.models.families import Family, find_family
 from obsdiff.models.graph import Graph, Group, Site, Slices, prunable, stages_of, walk
 from obsdiff.models.parts import groups_of
+from obsdiff.models.stacks import Stack, stacks_of
 from obsdiff.models.tracing import Trace, dead_layers, trace
 from obsdiff.obs.pattern import RANK
 
@@ -86,6 +87,11 @@ class Subject:
     def graph(self) -> Graph:
         """What can be pruned."""
         return graph_of(self.denoiser, self.family, self.trace)
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Blocks that its config counts, of which some can be left out."""
+        return stacks_of(self.denoiser, self.family, self.graph.stages, self.trace.chains)
 
     @cached_property
     def dead(self) -> list[str]:

@@ -30,6 +30,7 @@ class Trace:
         told: Linear layers anywhere, once a stage has begun, that read equal vectors, in the order of execution.
         times: How often each layer ran.
         chain: Whether each stage reads of the earlier ones nothing but what the one before it returned.
+        chains: The lists of stages of which that is true, each by itself.
     """
 
     stages: tuple[str, ...]
@@ -38,6 +39,7 @@ class Trace:
     told: tuple[tuple[str, ...], ...]
     times: Mapping[str, int]
     chain: bool
+    chains: frozenset[str]
 
 
 class _Memory:
@@ -123,6 +125,7 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
         tuple(tuple(n) for _, n in told),
         times,
         _is_chain(visits),
+        frozenset(_chains(visits)),
     )
 
 
@@ -161,6 +164,16 @@ def _is_chain(visits: Sequence[tuple[str, set[int], set[int]]]) -> bool:
         if not read <= before | common or not read & before:
             return False
     return True
+
+
+def _chains(visits: Sequence[tuple[str, set[int], set[int]]]) -> Iterator[str]:
+    """Names of the lists whose stages run one after the other, and are a chain."""
+    lists: dict[str, list[int]] = {}
+    for i, (name, _, _) in enumerate(visits):
+        lists.setdefault(name.rpartition(".")[0], []).append(i)
+    for name, at in lists.items():
+        if at == list(range(at[0], at[0] + len(at))) and _is_chain([visits[i] for i in at]):
+            yield name
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

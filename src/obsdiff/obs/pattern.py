@@ -10,6 +10,7 @@ from obsdiff.errors import UserError
 
 KINDS = ("heads", "ffn", "channels")  # of units that ``structured:RATIO`` removes
 RANK = "rank"  # the kind of units that are directions of an input
+DEPTH = "depth"  # whole stages
 BARE = {"structured": 0.5, "rank": 0.25}  # what a kind without a number stands for, where a budget decides
 
 
@@ -175,11 +176,69 @@ class Structured:
 
 Pattern = Unstructured | NM | Structured
 
+
+@dataclass(frozen=True)
+class Depth:
+    """Whole stages (blocks) go; then the layers that are left may be pruned too.
+
+    Attributes:
+        amount: Stages to remove: a whole number, or a share of them below 1.
+        then: What is done to the layers of the shorter model; None: nothing.
+    """
+
+    amount: float
+    then: Pattern | None = None
+
+    def __post_init__(self) -> None:
+        if not (0 < self.amount < 1 or (self.amount >= 1 and float(self.amount).is_integer())):
+            raise UserError(
+                f"depth is {self.amount:g}; it must be a whole number of stages, or a share of them below 1"
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the stages that goes, 0 while only their number is known."""
+        return self.amount if self.amount < 1 else 0.0
+
+    def gone(self, count: int) -> int:
+        """Stages that go of ``count``; a share is rounded, half to even."""
+        return round(self.amount * count) if self.amount < 1 else int(self.amount)
+
+    def __str__(self) -> str:
+        return f"{DEPTH}:{self.amount:.10g}" + ("" if self.then is None else f"+{self.then}")
+
+
+Request = Pattern | Depth
+
 _SYNTAX = (
     "use unstructured:RATIO (unstructured:0.5), N:M (2:4), structured:RATIO (structured:0.3), "
     "structured:heads=RATIO,ffn=RATIO[,channels=RATIO][,multiple_of=WIDTH], rank:RANK (rank:64), rank:SHARE, "
-    "or structured:RATIO+rank:RANK"
+    "structured:RATIO+rank:RANK, depth:STAGES (depth:2), depth:SHARE, or depth:STAGES+any of the others"
 )
+
+
+def parse_request(text: str | Request) -> Request:
+    """The pattern that ``text`` names, or the depth, alone or joined with a pattern; an object passes through.
+
+    Raises:
+        UserError: The text names none, or one out of range.
+    """
+    if isinstance(text, Depth):
+        return text
+    parts = [] if not isinstance(text, str) else [part.strip() for part in text.split("+")]
+    depths = [part for part in parts if part.partition(":")[0] == DEPTH]
+    if not depths:
+        return parse_pattern(text)
+    rest = [part for part in parts if part not in depths]
+    value = depths[0].partition(":")[2]
+    if len(depths) > 1 or not value:
+        raise UserError(f"pattern {str(text)[:80]!r} needs one number of stages; {_SYNTAX}")
+    return Depth(_number(value, str(text)), parse_pattern("+".join(rest)) if rest else None)
+
+
+def of_layers(request: Request) -> Pattern | None:
+    """What a request does to single layers; None for depth alone."""
+    return request.then if isinstance(request, Depth) else request
 
 
 def parse_pattern(text: str | Pattern) -> Pattern:

@@ -17,13 +17,13 @@ from obsdiff.models.info import info_of, write_info
 from obsdiff.models.loading import Weights, open_pipeline, split_source, to_device
 from obsdiff.models.register import LIBRARY
 from obsdiff.models.subject import graph_of, subject_of
-from obsdiff.obs.pattern import Structured, parse_pattern
+from obsdiff.obs.pattern import Structured, of_layers, parse_request
 from obsdiff.paths import user_path
 from obsdiff.pruning import planfile
 from obsdiff.pruning.manifest import FILE, manifest_of, read_manifest
 from obsdiff.pruning.masks import broken_masks, load_masks, save_masks
-from obsdiff.pruning.oneshot import PruneReport
 from obsdiff.pruning.planfile import write_plan
+from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.statistics import model_hash
 
 PIPELINE = "pipeline"
@@ -158,6 +158,7 @@ def check_against_manifest(pipe: Any, folder: Path, manifest: dict[str, Any]) ->
         for name, mask in masks.items():
             if abs(1 - float(mask.sum()) / max(mask.numel(), 1) - manifest["sparsity_per_layer"][name]) > 1e-9:
                 raise _Unlike(f"the mask of {name} keeps another share than the manifest says")
+        _check_depth(denoiser, manifest.get("depth"))
         (_check_zeros if manifest["shrunk"] is None else _check_shapes)(denoiser, masks, manifest)
     except _Unlike as error:
         raise UserError(f"{folder}: {error}; its files were changed after pruning, or do not belong together") from None
@@ -169,9 +170,22 @@ class _Unlike(Exception):
     """What does not agree in a run's files."""
 
 
+def _check_depth(denoiser: Any, depth: Mapping[str, Any] | None) -> None:
+    """The model's own config counts the stages that the manifest says are left."""
+    models = parts_of(denoiser)
+    for prefix, changed in () if depth is None else depth["config"].items():
+        config: Any = models[prefix].config if prefix in models else {}
+        if other := [key for key, value in changed.items() if _plain(config.get(key)) != value]:
+            raise _Unlike(f"its {other[0]} is not the {changed[other[0]]} that the manifest says is left")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _check_zeros(denoiser: Any, masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """Every layer of the plan is there, has its mask's shape, and is zero where its mask says so."""
-    if isinstance(parse_pattern(manifest["pattern"]), Structured):
+    if isinstance(of_layers(parse_request(manifest["pattern"])), Structured):
         raise _Unlike("the pattern is structured, but the manifest describes no shrunk layers")
     there = dict(denoiser.named_parameters())
     if missing := [name for name in masks if f"{name}.weight" not in there]:

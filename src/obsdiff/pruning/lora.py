@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def load_lora(
     *,
     adapter_name: str | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    depth: Mapping[str, Any] | None = None,
     rebased: str | Path | None = None,
 ) -> LoraReport:
     """Load a LoRA that was trained on the dense model into a pruned pipeline, as ``pipe.load_lora_weights`` would.
@@ -68,11 +69,12 @@ def load_lora(
 
     Args:
         pipe: A pruned pipeline that :func:`obsdiff.load_pipeline` loaded, or that ``obsdiff.prune`` pruned (then give
-            ``masks``).
+            ``masks``, and ``depth`` where stages went).
         lora: A safetensors file, a folder or hub id as diffusers takes it, or a state dict; in any form that the
             pipeline's class reads.
         adapter_name: As in diffusers.
         masks: ``report.masks`` of a prune in this process.
+        depth: ``report.depth`` of one that removed stages: the blocks that moved up take what was made for them.
         rebased: A new ``.safetensors`` file to write the LoRA to as it was loaded; plain diffusers loads that one into
             the saved pipeline.
 
@@ -86,7 +88,8 @@ def load_lora(
     target = None if rebased is None else _new_file(rebased)
     state = read_lora(pipe, lora)
     kept = masks if masks is not None else _masks_of(subject)
-    state, report = rebase_lora(subject, state, kept)
+    known = depth or (info_of(pipe).manifest or {}).get("depth") or {}
+    state, report = rebase_lora(subject, state, kept, known.get("kept", {}))
     pipe.load_lora_weights(dict(state), adapter_name=adapter_name)
     if target is not None:
         with whole_file(target) as temporary:
@@ -128,7 +131,10 @@ def read_lora(pipe: Any, lora: str | Path | Mapping[str, Tensor]) -> dict[str, T
 
 
 def rebase_lora(
-    subject: Subject, state: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    subject: Subject,
+    state: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    stages: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[dict[str, Tensor], LoraReport]:
     """The LoRA with the rows and columns that the pruned denoiser has, and what became of it.
 
@@ -136,6 +142,7 @@ def rebase_lora(
         subject: The pruned pipeline.
         state: As :func:`read_lora` gives it.
         kept: Which units of each group stayed, bool (count,) by group; masks of layers are left alone.
+        stages: By list, the numbers that its blocks had in the dense model, where some are gone.
 
     Raises:
         UserError: A layer has another size than the dense model's, or no layer is there.
@@ -163,27 +170,37 @@ def rebase_lora(
         (down_name, down), (up_name, up) = pair[False], pair[True]
         whole = _squared_norm(down, up)
         before += whole
-        if layer not in modules:
+        own = _place(layer, stages or {})
+        if not own or own not in modules:
             report.dropped.append(layer)
             continue
-        rows, columns = entries.get((layer, ROWS)), entries.get((layer, COLUMNS))
-        _check_sizes(modules[layer], layer, (down, up), (rows, columns))
+        rows, columns = entries.get((own, ROWS)), entries.get((own, COLUMNS))
+        _check_sizes(modules[own], layer, (down, up), (rows, columns))
         if columns is not None:
             down = down[:, columns.stays]
         if rows is not None:
             up = up[rows.stays]
-        made |= {down_name: down, up_name: up}
+        made |= {name.replace(layer, own, 1): factor for name, factor in ((down_name, down), (up_name, up))}
         for name, tensor in rest.items():  # what belongs to rows: biases and the magnitudes of DoRA
             if name.startswith(up_name[: up_name.rindex(".lora") + 5]):
-                made[name] = tensor if rows is None else tensor[rows.stays]
+                made[name.replace(layer, own, 1)] = tensor if rows is None else tensor[rows.stays]
         here = _squared_norm(down, up)
         after += here
-        report.kept[layer] = here / whole if whole else 1.0
+        report.kept[own] = here / whole if whole else 1.0
     if not report.kept and not report.elsewhere:
         named = f", such as {report.dropped[0]}" if report.dropped else ""
         raise UserError(f"the LoRA would change nothing: the denoiser has none of its {len(factors)} layers{named}")
     report.share = after / before if before else 1.0
     return made, report
+
+
+def _place(layer: str, stages: Mapping[str, Sequence[int]]) -> str:
+    """What a layer of the dense model is called now; "" if its block is gone."""
+    for stack, numbers in stages.items():
+        if layer.startswith(f"{stack}."):
+            block, _, rest = layer.removeprefix(f"{stack}.").partition(".")
+            return f"{stack}.{numbers.index(int(block))}.{rest}" if int(block) in numbers else ""
+    return layer
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from obsdiff.errors import UserError
 from obsdiff.files import read_json
-from obsdiff.obs.pattern import Structured, parse_pattern
-from obsdiff.pruning.oneshot import PruneReport
+from obsdiff.obs.pattern import Structured, of_layers, parse_pattern, parse_request
+from obsdiff.pruning.report import PruneReport
 
 FILE = "pruning.json"
 FORMAT = 1
@@ -36,6 +36,18 @@ class _Shrunk(BaseModel):
     tensors: dict[str, list[Size]] = {}
     layers: dict[str, list[Size]] = {}  # as written until November 2026
     attributes: dict[str, dict[str, int | str | list[list[int] | int]]]
+
+
+class _Depth(BaseModel):
+    removed: Annotated[list[str], Field(min_length=1)]
+    of: Size
+    kept: dict[str, list[Size]]
+    config: dict[str, dict[str, int | list[Size]]]
+    model: str
+    errors: list[FiniteFloat] = []
+    alone: dict[str, FiniteFloat] = {}
+    triples: Size = 0
+    denoiser_calls: Size = 0
 
 
 class Manifest(BaseModel):
@@ -68,6 +80,7 @@ class Manifest(BaseModel):
     dead: dict[str, Literal["left", "zero", "cut"]] = {}
     ranks: dict[str, dict[str, FiniteFloat]] = {}
     reconstruction: dict[str, Any] | None = None
+    depth: _Depth | None = None
 
 
 def manifest_of(report: PruneReport, source: str, component: str, denoiser: str) -> dict[str, Any]:
@@ -107,6 +120,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "dead": report.dead,
         "ranks": report.ranks,
         "reconstruction": report.reconstruction,
+        "depth": report.depth,
         "versions": versions(),
     }
 
@@ -121,16 +135,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = read_json(path, "the manifest of a prune run", Manifest)
     if manifest["format"] != FORMAT:
         raise UserError(f"{path} has format {manifest['format']}; this version reads {FORMAT}")
-    patterns = {name: _pattern(path, text) for name, text in {"": manifest["pattern"], **manifest["plan"]}.items()}
+    texts = {"": manifest["pattern"], **manifest["plan"]}
+    patterns = {name: _pattern(path, text, not name) for name, text in texts.items()}
     if len({isinstance(pattern, Structured) for pattern in patterns.values()}) > 1:
         raise UserError(f"{path} is not the manifest of a prune run: its plan mixes structured and other patterns")
-    if not manifest["plan"] or manifest["plan"].keys() != manifest["sparsity_per_layer"].keys():
+    if patterns[""] is None and manifest.get("depth") is None:
+        raise UserError(f"{path} is not the manifest of a prune run: it does not say which stages are removed")
+    needed = patterns[""] is not None
+    if bool(manifest["plan"]) is not needed or manifest["plan"].keys() != manifest["sparsity_per_layer"].keys():
         raise UserError(f"{path} is not the manifest of a prune run: plan and sparsity_per_layer name other layers")
     return manifest
 
 
-def _pattern(path: Path, text: str) -> Any:
+def _pattern(path: Path, text: str, whole: bool) -> Any:
     try:
-        return parse_pattern(text)
+        return of_layers(parse_request(text)) if whole else parse_pattern(text)
     except UserError as error:
         raise UserError(f"{path} is not the manifest of a prune run: {error}") from None

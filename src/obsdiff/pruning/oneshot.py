@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,24 +16,26 @@ from obsdiff.errors import UserError
 from obsdiff.models.content import model_hash
 from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph, Group, Site
+from obsdiff.models.info import info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.observers import Observer
-from obsdiff.obs.pattern import RANK, Pattern, Structured, parse_pattern
+from obsdiff.obs.pattern import RANK, Depth, Pattern, Structured, parse_request
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.progress import track
 from obsdiff.pruning.defaults import departures, pattern_by
 from obsdiff.pruning.layers import LayerResult, SolveOptions, emptied, portable
 from obsdiff.pruning.plan import Plan, kept_units, make_plan, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan
+from obsdiff.pruning.report import PruneReport, count_parameters
+from obsdiff.pruning.shorten import prune_shorter
 from obsdiff.pruning.solve import solve_groups, solve_site
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 from obsdiff.pruning.surgery import (
     Edits,
     become_shrunk,
     cut,
-    measured_sparsity,
     project,
     shrunk_config,
     undone_on_error,
@@ -43,63 +46,6 @@ from obsdiff.ranks import solved_in_turn
 ZEROED = 0.01  # more exact zeros in a layer than this were put there
 Calibrate = Callable[[set[str]], Statistics]
 Read = Callable[[str, torch.device], Observer]
-
-
-@dataclass
-class PruneReport:
-    """What a prune did, in values.
-
-    Attributes:
-        pattern, method, refit, seed: What was asked for.
-        plan: Pattern by layer, or by attention and feed-forward module.
-        masks: Bool by layer (True = kept) for unstructured and N:M; by module over heads or neurons for structured.
-        sparsity: Share of the pruned layers' weights that is zero, or of the denoiser's parameters that is gone:
-            measured on the weights as they are.
-        sparsity_per_layer: Share of zeros by layer, or share of heads or neurons removed by module.
-        parameters: Of the denoiser: "dense", "pruned" (what is left), "nonzero".
-        layer_error: Relative weighted output error by layer; empty if nothing was measured.
-        refit_steps: Conjugate-gradient steps of the refit by layer; empty without one (what stays of heads and neurons
-            is solved for in closed form).
-        time_s: Seconds: "calibrate", "forward_only", "allocate", "solve", "reconstruct", "total".
-        fingerprint: Of the statistics (with several packages, of the first ones), or None.
-        shrunk: New shapes, or None.
-        packages: Calibration passes.
-        model: Hash of the dense denoiser.
-        allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
-        notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
-            for, and what it could not tell.
-        ranks: By vector, what its rank leaves out (:func:`obsdiff.pruning.vectors.checked_rank`).
-        reconstruction: What training stage by stage did (:mod:`obsdiff.pruning.reconstruct`), or None.
-        dead: Layers that reach no output of the denoiser, as far as they were looked for, and what became of them:
-            "left", "zero" or "cut".
-    """
-
-    pattern: Pattern
-    method: str
-    refit: bool
-    seed: int
-    plan: Plan
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    sparsity: float = 0.0
-    sparsity_per_layer: dict[str, float] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
-    layer_error: dict[str, float] = field(default_factory=dict)
-    refit_steps: dict[str, int] = field(default_factory=dict)
-    time_s: dict[str, float] = field(default_factory=dict)
-    fingerprint: Mapping[str, Any] | None = None
-    shrunk: Mapping[str, Any] | None = None
-    packages: int = 1
-    model: str | None = None
-    allocation: Mapping[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
-    dead: dict[str, str] = field(default_factory=dict)
-    ranks: dict[str, dict[str, float]] = field(default_factory=dict)
-    reconstruction: Mapping[str, Any] | None = None
-
-    @property
-    def mean_layer_error(self) -> float | None:
-        """Mean of :attr:`layer_error`, or None."""
-        return sum(self.layer_error.values()) / len(self.layer_error) if self.layer_error else None
 
 
 def prune(
@@ -125,7 +71,8 @@ def prune(
         pipe: A diffusers pipeline of a supported family, or its :class:`~obsdiff.models.subject.Subject`. If anything
             fails, no weight has changed.
         pattern: Such as "unstructured:0.5", "2:4", "structured:0.3", a pattern object, or a plan that gives each layer
-            its own (:func:`obsdiff.allocate`, :func:`obsdiff.pruning.planfile.read_plan`).
+            its own (:func:`obsdiff.allocate`, :func:`obsdiff.pruning.planfile.read_plan`). Stages go by a plan that
+            names them, which :func:`obsdiff.allocate` makes of "depth:2".
         method: One of :data:`obsdiff.criteria.METHODS`.
         statistics: From :func:`obsdiff.calibrate`; or a function that calibrates the sites it is given, called once
             per package. Methods that look at weights alone (magnitude, random) need none; with it their layer errors
@@ -148,7 +95,24 @@ def prune(
     """
     started = time.perf_counter()
     given = pattern if isinstance(pattern, Plan) else None
-    pattern = pattern.pattern if isinstance(pattern, Plan) else parse_pattern(pattern)
+    if given is not None and given.removed:
+        layered = None if isinstance(given.pattern, Depth) else replace(given, removed=())
+        rest: Any = partial(
+            prune, method=method, statistics=statistics, refit=refit, packages=packages, seed=seed, damping=damping
+        )
+        rest = partial(rest, fusion=fusion, prune_again=prune_again, quiet=quiet)
+        if include or exclude or spare_blocks is not None:
+            raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
+        subject = subject_of(pipe)
+        if not prune_again:
+            refuse_pruned(subject.graph, info_of(subject.pipe).manifest)
+        return prune_shorter(subject, given, None if layered is None else lambda shorter: rest(shorter, layered))
+    asked = pattern.pattern if isinstance(pattern, Plan) else parse_request(pattern)
+    if isinstance(asked, Depth):
+        raise UserError(
+            f"{asked}: which stages go is measured on the pipeline's calls; give the plan that obsdiff.allocate makes"
+        )
+    pattern = asked
     options = SolveOptions(method, refit, seed, damping, fusion)
     if packages is None:
         packages = find_method(method).packages if callable(statistics) else 1
@@ -164,7 +128,7 @@ def prune(
         plan = fitted_plan(given, graph)
     subject.check(plan.layers(graph))
     if not prune_again:
-        refuse_pruned(graph)
+        refuse_pruned(graph, info_of(subject.pipe).manifest)
     if isinstance(statistics, Statistics):
         check_measured_on(statistics, graph.denoiser)
         check_serves(statistics, needed(pattern, options), f"method {method}")
@@ -188,7 +152,7 @@ def prune(
         if plan.structured:
             report.shrunk = shrunk_config(graph, plan.entries)
             become_shrunk(edits, graph.denoiser, report.shrunk)
-        _count(graph, report)
+        count_parameters(graph.denoiser, report)
     report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, packages)]
     if report.fingerprint is not None and not report.layer_error:
         report.notes.append("only the diagonal of H was measured, so there are no layer errors")
@@ -196,13 +160,21 @@ def prune(
     return report
 
 
-def refuse_pruned(graph: Graph) -> None:
-    """Refuse a denoiser that is pruned already: shrunk, or with a share of exact zeros that training never leaves.
+def refuse_pruned(graph: Graph, manifest: Mapping[str, Any] | None = None) -> None:
+    """Refuse a denoiser that is pruned already: shrunk, without some of its stages, or with a share of exact zeros that
+    training never leaves.
+
+    Args:
+        graph: What it is.
+        manifest: Of the run that it came out of, if it came out of one.
 
     Raises:
         UserError: It is.
     """
     hint = "pass --prune_again true to prune it further"
+    if depth := (manifest or {}).get("depth"):
+        gone = len(depth["removed"])
+        raise UserError(f"this pipeline is pruned already ({gone} of {depth['of']} stages are removed); {hint}")
     for model in parts_of(graph.denoiser).values():
         if shrunk_of(model) is not None:
             raise UserError(f"this pipeline is pruned already (its {type(model).__name__} is shrunk); {hint}")
@@ -316,7 +288,9 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
         consumers = dict.fromkeys(s.layer for group in bundle for s in group.consumers)
         found = None
         if read is not None:
-            found = {layer: read(graph.site_of[layer].name, graph.weight(layer).device) for layer in consumers}
+            sites = {graph.site_of[layer].name: graph.weight(layer).device for layer in consumers}
+            known = {site: read(site, device) for site, device in sites.items()}  # each once: it is let go
+            found = {layer: known[graph.site_of[layer].name] for layer in consumers}
         kept, results = solve_groups(graph, patterns, found, job.options)  # type: ignore[arg-type]  # all structured
         return {name: units.cpu() for name, units in kept.items()}, portable(results)
 
@@ -330,10 +304,3 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
         report.masks |= kept
         report.sparsity_per_layer |= {name: 1 - float(units.sum()) / len(units) for name, units in kept.items()}
         report.layer_error |= {name: result.error for name, result in results.items() if result.error is not None}
-
-
-def _count(graph: Graph, report: PruneReport) -> None:
-    parameters = list(graph.denoiser.parameters())
-    report.parameters["pruned"] = sum(p.numel() for p in parameters)
-    report.parameters["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
-    report.sparsity = measured_sparsity(graph.denoiser, report.plan.entries, report.parameters)

@@ -66,8 +66,8 @@ class ScanOptions:
     Args:
         levels: Shares removed at which the denoiser runs; default: 0.5, 0.8, 0.98 (structured: 0.25, 0.5, 0.75,
             beside ranks also 0.9 and 0.98; ranks: 0.5, 0.75, 0.85, 0.95).
-        triples: Recorded (latent, step, prompt) triples to measure on; default: 160, or fewer where the scan would run
-            the denoiser on more than 12 times what a calibration pass does.
+        triples: Recorded (latent, step, prompt) triples to measure on, for depth too; default: 160, or fewer where the
+            scan would run the denoiser on more than 12 times what a calibration pass does.
     """
 
     levels: Sequence[float] | None = None
@@ -116,7 +116,8 @@ class PruningOptions:
     Args:
         pattern: unstructured:RATIO, N:M, structured:RATIO, structured:heads=R,ffn=R[,multiple_of=W], rank:RANK or
             rank:SHARE (of modulations, kept), or structured:RATIO+rank:RANK. With a budget "structured", "rank" and
-            "structured+rank" will do.
+            "structured+rank" will do. depth:STAGES or depth:SHARE removes whole blocks, alone or before one of these
+            (depth:2+structured:0.3).
         method: obs (ours), obs-diff (as published), admm, sparsegpt, wanda, magnitude or random.
         plan: YAML file with a pattern by layer, such as an earlier run's plan.yaml; stands in place of pattern.
         allocation: uniform (every layer the same), measured (by a sensitivity scan, where it hurts least) or owl (by
@@ -132,7 +133,7 @@ class PruningOptions:
         include: Names of layers (structured: of attention and feed-forward modules) to prune, as shell patterns.
         exclude: Names to leave alone, as shell patterns.
         spare_blocks: Blocks to leave alone, negative from the end. Default: first and last for structured patterns,
-            none with the measured allocation.
+            none with the measured allocation and for depth.
         fusion: Ranking of heads over the two streams of joint attention: reciprocal_rank or relative_error.
         dead: What becomes of layers that reach no output of the denoiser, such as the end of Qwen-Image's text stream:
             report them, remove them (their weights become zero; structured: modules of nothing else are cut to the

@@ -13,7 +13,7 @@ from obsdiff.models.checks import check_plain
 from obsdiff.models.graph import Graph, Group
 from obsdiff.models.subject import refusals
 from obsdiff.obs.hessian import weight_matrices
-from obsdiff.obs.pattern import NM, RANK, Pattern, Structured, Unstructured
+from obsdiff.obs.pattern import NM, RANK, Depth, Pattern, Request, Structured, Unstructured
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,16 @@ class Plan:
         rule: How the entries were chosen: "uniform", "measured", "owl", or what a plan file says.
         budget: What they had to meet, such as "sparsity:0.5"; None: just ``pattern`` for all.
         dead: Layers among the entries that reach no output and become zero whatever their entry says.
+        removed: Stages that go whole before anything else, by their names in the whole denoiser; the entries are of
+            what is left.
     """
 
-    pattern: Pattern
+    pattern: Request
     entries: dict[str, Pattern]
     rule: str = "uniform"
     budget: str | None = None
     dead: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
     @property
     def structured(self) -> bool:
@@ -285,8 +288,11 @@ def fate_of_dead(graph: Graph, plan: Plan, dead: Sequence[str]) -> dict[str, str
     return {layer: fates.get(layer, "left") for layer in dead}
 
 
-def describe(pattern: Pattern) -> str:
+def describe(pattern: Request) -> str:
     """For people: what the pattern does."""
+    if isinstance(pattern, Depth):
+        amount = f"{pattern.amount:.1%} of the stages" if pattern.amount < 1 else f"{pattern.amount:g} stages"
+        return f"{amount} go" + ("" if pattern.then is None else f", then {describe(pattern.then)}")
     if isinstance(pattern, Unstructured):
         return f"{pattern.ratio:.1%} of the weights of each layer become zero"
     if isinstance(pattern, NM):

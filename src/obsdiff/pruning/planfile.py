@@ -11,13 +11,13 @@ from obsdiff.files import write_text
 from obsdiff.models.content import model_hash
 from obsdiff.models.graph import Graph
 from obsdiff.models.subject import refusals
-from obsdiff.obs.pattern import NM, Structured, parse_pattern
+from obsdiff.obs.pattern import NM, Structured, of_layers, parse_pattern, parse_request
 from obsdiff.pruning.plan import Plan, check_fit, likely
 from obsdiff.yamlfiles import read_yaml
 
 FILE = "plan.yaml"
 FORMAT = 1
-_KEYS = {"format", "denoiser", "model", "pattern", "rule", "budget", "dead", "layers"}
+_KEYS = {"format", "denoiser", "model", "pattern", "rule", "budget", "dead", "removed", "layers"}
 
 
 def write_plan(plan: Plan, path: Path, denoiser: str, model: str | None) -> None:
@@ -40,6 +40,7 @@ def write_plan(plan: Plan, path: Path, denoiser: str, model: str | None) -> None
         "rule": plan.rule,
         "budget": plan.budget,
         "dead": list(plan.dead) or None,
+        "removed": list(plan.removed) or None,
         "layers": {name: str(pattern) for name, pattern in plan.entries.items()},
     }
     written = {key: value for key, value in content.items() if value is not None}
@@ -50,13 +51,17 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     """The plan in a file, and the file's content, not checked against a model.
 
     Needed are ``pattern`` (its kind is that of all entries) and ``layers``: a pattern by layer name, or for structured
-    plans by attention and feed-forward module; "dense" is a pattern too.
+    plans by attention and feed-forward module; "dense" is a pattern too. ``removed`` lists stages that go first; then
+    the layers are those of what is left, and of depth alone there are none.
 
     Raises:
         UserError: The file is missing, is no plan, or holds an impossible pattern.
     """
     content = read_yaml(path, "plan")
-    if not isinstance(content.get("layers"), dict) or not content["layers"]:
+    removed = content.get("removed", [])
+    if not isinstance(removed, list) or not all(isinstance(name, str) for name in removed):
+        raise UserError(f"plan {path}: removed is {_shown(removed)}; it must be a list of stages")
+    if not isinstance(content.get("layers"), dict) or not (content["layers"] or removed):
         raise UserError(f"{path} is not a plan; it needs 'pattern' and 'layers' (a pattern by layer name)")
     if unknown := sorted(str(key) for key in content.keys() - _KEYS):
         raise UserError(f"plan {path} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
@@ -67,8 +72,11 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
             raise UserError(f"plan {path}: {key} is {_shown(content[key])}; it must be text")
     if not isinstance(content.get("pattern", ""), str):
         raise UserError(f"plan {path}: unknown pattern {_shown(content['pattern'])}")
-    pattern = parse_pattern(content.get("pattern", ""))
-    structured = isinstance(pattern, Structured)
+    pattern = parse_request(content.get("pattern", ""))
+    layered = of_layers(pattern)
+    if bool(content["layers"]) is (layered is None) or (layered is not pattern and not removed):
+        raise UserError(f"plan {path}: {pattern} does not go with its 'layers' and 'removed' (the stages that go)")
+    structured = isinstance(layered, Structured)
     entries = {}
     for name, text in content["layers"].items():
         if not isinstance(name, str) or not isinstance(text, str):
@@ -83,7 +91,8 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     dead = content.get("dead", [])
     if not isinstance(dead, list) or any(name not in entries for name in dead) or (dead and structured):
         raise UserError(f"plan {path}: dead is {_shown(dead)}; it must be a list of layers that the plan names")
-    return Plan(pattern, entries, content.get("rule", "file"), content.get("budget"), tuple(dead)), content
+    rule, budget = content.get("rule", "file"), content.get("budget")
+    return Plan(layered or pattern, entries, rule, budget, tuple(dead), tuple(removed)), content
 
 
 def read_plan(path: str | Path, graph: Graph) -> Plan:
@@ -96,7 +105,8 @@ def read_plan(path: str | Path, graph: Graph) -> Plan:
     made_for = content.get("denoiser", graph.family.denoiser)
     if made_for != graph.family.denoiser:
         raise UserError(f"plan {path} was made for a {made_for}; this pipeline has a {graph.family.denoiser}")
-    plan = fitted_plan(plan, graph, f"plan {path}")
+    if plan.entries and not plan.removed:  # otherwise they are of what will be left
+        plan = fitted_plan(plan, graph, f"plan {path}")
     if content.get("model") not in (None, model_hash(graph.denoiser)):
         raise UserError(
             f"plan {path} was made for other weights of a {made_for}; remove its 'model' line to use it all the same"
@@ -144,6 +154,8 @@ def _shown(value: object) -> str:
 
 def kinds_of(plan: Plan) -> str:
     """For people: how the patterns of a plan spread."""
+    if not plan.entries:
+        return f"{len(plan.removed)} stages go"
     if any(isinstance(pattern, NM) for pattern in plan.entries.values()):
         counts: dict[str, int] = {}
         for pattern in plan.entries.values():

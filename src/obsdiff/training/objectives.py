@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -27,6 +27,7 @@ def loss_terms(
     told: Told,
     target: Tensor | None,
     generator: torch.Generator,
+    kept: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Each term of the objective, unweighted, as a float32 scalar.
 
@@ -37,6 +38,7 @@ def loss_terms(
         told: What both are given.
         target: What the denoiser should answer, for ``denoise``; None if the batch holds no images.
         generator: For the directions of ``distill_jacobian``.
+        kept: Numbers of the teacher's stages that the student still has, by list, where it lacks some.
 
     Raises:
         UserError: ``denoise`` without a target.
@@ -50,7 +52,7 @@ def loss_terms(
     given = (latents, told.times, told.embeds, told.common)
     # fused attention has no second derivative
     with sdpa_kernel(SDPBackend.MATH) if second_order else nullcontext():
-        with _block_outputs(student, features) as mine:
+        with _block_outputs(student, stages_of(student) if features else ()) as mine:
             answer = call_denoiser(student, *given)
         terms = {}
         if "denoise" in weights:
@@ -59,7 +61,8 @@ def loss_terms(
             terms["denoise"] = output_loss(answer[:, : target.shape[1]], target)  # what follows is a variance
         if set(weights) & set(TEACHER_TERMS):
             assert teacher is not None
-            with torch.set_grad_enabled(second_order), _block_outputs(teacher, features) as wanted:
+            shared = [name for name in stages_of(teacher) if _is_kept(name, kept or {})] if features else []
+            with torch.set_grad_enabled(second_order), _block_outputs(teacher, shared) as wanted:
                 aim = call_denoiser(teacher, *given)
             if "distill_output" in weights:
                 terms["distill_output"] = output_loss(answer, aim.detach())
@@ -74,16 +77,23 @@ def loss_terms(
     return terms
 
 
+def _is_kept(stage: str, kept: Mapping[str, Sequence[int]]) -> bool:
+    """Whether the student has a stage of the teacher."""
+    stack, _, number = stage.rpartition(".")
+    return stack not in kept or int(number) in kept[stack]
+
+
 @contextmanager
-def _block_outputs(denoiser: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Every tensor the denoiser's blocks give, in order, while it runs once (not again when checkpoints recompute)."""
+def _block_outputs(denoiser: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """Every tensor the denoiser's blocks ``names`` give, in order, while it runs once (not again when checkpoints
+    recompute)."""
     found: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         found.extend(t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor))
 
     hook: Callable[..., None] = keep
-    stages = [denoiser.get_submodule(name) for name in stages_of(denoiser)] if wanted else []
+    stages = [denoiser.get_submodule(name) for name in names]
     handles = [stage.register_forward_hook(hook) for stage in stages]
     try:
         yield found

@@ -271,7 +271,8 @@ class Recovery(lightning.LightningModule):
         teacher = self.frozen.teacher
         with default_dtype():
             told, target = self.inputs(batch, generator, self.device)
-            terms = loss_terms(self.denoiser, teacher, self.weights, told, target, generator)
+            kept = (self.start.manifest.get("depth") or {}).get("kept")
+            terms = loss_terms(self.denoiser, teacher, self.weights, told, target, generator, kept)
         mine, theirs = self.frozen.counts
         dense_flops = 0 if theirs is None else theirs(told.latents, told.embeds, told.common)
         self.batch_flops = step_flops(

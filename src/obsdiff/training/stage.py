@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from obsdiff.allocation.planning import packages_for, rule_of
+from obsdiff.allocation.planning import depth_of, packages_for, rule_of
 from obsdiff.allocation.stage import announce, calibration_prompts, measures, prepare, prune_stage
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
@@ -99,7 +99,7 @@ def start_from(
         return _opened(folder, pipeline, device)
     dense = load_pipeline(pipeline, device=device)
     check(subject_of(dense))
-    prompts = calibration_prompts(dense, options) if measures(options, None) else []
+    prompts = calibration_prompts(dense, options) if measures(options, None) or depth_of(options) is not None else []
     wanted |= {"content": component_hashes(dense), "prompts_sha256": _digest("\0".join(prompts).encode())}
     if options.plan is not None:
         wanted["plan_sha256"] = _digest(Path(options.plan).read_bytes()) if Path(options.plan).is_file() else None
@@ -150,7 +150,13 @@ def load_dense(start: Start, device: str) -> Subject:
 def dense_key(start: Start) -> Any:
     """What is known of the dense denoiser's content without loading it."""
     kept = (start.manifest.get("request") or {}).get("content")
-    return kept or (start.manifest.get("statistics") or {}).get("model") or start.content
+    return kept or _dense_model(start.manifest) or start.content
+
+
+def _dense_model(manifest: Mapping[str, Any]) -> str | None:
+    """Hash of the denoiser that was pruned; statistics of a shorter one are of what was left of it."""
+    found = (manifest.get("depth") or manifest.get("statistics") or {}).get("model")
+    return None if found is None else str(found)
 
 
 def _changed_since(start: Start, dense: Subject) -> list[str]:
@@ -158,7 +164,7 @@ def _changed_since(start: Start, dense: Subject) -> list[str]:
     if kept := (start.manifest.get("request") or {}).get("content"):
         now = component_hashes(dense.pipe)
         return [name for name in now | kept if now.get(name) != kept.get(name)]
-    model = (start.manifest.get("statistics") or {}).get("model")
+    model = _dense_model(start.manifest)
     if model is None or start.manifest["dtype"] != "float32":  # then it was hashed in another dtype
         return []
     return [] if model_hash(dense.denoiser) == model else [str(start.manifest["component"])]

@@ -57,6 +57,7 @@ class Family:
             called with the pipeline and the latents.
         latents: Whether the pipeline can return latents (``output_type="latent"``).
         spare: Stages that structured pruning spares by default, negative ones from the end.
+        numbered: Entries of its config that list blocks by their number, and follow when blocks are removed.
         known: Whether parts of it may be cut out: False for classes that are only traced.
     """
 
@@ -89,4 +90,5 @@ class Family:
     packed: Callable[[Any, Any], Any] | None = None
     latents: bool = True
     spare: tuple[int, ...] = (0, -1)
+    numbered: tuple[str, ...] = ()
     known: bool = True

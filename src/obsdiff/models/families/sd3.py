@@ -19,5 +19,6 @@ SD3 = Family(
         TextSegment(("tokenizer", "tokenizer_2")),
         TextSegment(("tokenizer_3",), length_argument="max_sequence_length", default_length=256),
     ),
+    numbered=("dual_attention_layers",),
     tokens=(("*.attn.add_?_proj", (TEXT,)), ("*.attn.to_add_out", (TEXT,)), ("*.ff_context.*", (TEXT,))),
 )

@@ -1,0 +1,96 @@
+"""Training a pruned denoiser stage by stage, as options ask for it (:mod:`obsdiff.pruning.reconstruct`)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from obsdiff.allocation.probe import record_probe
+from obsdiff.criteria import find_method
+from obsdiff.errors import UserError
+from obsdiff.models.conditioning import encode_prompts
+from obsdiff.models.info import call_arguments
+from obsdiff.models.subject import Subject, subject_of
+from obsdiff.pruning.fingerprint import Settings
+from obsdiff.pruning.options import PruningOptions
+from obsdiff.pruning.reconstruct import Call, reconstruct
+from obsdiff.pruning.report import PruneReport
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a reconstruction needs of the pipeline before it is pruned.
+
+    Attributes:
+        denoiser: A copy.
+        stages: In the order of execution.
+        calls: Recorded on its way.
+        recorded: Calls of one prompt that recording took.
+    """
+
+    denoiser: nn.Module
+    stages: tuple[str, ...]
+    calls: list[Call]
+    recorded: int
+
+
+def before_reconstruction(subject: Subject, options: PruningOptions, prompts: Sequence[str]) -> Whole:
+    """Copy the denoiser and record its calls.
+
+    Raises:
+        UserError: There are too few calls.
+    """
+    settings, asked = options.calibration, options.reconstruction
+    call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
+    weighting = settings.weighting or find_method(options.method).weighting
+    how = Settings(call, options.seed, weighting, batch_size=settings.batch_size)
+    probe = record_probe(subject, encode_prompts(subject.pipe, prompts, call), how, asked.triples)
+    rows = probe.calls[0].rows
+    calls = [Call(name, given, len(weights) * rows) for name, given, weights in probe.batches(asked.batch_size * rows)]
+    if len(calls) < 2:
+        raise UserError(
+            f"a reconstruction needs two batches at least, and {len(probe)} recorded triples make {len(calls)}; use a "
+            "smaller --reconstruction.batch_size or more --reconstruction.triples"
+        )
+    return Whole(copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded)
+
+
+def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, whole: Whole, quiet: bool) -> None:
+    """Train the stages of the pruned pipeline, and say so in its report.
+
+    Args:
+        pipe: Pruned; changed in place.
+        report: Of the prune.
+        options: What is asked for.
+        whole: The pipeline before.
+        quiet: No progress bar.
+    """
+    started, asked, subject = time.perf_counter(), options.reconstruction, subject_of(pipe)
+    removed = set((report.depth or {}).get("removed", ()))
+    before = [stage for stage in whole.stages if stage not in removed]
+    errors = reconstruct(
+        subject.denoiser,
+        whole.denoiser,
+        dict(zip(subject.graph.stages, before, strict=True)),
+        whole.calls,
+        {} if report.shrunk is not None else report.masks,
+        steps=asked.steps,
+        lr=asked.lr,
+        seed=options.seed,
+        quiet=quiet,
+    )
+    stages, rows = len(errors), sum(call.rows for call in whole.calls)
+    report.reconstruction = {
+        "steps": asked.steps,
+        "lr": asked.lr,
+        "calls": len(whole.calls),
+        "stages": {name: [error.before, error.after] for name, error in errors.items()},
+        # rows through a whole denoiser: each stage is reached in both models, then trained at three passes a step
+        "denoiser_rows": whole.recorded + rows * (stages + 1) + 3 * asked.steps * rows / len(whole.calls),
+    }
+    report.time_s["reconstruct"] = time.perf_counter() - started
