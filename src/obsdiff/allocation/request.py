@@ -114,8 +114,9 @@ def _check_depth(depth: Depth, options: PruningOptions) -> None:
     if depth.then is not None:
         return
     default, calibration = PruningOptions(), CalibrationOptions()
-    named = ("method", "allocation", "limits", "refit", "include", "exclude", "fusion")
+    named = ("method", "limits", "refit", "include", "exclude", "fusion")
     told = [name for name in named if getattr(options, name) != getattr(default, name)]
+    told += ["allocation"] if options.allocation not in (None, "uniform") else []
     given = options.calibration
     told += [f"calibration.{k}" for k in ("tokens", "damping") if getattr(given, k) != getattr(calibration, k)]
     told += ["calibration.packages"] if (given.packages or 1) > 1 else []

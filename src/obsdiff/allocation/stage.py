@@ -85,6 +85,11 @@ def measures(options: PruningOptions, statistics: Path | None) -> bool:
     return bool(needs_for(options, statistics)) or statistics is not None or allocates(options)
 
 
+def needs_prompts(options: PruningOptions, statistics: Path | None) -> bool:
+    """Whether the stage runs the pipeline: to calibrate, or to choose stages."""
+    return measures(options, statistics) or depth_of(options) is not None
+
+
 def prune_stage(
     pipe: Any,
     options: PruningOptions,

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obsdiff.allocation.planning import packages_for, rule_of
-from obsdiff.allocation.stage import calibration_prompts, measures, prune_stage, weighting_of
+from obsdiff.allocation.stage import calibration_prompts, measures, needs_prompts, prune_stage, weighting_of
 from obsdiff.compare.cells import ONE_SHOT, Unit, key_of, read_recipe
 from obsdiff.compare.options import CompareOptions
 from obsdiff.costs import calibration_cost
@@ -195,7 +195,7 @@ def _pruned(unit: Unit, dense: Dense, folder: Path) -> dict[str, Any]:
     store = dense.shared / f"statistics-{unit.seed}-{weighting_of(options, None)}" if alone else None
     kind = options.pattern.partition(":")[0].replace("+", "-")
     scan = dense.shared / f"scan-{unit.seed}-{unit.method}-{kind}" if rule_of(options) == "measured" else None
-    prompts = calibration_prompts(pipe, options) if measures(options, store) else []
+    prompts = calibration_prompts(pipe, options) if needs_prompts(options, store) else []
     report = prune_stage(subject, options, prompts, statistics=store, sensitivity=scan)
     folder.mkdir()
     write_pipeline(pipe, folder, report)

@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from obsdiff.allocation.planning import depth_of, packages_for, rule_of
-from obsdiff.allocation.stage import announce, calibration_prompts, measures, prepare, prune_stage
+from obsdiff.allocation.planning import packages_for, rule_of
+from obsdiff.allocation.stage import announce, calibration_prompts, measures, needs_prompts, prepare, prune_stage
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.content import component_hashes
@@ -99,7 +99,7 @@ def start_from(
         return _opened(folder, pipeline, device)
     dense = load_pipeline(pipeline, device=device)
     check(subject_of(dense))
-    prompts = calibration_prompts(dense, options) if measures(options, None) or depth_of(options) is not None else []
+    prompts = calibration_prompts(dense, options) if needs_prompts(options, None) else []
     wanted |= {"content": component_hashes(dense), "prompts_sha256": _digest("\0".join(prompts).encode())}
     if options.plan is not None:
         wanted["plan_sha256"] = _digest(Path(options.plan).read_bytes()) if Path(options.plan).is_file() else None
