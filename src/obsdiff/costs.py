@@ -47,13 +47,16 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
     halves = 2 if (settings.get("guidance_scale") or 0) > 1 else 1
     calls = manifest.get("packages", 1) * settings.get("num_prompts", 0) * (settings.get("steps") or 0)
     scan = (manifest.get("allocation") or {}).get("scan", {})
+    slopes = settings.get("gradients") or {}
+    passes = calls if slopes.get("inputs", True) else 0
+    rows = manifest.get("packages", 1) * slopes.get("rows", 0)
 
     def cost(stage: str, calls: float) -> Cost:
         wall_s = float(times.get(stage, 0.0))
         return Cost(0, 0, calls * halves * flops, wall_s * processes, wall_s)
 
     return {
-        "calibration": cost("calibrate", calls),
+        "calibration": cost("calibrate", passes + rows / halves),
         "allocation": cost("allocate", scan.get("denoiser_calls", 0)),
         "solving": cost("solve", 0),
     }

@@ -173,15 +173,19 @@ def prune(
         for package in packages_of(graph, plan, packages):
             found = statistics(set(package)) if callable(statistics) else statistics
             # statistics made for this prune are let go site by site as they are used
-            read = None if found is None else found.take if callable(statistics) else found.site
+            read = None if found is None or not found.inputs else found.take if callable(statistics) else found.site
             if report.model is None:  # the first package: still dense
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
                 check_serves(found, needed(pattern, options), f"method {method}")
                 report.fingerprint = found.fingerprint
+                if found.gradients is not None:
+                    more = found.gradients.to_json() | {"inputs": found.inputs}
+                    report.fingerprint = {**found.fingerprint, "gradients": more}
                 _add(report.time_s, found.time_s)
             solve_started = time.perf_counter()
-            (_shrink_modules if plan.structured else _mask_sites)(job, package, read)
+            slopes = None if found is None else found.slopes
+            (_shrink_modules if plan.structured else _mask_sites)(job, package, read, slopes)
             _add(report.time_s, {"solve": time.perf_counter() - solve_started})
         if plan.structured:
             report.shrunk = shrunk_config(graph, plan.entries)
@@ -189,7 +193,8 @@ def prune(
         _count(graph, report)
     report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, packages)]
     if report.fingerprint is not None and not report.layer_error:
-        report.notes.append("only the diagonal of H was measured, so there are no layer errors")
+        what = "only the diagonal of H was" if found is not None and found.inputs else "no layer inputs were"
+        report.notes.append(f"{what} measured, so there are no layer errors")
     report.time_s["total"] = time.perf_counter() - started
     return report
 
@@ -268,7 +273,7 @@ class _Job:
     quiet: bool
 
 
-def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
+def _mask_sites(job: _Job, package: list[str], read: Read | None, slopes: Mapping[str, Tensor] | None) -> None:
     """Solve the sites of a package and write the pruned weights."""
     graph, entries, report = job.graph, job.plan.entries, job.report
     chosen = [site for site in graph.sites if site.name in package]
@@ -276,7 +281,7 @@ def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
     def solve(site: Site) -> dict[str, LayerResult]:
         layers = [layer for layer in site.layers if layer in entries]
         found = None if read is None else read(site.name, graph.weight(layers[0]).device)
-        return portable(solve_site(graph, layers, [entries[layer] for layer in layers], found, job.options))
+        return portable(solve_site(graph, layers, [entries[layer] for layer in layers], found, job.options, slopes))
 
     for _, results in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
         for name, solved in results.items():
@@ -301,7 +306,7 @@ def _whole(group: Group, pattern: Pattern) -> bool:
     return group.basis is not None and isinstance(pattern, Structured) and kept_units(group, pattern) == group.count
 
 
-def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
+def _shrink_modules(job: _Job, package: list[str], read: Read | None, slopes: Mapping[str, Tensor] | None) -> None:
     """Choose the units that stay of a package's groups and cut the others out."""
     graph, entries, report = job.graph, job.plan.entries, job.report
     changed = [name for name, pattern in entries.items() if not _whole(graph.group_of[name], pattern)]
@@ -315,7 +320,7 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
         found = None
         if read is not None:
             found = {layer: read(graph.site_of[layer].name, graph.weight(layer).device) for layer in consumers}
-        kept, results = solve_groups(graph, patterns, found, job.options)  # type: ignore[arg-type]  # all structured
+        kept, results = solve_groups(graph, patterns, found, job.options, slopes)  # type: ignore[arg-type]  # all structured
         return {name: units.cpu() for name, units in kept.items()}, portable(results)
 
     for _, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
