@@ -54,7 +54,8 @@ def check_differentiable(subject: Subject) -> None:
     """Refuse what no gradient can be measured of, before anything runs.
 
     Raises:
-        UserError: Several processes, half precision, or a scheduler whose training noise is not known.
+        UserError: Several processes, half precision, a denoiser that is given more than noisy latents, or a scheduler
+            whose training noise is not known.
     """
     if world_size() > 1:
         raise UserError("gradients of the loss are measured by one process; run this without torchrun")
@@ -62,6 +63,13 @@ def check_differentiable(subject: Subject) -> None:
         if (dtype := dtype_of(model)) not in (torch.float32, torch.bfloat16, torch.float64):
             kind = str(dtype).removeprefix("torch.")
             raise UserError(f"gradients of the loss vanish or overflow in {kind}; use --dtype float32 or bfloat16")
+        given, answered = (getattr(model.config, name, None) for name in ("in_channels", "out_channels"))
+        if given is not None and answered is not None and given > answered:
+            raise UserError(
+                f"the {type(model).__name__} is given {given} channels and answers {answered}: it works on an image "
+                "too, whose training loss is not known, so it has no gradient; use a method that goes by layer inputs, "
+                "such as obs"
+            )
     _noising(subject, SIZE)
 
 

@@ -126,8 +126,8 @@ def prune(
             its own (:func:`obsdiff.allocate`, :func:`obsdiff.pruning.planfile.read_plan`).
         method: One of :data:`obsdiff.criteria.METHODS`.
         statistics: From :func:`obsdiff.calibrate`; or a function that calibrates the sites it is given, called once
-            per package. Methods that look at weights alone (magnitude, random) need none; with it their layer errors
-            are reported.
+            per package. Methods that look at weights alone (magnitude, l1, random) need none; with it their layer
+            errors are reported. Those that go by gradients (taylor, diff-pruning) need a calibration made for them.
         refit: Least squares on what is kept; None takes the method's default (on for obs and admm).
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`.
         packages: Calibration passes; later layers are calibrated with earlier ones pruned (OBS-Diff §4.2). Needs a
