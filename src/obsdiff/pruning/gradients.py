@@ -135,7 +135,7 @@ def loss_gradients(
         with accumulated(subject, parameters) as totals, torch.enable_grad():
             for pairs in track(loss.batches(used, size), loss.count(used, size), "gradients", quiet):
                 losses = loss(pairs)
-                (losses.sum() / (loss.images * len(used))).backward()  # type: ignore[no-untyped-call]
+                (losses.sum() / (loss.images * len(used))).backward()
                 seen.index_add_(0, pairs[:, 0], losses.detach().double().cpu())
         values[used] = seen[used]
         rows += (1 + BACKWARD) * loss.images * len(used)
@@ -164,16 +164,16 @@ def accumulated(subject: Subject, parameters: Mapping[str, Tensor]) -> Iterator[
     try:
         for p in everything:
             p.requires_grad_(False)
-        for name, p in parameters.items():
-            p.requires_grad_(True)
-            p.grad = None
+        for name, weight in parameters.items():
+            weight.requires_grad_(True)
+            weight.grad = None
 
-            def add(p: Tensor, total: Tensor = totals[name]) -> None:
-                assert p.grad is not None
-                total += p.grad
-                p.grad = None
+            def add(weight: Tensor, total: Tensor = totals[name]) -> None:
+                assert weight.grad is not None
+                total += weight.grad
+                weight.grad = None  # the next batch starts anew, so there is one gradient of each weight
 
-            handles.append(p.register_post_accumulate_grad_hook(add))
+            handles.append(weight.register_post_accumulate_grad_hook(add))
         yield totals
     finally:
         for handle in handles:
