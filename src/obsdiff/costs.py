@@ -48,13 +48,16 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
     calls = manifest.get("packages", 1) * settings.get("num_prompts", 0) * (settings.get("steps") or 0)
     depth = manifest.get("depth") or {}
     scan = (manifest.get("allocation") or {}).get("scan", {})
+    slopes = settings.get("gradients") or {}
+    passes = calls if slopes.get("inputs", True) else 0
+    rows = manifest.get("packages", 1) * slopes.get("rows", 0)
 
     def cost(stage: str, calls: float) -> Cost:
         wall_s = float(times.get(stage, 0.0))
         return Cost(0, 0, calls * halves * flops, wall_s * processes, wall_s)
 
     costs = {
-        "calibration": cost("calibrate", calls),
+        "calibration": cost("calibrate", passes + rows / halves),
         "allocation": cost("allocate", scan.get("denoiser_calls", 0) + depth.get("denoiser_calls", 0)),
         "solving": cost("solve", 0),
     }

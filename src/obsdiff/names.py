@@ -3,8 +3,10 @@
 A rule test compares them with the tables of the code.
 """
 
-METHODS = ("obs", "obs-diff", "admm", "sparsegpt", "wanda", "magnitude", "random")
-STRUCTURED_METHODS = ("obs", "obs-diff", "magnitude", "random")
+METHODS = (
+    "obs", "obs-diff", "admm", "sparsegpt", "wanda", "dsnot", "taylor", "diff-pruning", "magnitude", "l1", "random",
+)  # fmt: skip
+STRUCTURED_METHODS = ("obs", "obs-diff", "taylor", "diff-pruning", "magnitude", "l1", "random")
 FUSIONS = ("reciprocal_rank", "relative_error")
 DEAD = ("report", "remove", "ignore")
 ALLOCATIONS = ("uniform", "measured", "owl")

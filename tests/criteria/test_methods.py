@@ -12,7 +12,16 @@ def problem(pattern, seeds=(1, 2)):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
     weights = [torch.randn(rows, 32, generator=generator) for rows in (8, 5)]
-    return Problem(weights, [pattern] * 2, x.T @ x / 200, 0.01, seeds)
+    return Problem(
+        weights,
+        [pattern] * 2,
+        x.T @ x / 200,
+        0.01,
+        seeds,
+        mean=x.mean(0),
+        variance=x.var(0, correction=0),
+        gradients=[torch.randn(w.shape, generator=generator) for w in weights],
+    )
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), Unstructured(0.0), NM(2, 4), NM(4, 8)])
@@ -28,7 +37,7 @@ def test_exact_sparsity_and_zeros(name, pattern):
             assert bool((solution.mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all())
 
 
-@pytest.mark.parametrize("name", ["wanda", "magnitude", "random"])
+@pytest.mark.parametrize("name", ["wanda", "dsnot", "taylor", "diff-pruning", "magnitude", "l1", "random"])
 def test_uncompensated_methods_keep_the_weights(name):
     given = problem(Unstructured(0.5))
     for weight, solution in zip(given.weights, METHODS[name].solve(given), strict=True):
@@ -57,5 +66,5 @@ def test_random_depends_on_the_layers_seed_alone():
 
 
 def test_unknown_method():
-    with pytest.raises(UserError, match="dsnot"):
-        find_method("dsnot")
+    with pytest.raises(UserError, match=r"unknown method 'obd'; choose one of obs, .*dsnot"):
+        find_method("obd")

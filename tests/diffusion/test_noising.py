@@ -32,6 +32,25 @@ def test_a_perfect_answer_gives_the_clean_latents_back():
         torch.testing.assert_close(clean, x0, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "kind", [FlowNoising(3.0), *(DiffusionNoising(alphas(), name) for name in ("epsilon", "v_prediction", "sample"))]
+)
+def test_clean_undoes_add_noise_and_target(kind):
+    x0, noise = torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
+    times = kind.draw(8, torch.Generator().manual_seed(0))
+    noisy, target = kind.add_noise(x0, noise, times), kind.target(x0, noise, times)
+    torch.testing.assert_close(kind.clean(noisy, target, times), x0, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [FlowNoising(), FlowNoising(3.0), DiffusionNoising(alphas())])
+def test_times_are_spread_as_they_are_drawn(kind):
+    """Each of five times is the middle of a fifth of the draws."""
+    drawn, spread = kind.draw(20_000, torch.Generator().manual_seed(0)), kind.spread(5)
+    assert spread.shape == (5,) and spread.dtype == torch.float32 and bool((spread.diff() > 0).all())
+    below = [float((drawn < at).float().mean()) for at in spread]
+    assert below == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9], abs=0.02)
+
+
 def test_agrees_with_the_schedulers_of_diffusers():
     from diffusers import DDPMScheduler
 

@@ -7,7 +7,7 @@ from obsdiff.criteria import METHODS
 from obsdiff.errors import UserError
 from obsdiff.obs.diagonal import Diagonal
 from obsdiff.obs.hessian import Gram
-from obsdiff.obs.observers import OBSERVERS, observer_for
+from obsdiff.obs.observers import OBSERVERS, gradient_for, observer_for
 
 OFFSETS = (0.0, 1e3, 1e5)
 
@@ -94,6 +94,16 @@ def test_an_unknown_need():
 
 def test_every_method_can_be_served():
     assert {name: observer_for(method.needs) for name, method in METHODS.items() if method.needs} == {
-        "obs": "gram", "obs-diff": "gram", "admm": "gram", "sparsegpt": "gram", "wanda": "diagonal"
+        "obs": "gram", "obs-diff": "gram", "admm": "gram", "sparsegpt": "gram", "wanda": "diagonal",
+        "dsnot": "diagonal", "taylor": "diagonal", "diff-pruning": "diagonal",
     }  # fmt: skip
-    assert not METHODS["magnitude"].needs and not METHODS["random"].needs
+    assert not any(METHODS[name].needs for name in ("magnitude", "l1", "random"))
+    assert {name: gradient_for(method.needs) for name, method in METHODS.items() if gradient_for(method.needs)} == {
+        "taylor": "loss_gradient", "diff-pruning": "large_loss_gradient"
+    }  # fmt: skip
+
+
+def test_one_gradient_at_a_time():
+    assert gradient_for({"gram"}) is None and gradient_for("loss_gradient") == "loss_gradient"
+    with pytest.raises(UserError, match="one gradient, not large_loss_gradient and loss_gradient"):
+        gradient_for(["gram", "loss_gradient", "large_loss_gradient"])

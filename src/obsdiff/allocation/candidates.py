@@ -92,6 +92,7 @@ class Solver:
                 [pattern for _, pattern in pairs],
                 self.statistics.site(site.name, device),
                 self.options,
+                self.statistics.slopes,
             )
             self._sites[key] = dict(zip(pairs, results, strict=True))
         return self._sites[key]
@@ -117,7 +118,7 @@ class Solver:
             return self._rank(first, kept_units(first, pattern), vector)
         layers = dict.fromkeys(s.layer for name in patterns for s in self.graph.group_of[name].consumers)
         statistics = {layer: self._statistics_of(layer) for layer in layers}
-        kept, results = solve_groups(self.graph, patterns, statistics, self.options)
+        kept, results = solve_groups(self.graph, patterns, statistics, self.options, self.statistics.slopes)
         changes = {}
         for layer, result in results.items():
             # Without its columns in the consumers a unit has no effect, whatever its producers give.

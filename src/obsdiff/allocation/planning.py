@@ -12,6 +12,7 @@ from obsdiff.allocation.units import make_units
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph
+from obsdiff.obs.observers import GRADIENTS
 from obsdiff.obs.pattern import NM, RANK, Depth, Request, Structured, of_layers, parse_request
 from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.layers import SolveOptions
@@ -71,13 +72,14 @@ def depth_of(options: PruningOptions) -> Depth | None:
 
 
 def needs_for(options: PruningOptions, statistics: Path | None) -> frozenset[str]:
-    """What a calibration measures: what the method needs; all there is where it is kept, for every other method too, or
-    where an allocation goes by it."""
+    """What a calibration measures: what the method needs; of layer inputs all there is where they are kept, for every
+    other method too, or where an allocation goes by them."""
     kept = statistics is not None and not (statistics / INDEX).exists()
     pattern = of_layers(pattern_of(options))
     if pattern is None:
         return frozenset()
-    return frozenset({"gram"}) if kept or allocates(options) else needed(pattern, solve_options(options))
+    own = needed(pattern, solve_options(options))
+    return frozenset({"gram"}) | (own & GRADIENTS.keys()) if kept or allocates(options) else own
 
 
 def check_options(options: PruningOptions, statistics: Path | None = None, sensitivity: Path | None = None) -> None:

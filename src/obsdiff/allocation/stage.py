@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,14 @@ from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import in_known_words
 from obsdiff.models.conditioning import told_nothing
+from obsdiff.models.graph import Graph, Site
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
+from obsdiff.obs.observers import GRADIENTS, gradient_for
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.defaults import departures
+from obsdiff.pruning.gradients import TIMES, layers_of
 from obsdiff.pruning.oneshot import prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.plan import Plan, describe, fate_of_dead, kept_units, packages_of, remarks, without_dead
@@ -252,6 +255,20 @@ def weighting_of(options: PruningOptions, statistics: Path | None) -> str:
     return options.calibration.weighting or stored or find_method(options.method).weighting
 
 
+def _memory(graph: Graph, sites: Sequence[Site], needs: Collection[str], passes: int) -> str:
+    """For people: what a calibration holds."""
+    numbers = [weight_matrices(graph.layer(site.name)).shape for site in sites]
+    whole = "gram" in needs
+    hessians = sum(4 * groups * columns ** (2 if whole else 1) for groups, _, columns in numbers)
+    held = (
+        {} if needs and set(needs) <= GRADIENTS.keys() else {"Hessians" if whole else "diagonals of Hessians": hessians}
+    )
+    if gradient_for(needs) is not None:
+        layers = layers_of(graph, [site for site in sites if site not in graph.vectors])
+        held[f"gradients of the loss at {TIMES} times"] = 4 * sum(graph.weight(layer).numel() for layer in layers)
+    return ", ".join(f"{what} take {size / passes / 2**20:,.0f} MiB" for what, size in held.items())
+
+
 def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts: int, statistics: Path | None) -> None:
     """Say on standard error what is about to happen: layers, passes, memory."""
     pipe, graph = subject.pipe, subject.graph
@@ -261,9 +278,6 @@ def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts:
         return
     sites = plan.sites(graph)
     chosen = [site for site in (*graph.vectors, *graph.sites) if statistics is not None or site.name in sites]
-    numbers = [weight_matrices(graph.layer(site.name)).shape for site in chosen]
-    whole = "gram" in needs_for(options, statistics)
-    hessians = sum(4 * groups * columns ** (2 if whole else 1) for groups, _, columns in numbers)
     what = describe(plan.pattern)
     if allocates(options):
         what = f"{rule_of(options)} allocation, budget {options.budget or f'as uniform {plan.pattern}'}"
@@ -282,8 +296,8 @@ def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts:
         passes = len(packages_of(graph, plan, packages))
         lines.append(
             f"calibration: {num_prompts} prompts x {steps} steps, guidance {call.get('guidance_scale')}, "
-            f"{passes} pass{'es' if passes > 1 else ''}; {'Hessians' if whole else 'diagonals of Hessians'} take "
-            f"{hessians / passes / 2**20:,.0f} MiB"
+            f"{passes} pass{'es' if passes > 1 else ''}; "
+            + _memory(graph, chosen, needs_for(options, statistics), passes)
         )
         lines += departures(options.method, {"weighting": weighting_of(options, statistics)}, packages)
     if rule_of(options) == "measured":

@@ -39,7 +39,7 @@ def bench_prune(
             guidance_scale=preset.guidance_scale,
             batch_size=preset.batch_size,
             store=store,
-            needs=find_method(method).needs if store is None else ("gram",),
+            needs=find_method(method).needs | (set() if store is None else {"gram"}),
             sites=None if store is not None else sites,
         )
 

@@ -14,6 +14,7 @@ from obsdiff.allocation.scan import scan
 from obsdiff.allocation.units import make_units
 from obsdiff.bench.additivity import check_additivity
 from obsdiff.bench.workloads import Preset, forward_only
+from obsdiff.criteria import find_method
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.pattern import parse_pattern
@@ -57,6 +58,7 @@ def bench_scan(
         steps=preset.steps,
         guidance_scale=preset.guidance_scale,
         batch_size=preset.batch_size,
+        needs=find_method(method).needs | {"gram"},
     )
     calibrate_s = time.perf_counter() - started
     subject = subject_of(pipe, conditioning)

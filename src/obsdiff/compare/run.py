@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from obsdiff.allocation.planning import packages_for, rule_of
+from obsdiff.allocation.planning import depth_of, packages_for, rule_of
 from obsdiff.allocation.stage import calibration_prompts, measures, needs_prompts, prune_stage, weighting_of
 from obsdiff.compare.cells import ONE_SHOT, Unit, key_of, read_recipe
 from obsdiff.compare.options import CompareOptions
@@ -192,9 +193,11 @@ def _pruned(unit: Unit, dense: Dense, folder: Path) -> dict[str, Any]:
     flops = denoiser_flops(subject, call_arguments(pipe))
     dense_bytes = pipeline_bytes(pipe)
     alone = packages_for(options, None) == 1 and measures(options, None)
-    store = dense.shared / f"statistics-{unit.seed}-{weighting_of(options, None)}" if alone else None
-    kind = options.pattern.partition(":")[0].replace("+", "-")
-    scan = dense.shared / f"scan-{unit.seed}-{unit.method}-{kind}" if rule_of(options) == "measured" else None
+    depth = depth_of(options)  # what is measured of a shorter model is no other's
+    place = f"{unit.seed}" if depth is None else f"{unit.seed}-{str(depth).replace(':', '')}"
+    store = dense.shared / f"statistics-{place}-{weighting_of(options, None)}" if alone else None
+    kind = re.sub(r"[^a-z0-9]+", "-", re.sub(r":[\d.]+", "", options.pattern))
+    scan = dense.shared / f"scan-{place}-{unit.method}-{kind}" if rule_of(options) == "measured" else None
     prompts = calibration_prompts(pipe, options) if needs_prompts(options, store) else []
     report = prune_stage(subject, options, prompts, statistics=store, sensitivity=scan)
     folder.mkdir()

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from obsdiff.criteria import admm, magnitude, obs, obs_diff, random, sparsegpt, wanda
+from obsdiff.criteria import (
+    admm,
+    diff_pruning,
+    dsnot,
+    l1,
+    magnitude,
+    obs,
+    obs_diff,
+    random,
+    sparsegpt,
+    taylor,
+    wanda,
+)
 from obsdiff.criteria.base import GroupProblem, Method, Problem, Solution
 from obsdiff.errors import UserError
 
@@ -21,7 +33,11 @@ METHODS: dict[str, Method] = {
     "admm": Method(admm.solve, refit=True, centred=True, allocation="measured"),
     "sparsegpt": Method(sparsegpt.solve, weighting="uniform"),
     "wanda": Method(wanda.solve, needs=frozenset({"diagonal"})),
+    "dsnot": Method(dsnot.solve, needs=frozenset({"diagonal"})),
+    "taylor": Method(taylor.solve, needs=frozenset({"loss_gradient"}), structured="taylor"),
+    "diff-pruning": Method(diff_pruning.solve, needs=frozenset({"large_loss_gradient"}), structured="diff-pruning"),
     "magnitude": Method(magnitude.solve, needs=frozenset(), structured="magnitude"),
+    "l1": Method(l1.solve, needs=frozenset(), structured="l1"),
     "random": Method(random.solve, needs=frozenset(), structured="random"),
 }
 

@@ -24,6 +24,8 @@ class Problem:
         damping: Relative dampening of H.
         seeds: One per layer, for methods that draw.
         power: diag H, float32 (columns,), where it was measured alone.
+        mean, variance: Of the input's columns, (columns,), where anything was measured.
+        gradients: Of a loss at the dense weights, float32 like ``weights``, where they were asked for.
     """
 
     weights: Sequence[Tensor]
@@ -32,6 +34,9 @@ class Problem:
     damping: float
     seeds: Sequence[int]
     power: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    gradients: Sequence[Tensor] | None = None
 
     @property
     def measured(self) -> Tensor:
@@ -44,6 +49,20 @@ class Problem:
     def powers(self) -> Tensor:
         """diag H, for methods that need no more."""
         return self.measured.diagonal() if self.power is None else self.power
+
+    @property
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each column of the input, for methods that need them."""
+        if self.mean is None or self.variance is None:
+            raise ValueError("this method needs the statistics of a calibration")
+        return self.mean, self.variance
+
+    @property
+    def slopes(self) -> Sequence[Tensor]:
+        """The gradients, for methods that need them."""
+        if self.gradients is None:
+            raise ValueError("this method needs the gradients of a loss")
+        return self.gradients
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,8 @@ class GroupProblem:
         fusion: How the errors in several consumers become one score, see :func:`obsdiff.obs.structured.fuse`.
         damping: Relative dampening of the Hessians.
         seed: For rules that draw.
+        gradients: Of a loss by the producers' weights, float32 and laid out like ``producers``, where they were asked
+            for; those by the consumers' weights are with the consumers.
     """
 
     consumers: Sequence[Consumer]
@@ -69,6 +90,14 @@ class GroupProblem:
     fusion: str
     damping: float
     seed: int
+    gradients: Sequence[Tensor] | None = None
+
+    @property
+    def slopes(self) -> Sequence[Tensor]:
+        """The gradients by the producers' weights, for rules that need them."""
+        if self.gradients is None:
+            raise ValueError("this rule needs the gradients of a loss")
+        return self.gradients
 
 
 @dataclass(frozen=True)
@@ -87,8 +116,8 @@ class Method:
         solve: Prunes the layers of one site.
         refit: Whether least squares on the kept weights follows by default.
         refit_steps: Conjugate-gradient steps it needs at least; fewer where the start is already compensated.
-        needs: What it needs of a calibration, names of :data:`obsdiff.obs.observers.OBSERVERS`; none: it goes by the
-            weights alone.
+        needs: What it needs of a calibration, names of :data:`obsdiff.obs.observers.OBSERVERS` (each of which knows the
+            inputs' means too) and :data:`obsdiff.obs.observers.GRADIENTS`; none: it goes by the weights alone.
         structured: How it chooses heads and neurons, a name of :data:`obsdiff.criteria.structured.RULES`; None: it
             cannot.
         compensates: Whether what stays of heads and neurons is solved for even without a refit.

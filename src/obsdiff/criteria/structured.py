@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from obsdiff.criteria import obs_diff
+from obsdiff.criteria import diff_pruning, l1, obs_diff, taylor
 from obsdiff.criteria.base import GroupProblem
-from obsdiff.obs.structured import drop_indices, select_groups
+from obsdiff.obs.structured import keep_highest, select_groups
 
 Rule = Callable[[GroupProblem], Tensor]
 """From the units of one group to bool (count,), True = kept."""
@@ -28,19 +28,22 @@ def magnitude(problem: GroupProblem) -> Tensor:
     scores = torch.stack([s.view(count, size).sum(1) for s in sums]).sum(0)
     for weight in problem.producers:
         scores = scores + weight.float().abs().sum(3).sum((0, 2))
-    return _lowest_go(scores, problem.remove)
+    return keep_highest(scores, problem.remove)
 
 
 def random(problem: GroupProblem) -> Tensor:
     """Drawn from the module's own seed, the same on every device."""
     scores = torch.rand(problem.count, generator=torch.Generator().manual_seed(problem.seed))
-    return _lowest_go(scores.to(problem.consumers[0].weight.device), problem.remove)
+    return keep_highest(scores.to(problem.consumers[0].weight.device), problem.remove)
 
 
 RULES: dict[str, Rule] = {
     "obs": exact_error,
     "obs-diff": obs_diff.choose,
+    "taylor": taylor.choose,
+    "diff-pruning": diff_pruning.choose,
     "magnitude": magnitude,
+    "l1": l1.choose,
     "random": random,
 }
 
@@ -54,9 +57,3 @@ def choose_groups(rule: str, problem: GroupProblem) -> Tensor:
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
     return RULES[rule](problem)
-
-
-def _lowest_go(scores: Tensor, remove: int) -> Tensor:
-    kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    kept[drop_indices(scores, remove)] = False
-    return kept

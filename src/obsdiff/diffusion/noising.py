@@ -21,12 +21,20 @@ class Noising(Protocol):
         """``n`` times as the denoiser is told them, float32 (n,), on the CPU."""
         ...
 
+    def spread(self, n: int) -> Tensor:
+        """``n`` quantiles of the times that :meth:`draw` draws, the least noisy first, float32 (n,)."""
+        ...
+
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Noisy latents of the shape of ``x0`` (n, ...)."""
         ...
 
     def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """What the denoiser should answer, of the shape of ``x0``."""
+        ...
+
+    def clean(self, x: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+        """The clean latents that an answer to noisy ``x`` amounts to, of the shape of ``x``."""
         ...
 
 
@@ -56,11 +64,23 @@ class FlowNoising:
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.shifted(flow.sample_sigmas(n, generator))
 
+    def spread(self, n: int) -> Tensor:
+        return self.shifted(torch.sigmoid(torch.special.ndtri(_middles(n))).float())
+
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return flow.add_noise(x0, noise, times / flow.NUM_TRAIN_TIMESTEPS)
 
     def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return noise - x0
+
+    def clean(self, x: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+        sigma = (times / flow.NUM_TRAIN_TIMESTEPS).view(-1, *[1] * (x.dim() - 1)).to(x)
+        return x - sigma * answer
+
+
+def _middles(n: int) -> Tensor:
+    """The middles of ``n`` equal parts of (0, 1), float64 (n,)."""
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,9 @@ class DiffusionNoising:
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randint(len(self.alphas_cumprod), (n,), generator=generator).float()
 
+    def spread(self, n: int) -> Tensor:
+        return (_middles(n) * len(self.alphas_cumprod)).floor().float()
+
     def _scales(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.alphas_cumprod.to(x.device)[times.long()].view(-1, *[1] * (x.dim() - 1))
         return kept.sqrt().to(x), (1 - kept).sqrt().to(x)
@@ -99,6 +122,12 @@ class DiffusionNoising:
             return x0
         signal, spread = self._scales(x0, times)
         return signal * noise - spread * x0
+
+    def clean(self, x: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+        signal, spread = self._scales(x, times)
+        if self.prediction == "epsilon":
+            return (x - spread * answer) / signal
+        return answer if self.prediction == "sample" else signal * x - spread * answer
 
 
 FIXED = ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from obsdiff.obs.diagonal import Diagonal
 from obsdiff.obs.hessian import Gram
 from obsdiff.obs.linalg import quadratic_error
-from obsdiff.obs.observers import Observer
 
 ROUNDING = 2.0**-44  # a variance below this share of the squared mean is rounding of float32 inputs
 
@@ -25,12 +25,14 @@ class Moments:
     Attributes:
         mean: μ, float64 where the device has it (columns,).
         centred: C, float32 (columns, columns).
+        variance: Its diagonal.
     """
 
     def __init__(self, statistics: Gram, group: int = 0) -> None:
         self.num_tokens = statistics.num_tokens
         self.mean = statistics.mean(group)
         self.centred = statistics.covariance(group)
+        self.variance = self.centred.diagonal()
         variance, square = float(self.centred.diagonal().sum()), float(self.mean.square().sum())
         _check(self.centred, self.centred.diagonal(), variance + square)
         self.varies = variance > ROUNDING * square
@@ -63,10 +65,13 @@ class Powers:
 
     Attributes:
         power: diag H, float32 (columns,).
+        mean, variance: Of the input, (columns,).
     """
 
-    def __init__(self, statistics: Observer, group: int = 0) -> None:
+    def __init__(self, statistics: Diagonal, group: int = 0) -> None:
         self.num_tokens = statistics.num_tokens
+        self.mean = statistics.mean(group)
+        self.variance = statistics.variances()[group] / statistics.weight_sum
         self.power = statistics.power()[group]
         _check(self.power, self.power, float(self.power.sum()))
 

@@ -64,6 +64,9 @@ class Observer(Protocol):
 
 
 OBSERVERS: dict[str, type[Observer]] = {"diagonal": Diagonal, "gram": Gram}  # the cheapest first
+GRADIENTS: dict[str, float] = {"loss_gradient": 0.0, "large_loss_gradient": 0.05}
+"""Needs that are gradients of the denoising loss instead of layer inputs (:mod:`obsdiff.pruning.gradients`): the share
+of the largest loss that the loss at a time must exceed to count."""
 
 
 def observer_for(needs: Collection[str]) -> str:
@@ -72,9 +75,21 @@ def observer_for(needs: Collection[str]) -> str:
     Raises:
         UserError: There is none.
     """
-    wanted = {needs} if isinstance(needs, str) else set(needs)
+    wanted = ({needs} if isinstance(needs, str) else set(needs)) - GRADIENTS.keys()
     for name, observer in OBSERVERS.items():
         if wanted <= observer.gives:
             return name
     unknown = sorted(wanted - set(OBSERVERS))
-    raise UserError(f"nothing measures {', '.join(unknown)}; needs are of {', '.join(OBSERVERS)}")
+    raise UserError(f"nothing measures {', '.join(unknown)}; needs are of {', '.join((*OBSERVERS, *GRADIENTS))}")
+
+
+def gradient_for(needs: Collection[str]) -> str | None:
+    """Which of :data:`GRADIENTS` is among the needs, if any.
+
+    Raises:
+        UserError: More than one.
+    """
+    wanted = sorted(GRADIENTS.keys() & ({needs} if isinstance(needs, str) else set(needs)))
+    if len(wanted) > 1:
+        raise UserError(f"a calibration measures one gradient, not {' and '.join(wanted)}; calibrate for one of them")
+    return wanted[0] if wanted else None

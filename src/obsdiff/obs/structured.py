@@ -91,11 +91,20 @@ class Consumer:
         weight: (rows, columns); the units' columns come first, unit by unit.
         hessian: Of its input (columns, columns); None if nothing was measured.
         others: Columns behind those of the units: not up for removal, but they compensate like the rest.
+        gradient: Of a loss by ``weight``, float32 (rows, columns); None if nobody asked for it.
     """
 
     weight: Tensor
     hessian: Tensor | None = None
     others: int = 0
+    gradient: Tensor | None = None
+
+    @property
+    def slope(self) -> Tensor:
+        """The gradient, for rules that need it."""
+        if self.gradient is None:
+            raise ValueError("this rule needs the gradients of a loss")
+        return self.gradient
 
     def columns(self, stays: Tensor) -> Tensor:
         """Bool (columns,) from bool over the units' columns: the others stay."""
@@ -151,6 +160,13 @@ def select_groups(
 def drop_indices(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` lowest scores; equal scores go in order."""
     return scores.argsort(stable=True)[:count]
+
+
+def keep_highest(scores: Tensor, remove: int) -> Tensor:
+    """Bool like ``scores`` (count,), False on the ``remove`` lowest."""
+    kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    kept[drop_indices(scores, remove)] = False
+    return kept
 
 
 def compensate(weight: Tensor, hessian: Tensor, kept: Tensor, damping: float = DAMPING) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.numbers import check_seed, check_whole
-from obsdiff.obs.observers import observer_for
+from obsdiff.obs.observers import GRADIENTS, gradient_for, observer_for
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.progress import track
 from obsdiff.pruning.collect import collecting
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
+from obsdiff.pruning.gradients import check_differentiable, layers_of, loss_gradients
 from obsdiff.pruning.statistics import (
     INDEX,
     UNFINISHED,
@@ -71,20 +72,24 @@ def calibrate(
             again, an unfinished one (kept beside it, with ``.unfinished`` added to the name) is continued.
         sites: Only these sites (names of their first layers); None: all.
         needs: What the statistics are for, names of :data:`obsdiff.obs.observers.OBSERVERS`: "gram" serves every
-            method, "diagonal" (of H) only those that need no more (wanda), at a fraction of time and memory.
+            method that goes by layer inputs, "diagonal" (of H) only those that need no more (wanda, dsnot), at a
+            fraction of time and memory; and of :data:`obsdiff.obs.observers.GRADIENTS`, which are a pass of their own
+            (:mod:`obsdiff.pruning.gradients`) whose result no store keeps.
         quiet: No progress bar.
 
     Returns:
         The statistics, in memory or in the store.
 
     Raises:
-        UserError: Non-finite activations, a layer that saw no input, a store of other settings.
+        UserError: Non-finite activations, a layer that saw no input, a store of other settings, a gradient that cannot
+            be measured.
     """
     subject = subject_of(pipe, prompts)
     call = call_arguments(subject.pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     settings = Settings(call, seed, weighting, tokens, batch_size)
     _check(settings, prompts)
-    observer = observer_for(needs)
+    observer, slope = observer_for(needs), gradient_for(needs)
+    inputs = {needs} - GRADIENTS.keys() if isinstance(needs, str) else set(needs) - GRADIENTS.keys()
     graph = subject.graph
     if isinstance(sites, str):
         raise UserError(f"sites is one text, {sites!r}; give a set of names")
@@ -92,11 +97,39 @@ def calibrate(
     if unknown := sorted(set(sites or ()) - {site.name for site in chosen}):
         raise UserError(f"there is no site {unknown[0]}; sites are named after the first layer that reads them")
     subject.check(list(graph.layers) if sites is None else [layer for site in chosen for layer in site.layers])
+    if slope is not None:
+        check_differentiable(subject)
     fingerprint = fingerprint_of(subject, prompts, settings)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0}, observer=observer)
+    if inputs or slope is None or store is not None:
+        request = _Request(subject, chosen, prompts, settings, None if store is None else Path(store), quiet)
+        statistics = _inputs(request, statistics, inputs)
+    if slope is not None:
+        reading = [site for site in chosen if site not in graph.vectors]
+        told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
+        found = loss_gradients(subject, told, settings, layers_of(graph, reading), slope, quiet)
+        statistics.gradients = found
+        statistics.time_s = statistics.time_s | {"calibrate": statistics.time_s["calibrate"] + found.time_s}
+    return statistics
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be measured: of which pipeline, at which sites, with which prompts and settings, kept where."""
+
+    subject: Subject
+    sites: Sequence[Site]
+    prompts: Sequence[str] | Conditioning
+    settings: Settings
+    store: Path | None
+    quiet: bool
+
+
+def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -> Statistics:
+    """Layer inputs, added to the empty ``statistics`` or found in the store."""
+    subject, chosen, store, fingerprint = request.subject, request.sites, request.store, statistics.fingerprint
     partial_store = None
     if store is not None:
-        store = Path(store)
         check_store(store)
         if (store / INDEX).exists():
             found = open_statistics(store)
@@ -106,8 +139,9 @@ def calibrate(
         part = "" if world_size() == 1 else f"-{rank()}-of-{world_size()}"
         partial_store = store.with_name(store.name + UNFINISHED + part)
         statistics = _continue_partial(partial_store, statistics, chosen) or statistics
-    conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
-    _measure(subject, chosen, conditioning, settings, statistics, partial_store, quiet or rank() > 0)
+    prompts, settings = request.prompts, request.settings
+    told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, settings.call)
+    _measure(subject, chosen, told, settings, statistics, partial_store, request.quiet or rank() > 0)
     _add_up_processes(statistics, chosen)
     _check_measured(chosen, statistics)
     if store is None:

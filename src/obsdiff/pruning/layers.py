@@ -10,6 +10,7 @@ from torch import Tensor
 
 from obsdiff.criteria import METHODS
 from obsdiff.errors import UserError
+from obsdiff.obs.diagonal import Diagonal
 from obsdiff.obs.hessian import Gram
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.moments import Moments, Powers, UnusableStatistics
@@ -111,7 +112,10 @@ def known_inputs(statistics: Observer, layer: str, weight: Tensor, group: int = 
             "calibrate again"
         )
     try:
-        return Moments(statistics, group) if isinstance(statistics, Gram) else Powers(statistics, group)
+        if isinstance(statistics, Gram):
+            return Moments(statistics, group)
+        assert isinstance(statistics, Diagonal)
+        return Powers(statistics, group)
     except UnusableStatistics as error:
         raise UserError(
             f"cannot solve layer {layer}: its statistics {error}; calibrate again (in float32 or bfloat16) "

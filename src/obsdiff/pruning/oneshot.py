@@ -75,8 +75,8 @@ def prune(
             names them, which :func:`obsdiff.allocate` makes of "depth:2".
         method: One of :data:`obsdiff.criteria.METHODS`.
         statistics: From :func:`obsdiff.calibrate`; or a function that calibrates the sites it is given, called once
-            per package. Methods that look at weights alone (magnitude, random) need none; with it their layer errors
-            are reported.
+            per package. Methods that look at weights alone (magnitude, l1, random) need none; with it their layer
+            errors are reported. Those that go by gradients (taylor, diff-pruning) need a calibration made for them.
         refit: Least squares on what is kept; None takes the method's default (on for obs and admm).
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`.
         packages: Calibration passes; later layers are calibrated with earlier ones pruned (OBS-Diff §4.2). Needs a
@@ -139,15 +139,20 @@ def prune(
         for package in packages_of(graph, plan, packages):
             found = statistics(set(package)) if callable(statistics) else statistics
             # statistics made for this prune are let go site by site as they are used
-            read = None if found is None else found.take if callable(statistics) else found.site
+            read = None if found is None or not found.inputs else found.take if callable(statistics) else found.site
             if report.model is None:  # the first package: still dense
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
                 check_serves(found, needed(pattern, options), f"method {method}")
-                report.fingerprint = report.fingerprint or found.fingerprint  # the first one's: of the dense model
+                if report.fingerprint is None:  # the first one's: of the dense model
+                    report.fingerprint = found.fingerprint
+                    if found.gradients is not None:
+                        more = found.gradients.to_json() | {"inputs": found.inputs}
+                        report.fingerprint = {**found.fingerprint, "gradients": more}
                 _add(report.time_s, found.time_s)
             solve_started = time.perf_counter()
-            (_shrink_modules if plan.structured else _mask_sites)(job, package, read)
+            slopes = None if found is None else found.slopes
+            (_shrink_modules if plan.structured else _mask_sites)(job, package, read, slopes)
             _add(report.time_s, {"solve": time.perf_counter() - solve_started})
         if plan.structured:
             report.shrunk = shrunk_config(graph, plan.entries)
@@ -155,7 +160,8 @@ def prune(
         count_parameters(graph.denoiser, report)
     report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, packages)]
     if report.fingerprint is not None and not report.layer_error:
-        report.notes.append("only the diagonal of H was measured, so there are no layer errors")
+        what = "only the diagonal of H was" if found is not None and found.inputs else "no layer inputs were"
+        report.notes.append(f"{what} measured, so there are no layer errors")
     report.time_s["total"] = time.perf_counter() - started
     return report
 
@@ -242,7 +248,7 @@ class _Job:
     quiet: bool
 
 
-def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
+def _mask_sites(job: _Job, package: list[str], read: Read | None, slopes: Mapping[str, Tensor] | None) -> None:
     """Solve the sites of a package and write the pruned weights."""
     graph, entries, report = job.graph, job.plan.entries, job.report
     chosen = [site for site in graph.sites if site.name in package]
@@ -250,7 +256,7 @@ def _mask_sites(job: _Job, package: list[str], read: Read | None) -> None:
     def solve(site: Site) -> dict[str, LayerResult]:
         layers = [layer for layer in site.layers if layer in entries]
         found = None if read is None else read(site.name, graph.weight(layers[0]).device)
-        return portable(solve_site(graph, layers, [entries[layer] for layer in layers], found, job.options))
+        return portable(solve_site(graph, layers, [entries[layer] for layer in layers], found, job.options, slopes))
 
     for _, results in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
         for name, solved in results.items():
@@ -275,7 +281,7 @@ def _whole(group: Group, pattern: Pattern) -> bool:
     return group.basis is not None and isinstance(pattern, Structured) and kept_units(group, pattern) == group.count
 
 
-def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
+def _shrink_modules(job: _Job, package: list[str], read: Read | None, slopes: Mapping[str, Tensor] | None) -> None:
     """Choose the units that stay of a package's groups and cut the others out."""
     graph, entries, report = job.graph, job.plan.entries, job.report
     changed = [name for name, pattern in entries.items() if not _whole(graph.group_of[name], pattern)]
@@ -291,7 +297,7 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None) -> None:
             sites = {graph.site_of[layer].name: graph.weight(layer).device for layer in consumers}
             known = {site: read(site, device) for site, device in sites.items()}  # each once: it is let go
             found = {layer: known[graph.site_of[layer].name] for layer in consumers}
-        kept, results = solve_groups(graph, patterns, found, job.options)  # type: ignore[arg-type]  # all structured
+        kept, results = solve_groups(graph, patterns, found, job.options, slopes)  # type: ignore[arg-type]  # all structured
         return {name: units.cpu() for name, units in kept.items()}, portable(results)
 
     for _, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):

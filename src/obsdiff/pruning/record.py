@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from obsdiff.errors import MALFORMED, UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.calling import paths_of, split_call, stacked
-from obsdiff.models.conditioning import check_prompts, encode_prompts
+from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.content import DECODING, component_hashes, model_hash
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.rows import NEGATIVE, CallRows
-from obsdiff.models.subject import subject_of
+from obsdiff.models.subject import Subject, subject_of
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.progress import track
 from obsdiff.pruning.statistics import check_fingerprint
@@ -88,6 +88,55 @@ def recording_request(
     }
 
 
+class Recorder:
+    """What the denoiser is given as the pipeline runs, call by call.
+
+    Attributes:
+        seen: Of the batch that runs: latents (rows, ...) on the CPU, the time it was told, and the number of the
+            denoiser, of each call.
+        common: What it is told in all rows.
+        rows_each: Rows per prompt in each call.
+    """
+
+    def __init__(self, subject: Subject, conditioning: Conditioning) -> None:
+        self.family = subject.family
+        self.seen: list[tuple[Tensor, Tensor, int]] = []
+        self.common: dict[str, Any] = {}
+        self.rows_each = 1
+        self._told: list[dict[str, Tensor]] = []
+        self._paths = paths_of(subject.pipe, conditioning)
+        self._rows = CallRows(subject.pipe, subject.family, conditioning)
+        self._numbers = {id(model): number for number, model in enumerate(subject.components.values())}
+
+    def begin(self, part: slice) -> None:
+        """A new batch of prompts comes."""
+        self.seen.clear()
+        self._rows.begin(part)
+
+    def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The denoiser is called."""
+        rows, family = self._rows, self.family
+        given = rows.look(model, args, kwargs)
+        if rows.repeated:  # the negative prompt's own call, or skip-layer guidance: the same latents again
+            if len(self.seen) == 1 and family.guidance == "calls":
+                negative, _ = split_call(rows, given, self._paths)
+                self._told[-1] |= {NEGATIVE + name: tensor for name, tensor in negative.items()}
+            return
+        if not self.seen:
+            found, self.common = split_call(rows, given, self._paths)
+            self._told.append(found)
+            self.rows_each = rows.each
+        time = torch.as_tensor(given[family.time])
+        sample = given[family.sample]
+        own = torch.stack(sample[rows.own]) if family.listed else sample[rows.own]
+        one = time[:1] if time.dim() > 1 else time.reshape(-1)[:1]  # a time for each token, or for each row
+        self.seen.append((own.cpu(), one.float().cpu(), self._numbers[id(model)]))
+
+    def embeds(self) -> dict[str, Tensor]:
+        """What the denoiser is told of every prompt so far, by its own argument (prompts, ...)."""
+        return {name: stacked([part[name] for part in self._told]) for name in self._told[0]}
+
+
 @torch.no_grad()
 def record_trajectories(
     pipe: Any,
@@ -120,58 +169,28 @@ def record_trajectories(
     check_folder(folder, INDEX, "a recording of trajectories", replace=True)
     check_writable(folder)
     subject = subject_of(pipe)
-    family = subject.family
     conditioning = encode_prompts(pipe, prompts, call)
-    paths = paths_of(pipe, conditioning)
-    numbers = {id(model): number for number, model in enumerate(subject.components.values())}
-    seen: list[tuple[Tensor, Tensor, int]] = []
-    told: list[dict[str, Tensor]] = []
-    common: dict[str, Any] = {}
-    rows_each = 1
-    rows = CallRows(pipe, family, conditioning)
-
-    def begin(part: slice) -> None:
-        seen.clear()
-        rows.begin(part)
-
-    def see(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal common, rows_each
-        given = rows.look(model, args, kwargs)
-        if rows.repeated:  # the negative prompt's own call, or skip-layer guidance: the same latents again
-            if len(seen) == 1 and family.guidance == "calls":
-                negative, _ = split_call(rows, given, paths)
-                told[-1] |= {NEGATIVE + name: tensor for name, tensor in negative.items()}
-            return
-        if not seen:
-            found, common = split_call(rows, given, paths)
-            told.append(found)
-            rows_each = rows.each
-        time = torch.as_tensor(given[family.time])
-        sample = given[family.sample]
-        own = torch.stack(sample[rows.own]) if family.listed else sample[rows.own]
-        one = time[:1] if time.dim() > 1 else time.reshape(-1)[:1]  # a time for each token, or for each row
-        seen.append((own.cpu(), one.float().cpu(), numbers[id(model)]))
-
+    recorder = Recorder(subject, conditioning)
     latents: list[Tensor] = []
     times, which = torch.empty(0), torch.empty(0)
     seeds = noise_seeds(seed, len(prompts))
-    with eval_mode(pipe), seen_calls(subject, see):
-        batches = run_trajectories(subject, conditioning, seeds, batch_size, call, begin)
+    with eval_mode(pipe), seen_calls(subject, recorder.see):
+        batches = run_trajectories(subject, conditioning, seeds, batch_size, call, recorder.begin)
         for _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
-            latents.append(torch.stack([sample for sample, _, _ in seen], dim=1))
-            times = torch.cat([at for _, at, _ in seen])
-            which = torch.tensor([number for _, _, number in seen])
+            latents.append(torch.stack([sample for sample, _, _ in recorder.seen], dim=1))
+            times = torch.cat([at for _, at, _ in recorder.seen])
+            which = torch.tensor([number for _, _, number in recorder.seen])
     tensors = {"latents": torch.cat(latents), "times": times}
     if len(subject.components) > 1:
         tensors["denoisers"] = which
-    tensors |= {f"embeds.{name}": stacked([part[name] for part in told]) for name in told[0]}
-    described = _described(common, "common", tensors)
+    tensors |= {f"embeds.{name}": tensor for name, tensor in recorder.embeds().items()}
+    described = _described(recorder.common, "common", tensors)
     with whole_folder(folder, INDEX, replace=True) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         request = recording_request(pipe, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started
         index: dict[str, Any] = {"request": request, "model": model_hash(subject.denoiser)}
-        index |= {"common": described, "rows": rows_each, "processes": world_size(), "time_s": spent}
+        index |= {"common": described, "rows": recorder.rows_each, "processes": world_size(), "time_s": spent}
         write_json(temporary / INDEX, index)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from obsdiff.criteria import METHODS, GroupProblem, Problem, Solution
 from obsdiff.criteria.structured import choose_groups
 from obsdiff.errors import UserError
-from obsdiff.models.graph import Graph, Group
+from obsdiff.models.graph import Graph, Group, Slices
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.linalg import SingularHessian
 from obsdiff.obs.moments import Moments, Powers, relative_error
-from obsdiff.obs.observers import Observer
+from obsdiff.obs.observers import GRADIENTS, Observer
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.obs.refit import STEPS, refit
 from obsdiff.obs.structured import Consumer, compensate
@@ -36,9 +36,18 @@ def solve_site(
     patterns: Sequence[Pattern],
     statistics: Observer | None,
     options: SolveOptions,
+    slopes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LayerResult]:
-    """Prune the layers of one site together, on one Hessian (and one factor) per group of a convolution."""
-    return dict(zip(layers, solve_layers(graph, layers, patterns, statistics, options), strict=True))
+    """Prune the layers of one site together, on one Hessian (and one factor) per group of a convolution.
+
+    Args:
+        graph: Of the denoiser as it is.
+        layers, patterns: Of the site, one pattern each.
+        statistics: Of the site, if anything was measured.
+        options: How.
+        slopes: Gradients of a loss by layer, for methods that need them.
+    """
+    return dict(zip(layers, solve_layers(graph, layers, patterns, statistics, options, slopes), strict=True))
 
 
 @torch.no_grad()
@@ -48,11 +57,13 @@ def solve_layers(
     patterns: Sequence[Pattern],
     statistics: Observer | None,
     options: SolveOptions,
+    slopes: Mapping[str, Tensor] | None = None,
 ) -> list[LayerResult]:
     """Like :func:`solve_site`, in a list: a layer may stand in ``layers`` several times, with different patterns."""
     method = METHODS[options.method]
     dense = [weight_matrices(graph.layer(name)).detach().float() for name in layers]
     biases = [_biases(graph.layer(name), len(dense[0])) for name in layers]
+    gradients = _slopes(slopes, layers, dense)
     centred = options.refits and method.centred and all(bias is not None for bias in biases)
     found: list[list[_Part]] = [[] for _ in layers]
     for group in range(len(dense[0])):
@@ -60,10 +71,15 @@ def solve_layers(
         moments = known if isinstance(known, Moments) else None
         weights = [matrix[group] for matrix in dense]
         seeds = [layer_seed(options.seed + group, name) for name in layers]
-        hessian = moments.seen(centred) if moments is not None and method.needs else None
-        power = known.power if isinstance(known, Powers) else None
+        hessian = moments.seen(centred) if moments is not None and method.needs - GRADIENTS.keys() else None
+        problem = Problem(weights, patterns, hessian, options.damping, seeds)
+        if known is not None:
+            power = known.power if isinstance(known, Powers) else None
+            problem = replace(problem, power=power, mean=known.mean, variance=known.variance)
+        if gradients is not None:
+            problem = replace(problem, gradients=[gradient[group] for gradient in gradients])
         try:
-            solutions = method.solve(Problem(weights, patterns, hessian, options.damping, seeds, power))
+            solutions = method.solve(problem)
         except SingularHessian as error:
             raise UserError(f"cannot solve layer {layers[0]}: {error}; raise --calibration.damping") from error
         for name, solution, old, bias, parts in zip(layers, solutions, weights, biases, found, strict=True):
@@ -75,6 +91,15 @@ def solve_layers(
                 raise UserError(f"layer {name} came out non-finite in {kind}; raise --calibration.damping{hint}")
             parts.append(part)
     return [_joined(graph.weight(name).shape, parts) for name, parts in zip(layers, found, strict=True)]
+
+
+def _slopes(slopes: Mapping[str, Tensor] | None, layers: Sequence[str], dense: Sequence[Tensor]) -> list[Tensor] | None:
+    """Gradients laid out like the weights (groups, rows, columns) of ``dense``."""
+    if slopes is None:
+        return None
+    if missing := [name for name in layers if name not in slopes]:
+        raise UserError(f"there is no gradient of {missing[0]}; calibrate again with the layers you want to prune")
+    return [slopes[name].view(weight.shape).to(weight) for name, weight in zip(layers, dense, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -171,6 +196,7 @@ def solve_groups(
     bundle: Mapping[str, Structured],
     statistics: Mapping[str, Observer] | None,
     options: SolveOptions,
+    slopes: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, LayerResult]]:
     """Choose the units to keep, and the consumers' weights on the kept channels.
 
@@ -179,6 +205,8 @@ def solve_groups(
         bundle: Pattern by group; groups that share a layer are cut in one go, and the layer's weights on what all of
             them leave are solved together.
         statistics: By consumer layer.
+        options: How.
+        slopes: Gradients of a loss by layer, for methods that need them.
 
     Returns:
         Bool (count,) by group, True = kept; and the consumers' results.
@@ -197,7 +225,7 @@ def solve_groups(
     seen = {name: _seen(moments.get(name), graph.layer(name), options) for name in layers}
     try:
         kept = {
-            group.name: _choose(graph, group, kept_units(group, bundle[group.name]), dense, seen, options)
+            group.name: _choose(graph, group, kept_units(group, bundle[group.name]), dense, seen, options, slopes)
             for group in groups
         }
         results = {}
@@ -227,6 +255,7 @@ def _choose(
     dense: Mapping[str, Tensor],
     seen: Mapping[str, Tensor | None],
     options: SolveOptions,
+    slopes: Mapping[str, Tensor] | None,
 ) -> Tensor:
     """Bool (count,): the units of a group that stay, by the method's rule."""
     rule = METHODS[options.method].structured
@@ -235,37 +264,47 @@ def _choose(
     consumers, sizes = [], set()
     for s in group.consumers:
         columns = _unfolded(s.entries(everything), graph.layer(s.layer))
-        consumers.append(_units_first(dense[s.layer], seen[s.layer], columns))
+        slope = _slopes(slopes, [s.layer], [dense[s.layer]])
+        consumers.append(_units_first(dense[s.layer], seen[s.layer], columns, None if slope is None else slope[0]))
         sizes.add(len(columns) // group.count)
-    producers = [
-        graph.weight(s.layer).detach().flatten(1)[s.entries(everything)].view(len(s.starts), group.count, s.size, -1)
-        for s in group.producers
-    ]
+
+    def of_units(s: Slices, tensor: Tensor) -> Tensor:
+        return tensor.flatten(1)[s.entries(everything)].view(len(s.starts), group.count, s.size, -1)
+
+    own = [graph.weight(s.layer).detach() for s in group.producers]
+    found = _slopes(slopes, [s.layer for s in group.producers], own)
+    gradients = None if found is None else [of_units(s, g) for s, g in zip(group.producers, found, strict=True)]
     assert len(sizes) == 1, f"{group.name} has units of {sizes} channels"
     return choose_groups(
         rule,
         GroupProblem(
             consumers,
-            producers,
+            [of_units(s, weight) for s, weight in zip(group.producers, own, strict=True)],
             group.count,
             sizes.pop(),
             group.count - stay,
             options.fusion,
             options.damping,
             layer_seed(options.seed, group.name),
+            gradients,
         ),
     )
 
 
-def _units_first(weight: Tensor, hessian: Tensor | None, columns: Tensor) -> Consumer:
+def _units_first(weight: Tensor, hessian: Tensor | None, columns: Tensor, gradient: Tensor | None) -> Consumer:
     """A consumer with the units' ``columns`` in front."""
     width = weight.shape[1]
     if torch.equal(columns, torch.arange(width)):
-        return Consumer(weight, hessian)
+        return Consumer(weight, hessian, gradient=gradient)
     others = torch.ones(width, dtype=torch.bool)
     others[columns] = False
     order = torch.cat([columns, others.nonzero().flatten()]).to(weight.device)
-    return Consumer(weight[:, order], None if hessian is None else hessian[:, order][order], int(others.sum()))
+    return Consumer(
+        weight[:, order],
+        None if hessian is None else hessian[:, order][order],
+        int(others.sum()),
+        None if gradient is None else gradient[:, order],
+    )
 
 
 def _unfolded(channels: Tensor, layer: nn.Module) -> Tensor:

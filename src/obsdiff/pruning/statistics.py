@@ -10,7 +10,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,42 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.files import check_folder, check_writable, read_json, remove_folder, whole_folder, write_json
 from obsdiff.models.content import model_hash as model_hash  # part of what this module offers
-from obsdiff.obs.observers import OBSERVERS, Observer
+from obsdiff.obs.observers import GRADIENTS, OBSERVERS, Observer, gradient_for
 
 INDEX = "statistics.json"
 UNFINISHED = ".unfinished"  # added to a store's name for what a calibration has so far
 FORMAT = 2
+
+
+@dataclass(frozen=True)
+class LossGradients:
+    """What a pass leaves.
+
+    Attributes:
+        need: Its name in :data:`obsdiff.obs.observers.GRADIENTS`.
+        by_layer: Gradient of the mean loss by each layer's weight, float32 in its shape, on its device.
+        losses: Mean loss by time as the scheduler counts it, the least noisy first.
+        used: The times that are in the gradients.
+        rows: What it took: rows that the denoiser answered, a backward pass counted as twice its forward pass.
+        time_s: Seconds it took.
+    """
+
+    need: str
+    by_layer: Mapping[str, Tensor]
+    losses: Mapping[float, float]
+    used: Sequence[float]
+    rows: int
+    time_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What a manifest keeps."""
+        losses = {f"{at:g}": loss for at, loss in self.losses.items()}
+        return {"need": self.need, "losses": losses, "used": [f"{at:g}" for at in self.used], "rows": self.rows}
 
 
 @dataclass
@@ -41,6 +67,7 @@ class Statistics:
         prompts_done: Prompts that are in the sums.
         time_s: Seconds spent: "calibrate" in all, "forward_only" in the denoiser itself.
         observer: What was accumulated at each site, a name of :data:`obsdiff.obs.observers.OBSERVERS`.
+        gradients: Of the denoising loss, if they were asked for; a store does not keep them.
     """
 
     fingerprint: dict[str, Any]
@@ -50,6 +77,17 @@ class Statistics:
     time_s: dict[str, float] = field(default_factory=dict)
     index: dict[str, Any] = field(default_factory=dict)
     observer: str = "gram"
+    gradients: LossGradients | None = None
+
+    @property
+    def inputs(self) -> bool:
+        """Whether it holds anything of layer inputs."""
+        return bool(self.sites or self.index)
+
+    @property
+    def slopes(self) -> Mapping[str, Tensor] | None:
+        """Gradients by layer, if there are any."""
+        return None if self.gradients is None else self.gradients.by_layer
 
     def __contains__(self, site: str) -> bool:
         return site in self.sites or site in self.index
@@ -96,7 +134,13 @@ def check_serves(statistics: Statistics, needs: Collection[str], what: str) -> N
     Raises:
         UserError: They do.
     """
-    if missing := sorted(set(needs) - OBSERVERS[statistics.observer].gives):
+    slope = gradient_for(needs)
+    if slope is not None and (statistics.gradients is None or statistics.gradients.need != slope):
+        raise UserError(
+            f"the statistics hold no {slope}, which {what} needs (a store keeps none); calibrate for that "
+            f"(needs={sorted(needs)})"
+        )
+    if missing := sorted(set(needs) - GRADIENTS.keys() - OBSERVERS[statistics.observer].gives):
         place = "" if statistics.folder is None else f" in {statistics.folder}"
         other = "" if statistics.folder is None else ", into another folder"
         raise UserError(
