@@ -68,7 +68,7 @@ def test_errors_fall_zeros_stay_and_what_is_said_is_what_is():
     calls = [call_of(pipe, seed=seed) for seed in range(10)]
     before = {name: parameter.clone() for name, parameter in pipe.transformer.named_parameters()}
     stages = {stage: stage for stage in graph.stages}
-    found = reconstruct(pipe.transformer, dense, stages, calls, masks, steps=30, lr=1e-2)
+    found = reconstruct(pipe.transformer, dense, stages, calls, masks, ReconstructionOptions(30, 1e-2))
     assert list(found) == list(graph.stages) and all(error.after < error.before for error in found.values())
     for layer, mask in masks.items():
         assert not pipe.transformer.get_parameter(f"{layer}.weight")[~mask].any()
@@ -92,7 +92,7 @@ def test_a_stage_that_training_makes_worse_keeps_its_weights():
     before = copy.deepcopy(pipe.transformer.state_dict())
     stages = {stage: stage for stage in subject_of(pipe).graph.stages}
     calls = [call_of(pipe, seed=seed) for seed in range(4)]
-    found = reconstruct(pipe.transformer, dense, stages, calls, masks, steps=5, lr=1e3)
+    found = reconstruct(pipe.transformer, dense, stages, calls, masks, ReconstructionOptions(5, 1e3))
     assert all(error.after == error.before for error in found.values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
 

@@ -22,6 +22,7 @@ from obsdiff.diffusion.distill import feature_loss
 from obsdiff.models.modes import eval_mode
 from obsdiff.progress import track
 from obsdiff.pruning.masks import apply_masks
+from obsdiff.pruning.options import ReconstructionOptions
 
 HELD_OUT = 5  # every so many-th call is not trained on: it says whether training helped
 
@@ -59,9 +60,8 @@ def reconstruct(
     stages: Mapping[str, str],
     calls: Sequence[Call],
     masks: Mapping[str, Tensor],
+    options: ReconstructionOptions,
     *,
-    steps: int,
-    lr: float,
     seed: int = 0,
     quiet: bool = True,
 ) -> dict[str, StageError]:
@@ -75,8 +75,7 @@ def reconstruct(
         stages: Names of its blocks, in the order of execution, and what each was called in ``dense``.
         calls: Recorded along the dense pipeline's way, at least two.
         masks: Bool by layer (True = kept) of weights that stay zero elsewhere.
-        steps: Of Adam, for each stage; one call each.
-        lr: Peak learning rate; it falls to zero along a cosine.
+        options: Steps of Adam for each stage, one call each, and their learning rate.
         seed: Of the order of the calls.
         quiet: No progress bar.
 
@@ -95,7 +94,7 @@ def reconstruct(
             )
             if examples and checks:  # of two denoisers, a stage answers the calls of its own
                 inside = {layer: mask for layer, mask in masks.items() if f"{layer}.".startswith(f"{name}.")}
-                found[name] = _train(denoiser, own, examples, checks, inside, steps, lr, seed)
+                found[name] = _train(denoiser, own, examples, checks, inside, options, seed)
     return found
 
 
@@ -151,8 +150,7 @@ def _train(
     examples: Sequence[Example],
     checks: Sequence[Example],
     masks: Mapping[str, Tensor],
-    steps: int,
-    lr: float,
+    options: ReconstructionOptions,
     seed: int,
 ) -> StageError:
     before = _error(stage, checks)
@@ -160,11 +158,11 @@ def _train(
     trained = [parameter for parameter in stage.parameters() if parameter.is_floating_point()]
     weights: list[Tensor] = [denoiser.get_parameter(f"{layer}.weight") for layer in masks]
     factors = [mask.to(weight) for mask, weight in zip(masks.values(), weights, strict=True)]
-    optimizer = torch.optim.Adam(trained, lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.Adam(trained, options.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     generator = torch.Generator().manual_seed(seed)
     with _trainable(trained):
-        for _ in range(steps):
+        for _ in range(options.steps):
             args, kwargs, wanted = examples[int(torch.randint(len(examples), (), generator=generator))]
             loss = feature_loss(_tensors(stage(*args, **kwargs)), wanted, robust=False)
             optimizer.zero_grad()
