@@ -169,12 +169,18 @@ def test_through_the_stage_with_a_store_and_packages(tmp_path):
     assert prune_stage(make_pipe(), options, PROMPTS).packages == 2
 
 
-def test_with_the_measured_allocation():
-    options = PruningOptions(
-        pattern="structured:0.3", method="diff-pruning", allocation="measured", scan=ScanOptions(triples=2)
-    )
+@pytest.mark.parametrize(("pattern", "method"), [("structured:0.3", "diff-pruning"), ("unstructured:0.5", "taylor")])
+def test_with_the_measured_allocation(pattern, method):
+    options = PruningOptions(pattern=pattern, method=method, allocation="measured", scan=ScanOptions(triples=2))
     report = prune_stage(make_pipe(), options, PROMPTS)
     assert report.allocation["rule"] == "measured" and report.layer_error
+
+
+def test_after_whole_blocks_are_gone():
+    """Gradients are then of the shorter model."""
+    options = PruningOptions(pattern="depth:1+structured:0.5", method="diff-pruning", spare_blocks=[])
+    report = prune_stage(make_pipe(), options, PROMPTS)
+    assert report.masks and report.shrunk and report.fingerprint["gradients"]["need"] == "large_loss_gradient"
 
 
 def test_missing_gradients_are_named(large):

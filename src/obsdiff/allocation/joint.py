@@ -41,7 +41,7 @@ def _changes(solver: Solver, plan: Plan) -> list[Candidate]:
         if layers := [layer for layer in site.layers if layer in plan.entries]:
             found = solver.statistics.site(site.name, graph.weight(site.name).device)
             patterns = [plan.entries[layer] for layer in layers]
-            solved = solve_site(graph, layers, patterns, found, solver.options)
+            solved = solve_site(graph, layers, patterns, found, solver.options, solver.statistics.slopes)
             layers_of = {name: (result.weight, result.bias_shift) for name, result in solved.items()}
             changes.append(Candidate(layers_of, sum(result.error or 0.0 for result in solved.values())))
     return changes
