@@ -15,6 +15,22 @@ def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.float()).square().mean()
 
 
+def guided_loss(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
+    """Mean squared difference of what a sampler makes of both, ``n + g (p − n)``.
+
+    Divided by ``g² + (g − 1)²``, which is how much errors that are independent in the two rows grow, so that it is of
+    the size of :func:`output_loss`. Errors of the rows that are the same in both weigh less in it, errors of opposite
+    sign more, as in the images (distillation of both branches: DASH, see docs/recovery.md).
+
+    Args:
+        student, teacher: Answers (2n, ...): to the negative prompt, then to the prompts themselves.
+        scale: Guidance g.
+    """
+    (mine_n, mine_p), (wanted_n, wanted_p) = student.float().chunk(2), teacher.float().chunk(2)
+    negative, positive = mine_n - wanted_n, mine_p - wanted_p
+    return (negative + scale * (positive - negative)).square().mean() / (scale**2 + (scale - 1) ** 2)
+
+
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], robust: bool = True) -> Tensor:
     """Mean over blocks of ``‖f_S − f_T‖² / ‖f_T‖²``.
 

@@ -206,6 +206,17 @@ def drop_prompts(embeds: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Ten
     return found
 
 
+def both_prompts(embeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Twice as many rows: all with the embeds of the negative prompt, then all with their own; what the negative prompt
+    does not change is the same in both."""
+    found = {}
+    for name, tensor in embeds.items():
+        if not name.startswith(NEGATIVE):
+            negative = embeds.get(NEGATIVE + name, tensor)
+            found[name] = torch.cat([_like(negative, tensor), tensor])
+    return found
+
+
 def _like(negative: Tensor, tensor: Tensor) -> Tensor:
     """Ragged rows of the negative prompt, padded or cut to the length of the others."""
     if negative.shape == tensor.shape:

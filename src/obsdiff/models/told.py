@@ -18,9 +18,12 @@ class Told:
         times: (n,).
         embeds: Conditions by argument, (n, ...).
         common: What all rows are told.
+        guidance: Where the first half of the rows is told the negative prompts of the second, the guidance scale;
+            else 1.
     """
 
     latents: Tensor
     times: Tensor
     embeds: Mapping[str, Tensor]
     common: Mapping[str, Any] = field(default_factory=dict)
+    guidance: float = 1.0

@@ -17,7 +17,7 @@ from obsdiff.models.conditioning import encode_prompts, told_nothing
 from obsdiff.models.content import DECODING, component_hashes
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.latents import encode_images, patch_of, vae_factor
-from obsdiff.models.rows import flattened
+from obsdiff.models.rows import NEGATIVE, flattened
 from obsdiff.models.schedules import noising_of_pipeline
 from obsdiff.models.subject import Subject
 from obsdiff.pruning.options import EvaluationOptions
@@ -72,6 +72,35 @@ def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
     prompts = cycle_prompts(load_prompts(source, options.column), options.num_images)
     check_measurable(prompts, info.alignment)
     return prompts
+
+
+def guidance_of(pipe: Any) -> float:
+    """The scale of a pipeline's guidance by a negative prompt; 1 without."""
+    call = call_arguments(pipe)
+    return float(call.get("true_cfg_scale") or call.get("guidance_scale") or 1.0)
+
+
+def check_guided(dense: Subject, recording: Trajectories | None) -> None:
+    """Refuse to distil guided outputs of a pipeline that has none.
+
+    Args:
+        dense: The pipeline.
+        recording: What is trained on, if that was recorded.
+
+    Raises:
+        UserError: It is not guided, or not by a negative prompt.
+    """
+    pipe = dense.pipe
+    known: Mapping[str, Tensor] = {}
+    if recording is not None:
+        known = recording.embeds
+    elif not told_nothing(pipe):
+        known = conditions_of(pipe, encode_prompts(pipe, ["0"], call_arguments(pipe)))[0]
+    if guidance_of(pipe) <= 1 or not any(name.startswith(NEGATIVE) for name in known):
+        raise UserError(
+            f"objective distill_guided needs a pipeline that is guided by a negative prompt, and "
+            f"{info_of(pipe).source} is not; use distill_output"
+        )
 
 
 def check_images(subject: Subject, shape: Sequence[int], what: str) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from obsdiff.diffusion.noising import Noising
 from obsdiff.errors import UserError
-from obsdiff.models.calling import WHICH, PromptEncoder, drop_prompts
+from obsdiff.models.calling import WHICH, PromptEncoder, both_prompts, drop_prompts
 from obsdiff.models.calls import moved
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.latents import encode_images, vae_factor
 from obsdiff.models.schedules import noising_of_pipeline
 from obsdiff.models.subject import Subject
 from obsdiff.models.told import Told
-from obsdiff.training.fits import check_embeds, check_encoded, check_images, check_latents
+from obsdiff.training.fits import check_embeds, check_encoded, check_images, check_latents, guidance_of
 
 
 @dataclass
@@ -30,11 +30,13 @@ class Inputs:
         encode: Prompts to what the denoiser is told (:class:`obsdiff.models.calling.PromptEncoder`).
         common: What it is told in all rows of recorded trajectories.
         prompt_dropout: Share of prompts replaced by the negative one.
+        guided: Ask about every sample with both prompts instead.
     """
 
     subject: Subject
     encode: PromptEncoder
     prompt_dropout: float
+    guided: bool = False
     common: Mapping[str, Any] = field(default_factory=dict)
     _noising: dict[tuple[int, int], Noising] = field(default_factory=dict)
     _fit: set[tuple[int, ...]] = field(default_factory=set)
@@ -84,6 +86,11 @@ class Inputs:
             )
         dropped = torch.rand(len(latents), generator=generator) < self.prompt_dropout
         shared = moved(dict(common), device, torch.float32, torch.float32)
+        if self.guided:
+            if target is not None:
+                target = target.repeat(2, *[1] * (target.dim() - 1))
+            latents, times = latents.repeat(2, *[1] * (latents.dim() - 1)), times.repeat(2)
+            return Told(latents, times, both_prompts(embeds), shared, guidance_of(self.subject.pipe)), target
         return Told(latents, times, drop_prompts(embeds, dropped), shared), target
 
     def _unsaid(self, batch: Mapping[str, Any]) -> list[str]:

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from obsdiff.diffusion.distill import feature_loss, jacobian_gain, jacobian_loss, output_loss, unit_directions
+from obsdiff.diffusion.distill import (
+    feature_loss,
+    guided_loss,
+    jacobian_gain,
+    jacobian_loss,
+    output_loss,
+    unit_directions,
+)
 from obsdiff.errors import UserError
 from obsdiff.models.calling import call_denoiser
 from obsdiff.models.graph import stages_of
 from obsdiff.models.told import Told
 
-TEACHER_TERMS = ("distill_output", "distill_features", "distill_jacobian")
+TEACHER_TERMS = ("distill_output", "distill_guided", "distill_features", "distill_jacobian")
 TERMS = ("denoise", *TEACHER_TERMS)
 
 
@@ -66,6 +73,8 @@ def loss_terms(
                 aim = call_denoiser(teacher, *given)
             if "distill_output" in weights:
                 terms["distill_output"] = output_loss(answer, aim.detach())
+            if "distill_guided" in weights:
+                terms["distill_guided"] = guided_loss(answer, aim.detach(), told.guidance)
             if features:
                 terms["distill_features"] = feature_loss(mine, [tensor.detach() for tensor in wanted])
             if second_order:

@@ -12,12 +12,15 @@ class Objective:
     Args:
         denoise: The pipeline's own training loss on images (flow matching, epsilon or v prediction).
         distill_output: Squared difference to the dense teacher's answer.
+        distill_guided: Squared difference of the guided outputs, negative + scale x (positive - negative): each sample
+            is asked about with both prompts, in place of prompt dropout, which doubles a step.
         distill_features: Squared difference to the teacher's block outputs, relative to their size, without outliers.
         distill_jacobian: Second-order matching of the input gradients (2ndMatch); doubles the backward pass.
     """
 
     denoise: float = 0.0
     distill_output: float = 0.0
+    distill_guided: float = 0.0
     distill_features: float = 0.0
     distill_jacobian: float = 0.0
 

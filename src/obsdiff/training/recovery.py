@@ -41,7 +41,7 @@ from obsdiff.training.checks import (
     check_trained,
     check_trainer,
 )
-from obsdiff.training.fits import check_data, evaluation_prompts, recording_of
+from obsdiff.training.fits import check_data, check_guided, evaluation_prompts, recording_of
 from obsdiff.training.identity import check_adapters, check_settings, differences, settings_of
 from obsdiff.training.inputs import Inputs
 from obsdiff.training.objectives import TEACHER_TERMS, loss_terms
@@ -170,11 +170,14 @@ class Recovery(lightning.LightningModule):
         self.denoiser = denoiser
         recording = recording_of(self.trainer) if fitting else None
         common = {} if recording is None else recording.common
-        self.inputs = Inputs(start.subject, PromptEncoder(start.pipe), self.prompt_dropout, common)
+        guided = "distill_guided" in self.weights
+        self.inputs = Inputs(start.subject, PromptEncoder(start.pipe), self.prompt_dropout, guided, common)
 
     def _check(self, dense: Subject) -> None:
         """Refuse what training could not go on from, before anything is pruned or drawn."""
         check_selection(dense.denoiser, self.trained)
+        if "distill_guided" in self.weights:
+            check_guided(dense, recording_of(self.trainer))
         evaluation_prompts(dense.pipe, self.evaluation)
         check_data(dense, self.trainer.datamodule)  # type: ignore[attr-defined]  # of Lightning's data connector
         check_interval(self.trainer)
