@@ -1,13 +1,13 @@
 """Which cells a comparison has, what they are kept by, and what is refused before anything is loaded."""
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
 from obsdiff.compare.cells import check, key_of, part_of, units_of
 from obsdiff.compare.options import CompareOptions
 from obsdiff.errors import UserError
-from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions
 
 RECIPE = "configs/recover/distill.yaml"
 
@@ -96,6 +96,19 @@ def test_a_row_is_kept_by_content(tmp_path):
         key_of(unit, RECIPE, {"steps": 5}, content),
     ]
     assert len({key, *others}) == 6
+
+
+def test_what_is_left_at_its_default_has_no_part_in_the_key():
+    [unit] = units_of(options(methods=["obs"]))[0]
+
+    @dataclass(kw_only=True)
+    class Later(PruningOptions):
+        invented: int = 3
+
+    own = {field.name: getattr(unit.pruning, field.name) for field in fields(unit.pruning)}
+    keys = [key_of(replace(unit, pruning=Later(**own)), None, {}, {}), key_of(unit, None, {}, {})]
+    assert keys[0] == keys[1]
+    assert keys[0] != key_of(replace(unit, pruning=replace(unit.pruning, refit=False)), None, {}, {})
 
 
 def test_a_file_that_a_recipe_names_counts_by_its_content(tmp_path):

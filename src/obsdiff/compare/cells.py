@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +176,24 @@ def key_of(unit: Unit, recipe: str | None, budget: Mapping[str, float], content:
         content: Hashes of the dense pipeline and of the prompts.
     """
     unnamed: dict[str, Any] = {"prompts": None, "column": None, "batch_size": 1}  # the content says which prompts
+    calibration = replace(unit.pruning.calibration, **unnamed)
     material = {
-        "pruning": asdict(replace(unit.pruning, calibration=replace(unit.pruning.calibration, **unnamed))),
-        "evaluation": asdict(replace(unit.evaluation, **unnamed)),
+        "pruning": _asked(replace(unit.pruning, calibration=calibration)),
+        "evaluation": _asked(replace(unit.evaluation, **unnamed)),
         "recovery": None if recipe is None else [_with_content(read_recipe(recipe)), dict(budget)],
         "content": content,
     }
     return hashlib.sha256(json.dumps(material, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _asked(options: Any) -> dict[str, Any]:
+    """What differs from the defaults, so that an option which comes new changes no key."""
+    found, default = {}, type(options)()
+    for field in fields(options):
+        value, usual = getattr(options, field.name), getattr(default, field.name)
+        if value != usual:
+            found[field.name] = _asked(value) if is_dataclass(value) else value
+    return found
 
 
 def _with_content(node: Any) -> Any:
