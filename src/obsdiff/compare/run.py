@@ -125,6 +125,7 @@ def rows_of(options: CompareOptions, unit: Unit, dense: Dense) -> dict[str, Path
     pipe = dense.pipe
     content = {
         "pipeline": dense.content,
+        "obsdiff": versions()["obsdiff"],
         "calibration": digest(calibration_prompts(pipe, unit.pruning)),
         "evaluation": digest(evaluation_prompts(pipe, unit.evaluation, unit.pruning.calibration)),
     }
