@@ -6,6 +6,7 @@ import pytest
 
 from obsdiff.compare.cells import check, key_of, part_of, units_of
 from obsdiff.compare.options import CompareOptions
+from obsdiff.compare.run import Dense, _kept
 from obsdiff.errors import UserError
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions
 
@@ -55,8 +56,9 @@ def test_what_does_not_go_together_is_left_out_with_the_reason():
         ({"budget": {"epochs": 5}, "recipes": {"a": RECIPE}}, "unknown budget 'epochs'"),
         ({"budget": {"steps": 0}, "recipes": {"a": RECIPE}}, "budget.steps is 0"),
         ({"recipes": {"a": "nowhere.yaml"}}, "recipe nowhere.yaml not found"),
-        ({"recipes": {"a": "configs/prune/digits.yaml"}}, "has no model and data"),
+        ({"recipes": {"a": "configs/prune/digits.yaml"}}, "names no classes of model and data"),
         ({"recipes": {"one shot": RECIPE}}, "cannot be called"),
+        ({"recipes": {"a": RECIPE, "b": RECIPE}}, "recipes a and b say the same"),
         ({"evaluation": EvaluationOptions(num_images=1)}, "at least 2"),
         ({"jobs": 0}, "jobs is 0"),
     ],
@@ -114,9 +116,35 @@ def test_what_is_left_at_its_default_has_no_part_in_the_key():
 def test_a_file_that_a_recipe_names_counts_by_its_content(tmp_path):
     [unit] = units_of(options(methods=["obs"]))[0]
     prompts, recipe = tmp_path / "prompts.txt", tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {{}}\ndata: {{init_args: {{prompts: {prompts}}}}}\n")
+    recipe.write_text(f"model: {{class_path: a.B}}\ndata: {{class_path: a.C, init_args: {{prompts: {prompts}}}}}\n")
     keys = []
     for text in ("one", "two"):
         prompts.write_text(text)
         keys.append(key_of(unit, str(recipe), {}, {}))
     assert keys[0] != keys[1]
+
+
+def test_what_is_measured_alike_is_kept_in_one_place_and_nothing_else(tmp_path):
+    dense = Dense("digits-sd3", "cpu", tmp_path)
+    dense.__dict__["content"] = {"transformer": "a"}
+
+    def places(pattern, allocation="measured", method="obs", prompts=("one",), **changes):
+        given = options(methods=[method], reference=method, patterns=[pattern], allocations=[allocation])
+        return _kept(units_of(replace(given, **changes))[0][0], dense, prompts)
+
+    store, scan = places("unstructured:0.5")
+    assert store.parent == scan.parent == tmp_path
+    assert places("unstructured:0.7") == (store, scan) and places("unstructured:0.5", "uniform") == (store, None)
+    for other in ("structured:0.5", "2:4", "2:8"):
+        assert places(other)[0] == store and places(other)[1] != scan
+    assert places("2:4")[1] == places("3:4")[1] != places("2:8")[1]
+    assert (
+        places("unstructured:0.5", method="admm")[0] == store and places("unstructured:0.5", method="admm")[1] != scan
+    )
+    assert places("depth:1+unstructured:0.5")[0] != store
+    assert places("unstructured:0.5", prompts=("two",))[0] != store
+    assert places("unstructured:0.5", calibration=CalibrationOptions(steps=3))[0] != store
+    assert places("unstructured:0.5", "uniform", "sparsegpt")[0] != store  # weighs steps otherwise
+    assert places("unstructured:0.5", "uniform", "magnitude")[0] is None  # measures nothing
+    assert places("unstructured:0.5", "uniform", "obs-diff")[0] is None  # four calibrations
+    assert places("unstructured:0.5", "uniform", "taylor")[0] is None  # no store holds gradients

@@ -117,7 +117,7 @@ def test_through_the_stage_with_what_it_cost(pattern):
     assert list(found["stages"]) == list(stages) and all(after <= before for before, after in found["stages"].values())
     assert any(after < before for before, after in found["stages"].values())
     # 6 prompts x 3 steps recorded; 18 triples of two rows in 5 calls, through both models; 20 steps of three passes
-    assert found["calls"] == 5 and found["denoiser_rows"] == 18 + 36 * (len(stages) + 1) + 3 * 20 * 36 / 5
+    assert found["calls"] == 5 and found["denoiser_rows"] == 36 + 36 * (len(stages) + 1) + 3 * 20 * 36 / 5
     assert report.time_s["reconstruct"] > 0
 
 
@@ -132,3 +132,17 @@ def test_too_few_calls_are_refused_before_anything_is_pruned():
     with pytest.raises(UserError, match="two batches at least"):
         prune_stage(pipe, options, ["the digit one", "the digit two"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
+
+
+def test_zeros_of_an_earlier_prune_stay_and_are_counted():
+    pipe = make_pipe()
+    prune_stage(pipe, PruningOptions(method="magnitude"), [])
+    options = PruningOptions(
+        pattern="depth:1", calibration=CalibrationOptions(num_prompts=6), reconstruction=replace(HOW, lr=1e-3)
+    )
+    report = prune_stage(pipe, options, calibration_prompts(pipe, options), prune_again=True)
+    assert any(after < before for before, after in report.reconstruction["stages"].values())
+    layers = subject_of(pipe).graph.layers
+    weights = [pipe.transformer.get_parameter(f"{layer}.weight") for layer in layers]
+    assert weights and all(int((weight == 0).sum()) >= weight.numel() // 2 for weight in weights)
+    assert report.parameters["nonzero"] == sum(int(p.count_nonzero()) for p in pipe.transformer.parameters())

@@ -85,7 +85,7 @@ def test_a_pipeline_without_guidance_is_refused():
     check_guided(subject_of(pipe), None)
     own = info_of(pipe)
     attach_info(pipe, type(own)(own.source, {**own.call, "guidance_scale": 1.0}, own.alignment, own.prompts))
-    assert guidance_of(pipe) == 1.0
+    assert guidance_of(subject_of(pipe)) == 1.0
     with pytest.raises(UserError, match="guided by a negative prompt"):
         check_guided(subject_of(pipe), None)
 

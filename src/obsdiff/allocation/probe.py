@@ -152,7 +152,8 @@ def record_probe(subject: Subject, conditioning: Conditioning, settings: Setting
     order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(settings.seed))
     keys = sorted(calls)
     picked = [calls[keys[i]] for i in sorted(order[:triples].tolist())]
-    return Probe(picked, paths, float(settings.call.get("guidance_scale") or 1.0), len(calls))
+    scale = float(settings.call.get("guidance_scale") or 1.0) + subject.family.guidance_offset
+    return Probe(picked, paths, scale, len(calls))
 
 
 def power(outputs: Iterable[Tensor], weights: Iterable[Tensor]) -> float:

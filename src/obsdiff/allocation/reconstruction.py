@@ -17,9 +17,10 @@ from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.fingerprint import Settings
+from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.reconstruct import Call, reconstruct
-from obsdiff.pruning.report import PruneReport
+from obsdiff.pruning.report import PruneReport, count_parameters
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Whole:
         denoiser: A copy.
         stages: In the order of execution.
         calls: Recorded on its way.
-        recorded: Calls of one prompt that recording took.
+        recorded: Rows through the denoiser that recording took.
     """
 
     denoiser: nn.Module
@@ -57,7 +58,7 @@ def before_reconstruction(subject: Subject, options: PruningOptions, prompts: Se
             f"a reconstruction needs two batches at least, and {len(probe)} recorded triples make {len(calls)}; use a "
             "smaller --reconstruction.batch_size or more --reconstruction.triples"
         )
-    return Whole(copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded)
+    return Whole(copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded * rows)
 
 
 def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, whole: Whole, quiet: bool) -> None:
@@ -71,6 +72,9 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         quiet: No progress bar.
     """
     started, asked, subject = time.perf_counter(), options.reconstruction, subject_of(pipe)
+    masks = {} if report.shrunk is not None else dict(report.masks)
+    for layer in zeroed_layers(subject.graph).keys() - masks.keys():  # of an earlier prune: they stay zero too
+        masks[layer] = subject.graph.weight(layer).detach().ne(0)
     removed = set((report.depth or {}).get("removed", ()))
     before = [stage for stage in whole.stages if stage not in removed]
     errors = reconstruct(
@@ -78,7 +82,7 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         whole.denoiser,
         dict(zip(subject.graph.stages, before, strict=True)),
         whole.calls,
-        {} if report.shrunk is not None else report.masks,
+        masks,
         asked,
         seed=options.seed,
         quiet=quiet,
@@ -92,4 +96,5 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         # rows through a whole denoiser: each stage is reached in both models, then trained at three passes a step
         "denoiser_rows": whole.recorded + rows * (stages + 1) + 3 * asked.steps * rows / len(whole.calls),
     }
+    count_parameters(subject.denoiser, report)
     report.time_s["reconstruct"] = time.perf_counter() - started

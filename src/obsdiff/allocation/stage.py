@@ -89,8 +89,8 @@ def measures(options: PruningOptions, statistics: Path | None) -> bool:
 
 
 def needs_prompts(options: PruningOptions, statistics: Path | None) -> bool:
-    """Whether the stage runs the pipeline: to calibrate, or to choose stages."""
-    return measures(options, statistics) or depth_of(options) is not None
+    """Whether the stage runs the pipeline: to calibrate, to choose stages, or to train them."""
+    return measures(options, statistics) or depth_of(options) is not None or options.reconstruction.steps > 0
 
 
 def prune_stage(
@@ -106,7 +106,8 @@ def prune_stage(
     """Prune a pipeline in place as the options ask; on all processes alike where there are several.
 
     Args:
-        pipe: The dense pipeline, or its Subject. If anything fails, no weight has changed.
+        pipe: The dense pipeline, or its Subject. If anything fails, no weight has changed (of a reconstruction that
+            fails, the pruned weights are left).
         options: What is asked for.
         prompts: For the calibration.
         statistics, sensitivity: Folders to keep calibration and scan in, or to find them.

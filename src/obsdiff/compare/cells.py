@@ -135,6 +135,11 @@ def check(options: CompareOptions) -> None:
         if name == ONE_SHOT:
             raise UserError(f"a recipe cannot be called {ONE_SHOT!r}")
         read_recipe(recipe)
+    known: dict[str, str] = {}
+    for name, recipe in options.recipes.items():
+        same = known.setdefault(json.dumps(_with_content(read_recipe(recipe)), sort_keys=True, default=str), name)
+        if same != name:
+            raise UserError(f"the recipes {same} and {name} say the same; leave one out")
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -146,8 +151,11 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"recipe {path} not found")
     found = read_yaml(path, "recipe")
-    if not {"model", "data"} <= found.keys() or not all(isinstance(found[key], Mapping) for key in ("model", "data")):
-        raise UserError(f"recipe {path} has no model and data; name one such as configs/recover/distill.yaml")
+    parts = [found.get(key) for key in ("model", "data")]
+    if not all(isinstance(part, Mapping) and "." in str(part.get("class_path")) for part in parts):
+        raise UserError(
+            f"recipe {path} names no classes of model and data (class_path); give one like configs/recover/distill.yaml"
+        )
     return found
 
 

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from obsdiff.allocation.planning import depth_of, packages_for, rule_of
-from obsdiff.allocation.stage import calibration_prompts, measures, needs_prompts, prune_stage, weighting_of
+from obsdiff.allocation.planning import depth_of, needs_for, packages_for, rule_of
+from obsdiff.allocation.stage import calibration_prompts, needs_prompts, prune_stage, weighting_of
 from obsdiff.compare.cells import ONE_SHOT, Unit, key_of, read_recipe
 from obsdiff.compare.options import CompareOptions
 from obsdiff.costs import calibration_cost
@@ -37,6 +37,7 @@ from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.content import component_hashes
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import subject_of
+from obsdiff.obs.observers import GRADIENTS
 from obsdiff.pruning.folder import load_pipeline, write_pipeline
 from obsdiff.pruning.manifest import FILE
 from obsdiff.versions import versions
@@ -136,9 +137,16 @@ def rows_of(options: CompareOptions, unit: Unit, dense: Dense) -> dict[str, Path
 
 def collect(options: CompareOptions, units: Sequence[Unit], dense: Dense) -> tuple[list[dict[str, Any]], int]:
     """The rows that are there, in order, and how many are not."""
-    files = [file for unit in units for file in rows_of(options, unit, dense).values()]
-    there = [file for file in files if file.is_file()]
-    return [read_json(file, "a row of a comparison") for file in there], len(files) - len(there)
+    rows, missing = [], 0
+    for unit in units:
+        # what they are called now: a row is kept by what was done, whatever it was called then
+        called = {"method": unit.method, "pattern": unit.pattern, "allocation": unit.allocation, "seed": unit.seed}
+        for name, file in rows_of(options, unit, dense).items():
+            if file.is_file():
+                rows.append({**read_json(file, "a row of a comparison"), **called, "recipe": name})
+            else:
+                missing += 1
+    return rows, missing
 
 
 def finished(file: Path) -> bool:
@@ -174,10 +182,10 @@ def _run(
                     recipe = options.recipes.get(name)
                     if recipe is not None:
                         row |= _recovered(options, unit, dense, work, name, fit)
-                    row |= _measured(dense, work / ("pruned" if recipe is None else f"{name}/recovered"), unit, refs)
+                    row |= _measured(dense, work / row.pop("folder", "pruned"), unit, refs)
                     row["images"] = _draw(file.with_suffix(""), row["images"][: options.shown])
                     row["dense_images"] = _draw(
-                        file.parent / f"dense-{unit.seed}-{digest(refs.prompts)[:8]}",
+                        file.with_name(f"dense-{digest([dense.content, refs.prompts, refs.seeds])[:16]}"),
                         refs.dense.guided[: options.shown],
                     )
                     row["prompts"] = refs.prompts[: options.shown]
@@ -193,13 +201,8 @@ def _pruned(unit: Unit, dense: Dense, folder: Path) -> dict[str, Any]:
     subject = subject_of(pipe)
     flops = denoiser_flops(subject, call_arguments(pipe))
     dense_bytes = pipeline_bytes(pipe)
-    alone = packages_for(options, None) == 1 and measures(options, None)
-    depth = depth_of(options)  # what is measured of a shorter model is no other's
-    place = f"{unit.seed}" if depth is None else f"{unit.seed}-{str(depth).replace(':', '')}"
-    store = dense.shared / f"statistics-{place}-{weighting_of(options, None)}" if alone else None
-    kind = re.sub(r"[^a-z0-9]+", "-", re.sub(r":[\d.]+", "", options.pattern))
-    scan = dense.shared / f"scan-{place}-{unit.method}-{kind}" if rule_of(options) == "measured" else None
-    prompts = calibration_prompts(pipe, options) if needs_prompts(options, store) else []
+    prompts = calibration_prompts(pipe, options) if needs_prompts(options, None) else []
+    store, scan = _kept(unit, dense, prompts)
     report = prune_stage(subject, options, prompts, statistics=store, sensitivity=scan)
     folder.mkdir()
     write_pipeline(pipe, folder, report)
@@ -215,12 +218,29 @@ def _pruned(unit: Unit, dense: Dense, folder: Path) -> dict[str, Any]:
     }
 
 
+def _kept(unit: Unit, dense: Dense, prompts: Sequence[str]) -> tuple[Path | None, Path | None]:
+    """Where calibration and scan of a unit are kept for others that ask for the same; None where nothing is kept."""
+    options = unit.pruning
+    # what is measured of a shorter model is no other's
+    measured = [dense.content, prompts, asdict(options.calibration), options.seed, str(depth_of(options))]
+    measured.append(weighting_of(options, None))
+    needs = needs_for(options, None)
+    alone = packages_for(options, None) == 1 and bool(needs - GRADIENTS.keys())  # no store holds gradients
+    store = dense.shared / f"statistics-{digest(measured)[:16]}" if alone else None
+    if rule_of(options) != "measured":
+        return store, None
+    n_of_m, ratio = r"^\d+:(?=\d+$)", r":\d+\.?\d*"
+    kind = re.sub(ratio, "", re.sub(n_of_m, "N of ", options.pattern))
+    scanned = [measured, unit.method, kind, asdict(options.scan), asdict(options.limits)]
+    return store, dense.shared / f"scan-{digest(scanned)[:16]}"
+
+
 def _recovered(options: CompareOptions, unit: Unit, dense: Dense, work: Path, name: str, fit: Fit) -> dict[str, Any]:
     """Train from the pruned pipeline as the recipe says, and say what it cost."""
-    recipe, output = options.recipes[name], work / name
+    recipe, output = options.recipes[name], work / f"recipe-{list(options.recipes).index(name)}"
     arguments = fit_arguments(options, unit, dense, recipe, work / "pruned", output)
     output.mkdir()
-    said = work / f"{name}.log"
+    said = output.with_suffix(".log")
     try:
         with said.open("w") as log, redirect_stdout(log), redirect_stderr(log):
             fit(arguments)
@@ -228,7 +248,7 @@ def _recovered(options: CompareOptions, unit: Unit, dense: Dense, work: Path, na
         last = said.read_text().strip().splitlines()[-1:]
         raise UserError(f"recipe {recipe} was refused: {' '.join(last) or stop}") from stop
     report = read_json(output / "recovered" / "report.json", "a report")
-    return {"costs": report["budget"]["used"], "recovery": report["recovery"]}
+    return {"costs": report["budget"]["used"], "recovery": report["recovery"], "folder": output.name + "/recovered"}
 
 
 def fit_arguments(
@@ -240,7 +260,7 @@ def fit_arguments(
     accepted = inspect.signature(getattr(import_module(module), kind)).parameters
     own = {
         "pipeline": options.pipeline,
-        "folder": str(dense.shared / f"recording-{unit.seed}-{Path(recipe).stem}"),
+        "folder": str(dense.shared / f"recording-{digest([dense.content, data, unit.seed])[:16]}"),
         "seed": unit.seed,
     }
     device = dense.device.partition(":")

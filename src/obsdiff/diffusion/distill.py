@@ -20,7 +20,7 @@ def guided_loss(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
 
     Divided by ``g² + (g − 1)²``, which is how much errors that are independent in the two rows grow, so that it is of
     the size of :func:`output_loss`. Errors of the rows that are the same in both weigh less in it, errors of opposite
-    sign more, as in the images (distillation of both branches: DASH, see docs/recovery.md).
+    sign more, as in the images (both branches are distilled by DASH, 2606.00798).
 
     Args:
         student, teacher: Answers (2n, ...): to the negative prompt, then to the prompts themselves.

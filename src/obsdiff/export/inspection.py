@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.errors import MALFORMED, UserError, brief
-from obsdiff.export.summary import dead_rows, depth_rows
+from obsdiff.export.summary import dead_rows, depth_rows, reconstruction_rows
 from obsdiff.pruning.folder import run_folder
 from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.pruning.planfile import kinds_of, parse_plan
@@ -47,7 +47,8 @@ def _run(folder: Path, manifest: dict[str, Any]) -> str:
             f"calibrated on {statistics['num_prompts']} prompts, {statistics['steps']} steps, guidance "
             f"{statistics['guidance_scale']}, {statistics['weighting']} weights, {manifest['packages']} pass(es)"
         )
-    header += [f"{name}: {text}" for name, text in (*depth_rows(manifest), *dead_rows(manifest))]
+    done = [*depth_rows(manifest), *dead_rows(manifest), *reconstruction_rows(manifest)]
+    header += [f"{name}: {text}" for name, text in done]
     header += [f"note: {note}" for note in manifest.get("notes", [])]
     if manifest.get("rule", "uniform") != "uniform":
         header.append(f"allocation {manifest['rule']}, budget {manifest['budget']}")

@@ -104,7 +104,7 @@ def rank_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def reconstruction_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What training stage by stage did, of a report or a manifest."""
     found = report.get("reconstruction")
-    if found is None:
+    if found is None or not found["stages"]:
         return []
     errors = list(found["stages"].values())
     before, after = (sum(error[at] for error in errors) / len(errors) for at in (0, 1))

@@ -10,7 +10,7 @@ stays pruned.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,12 +130,17 @@ def _seen(model: nn.Module, stage: nn.Module, call: Call) -> tuple[tuple[Any, ..
 
 
 def _copied(value: Any) -> Any:
+    return _each(value, lambda tensor: tensor.detach().clone().cpu())
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested value with every tensor changed."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return change(value)
     if isinstance(value, tuple | list):
-        return type(value)(_copied(inner) for inner in value)
+        return type(value)(_each(inner, change) for inner in value)
     if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
+        return {key: _each(inner, change) for key, inner in value.items()}
     return value
 
 
@@ -163,8 +168,7 @@ def _train(
     generator = torch.Generator().manual_seed(seed)
     with _trainable(trained):
         for _ in range(options.steps):
-            args, kwargs, wanted = examples[int(torch.randint(len(examples), (), generator=generator))]
-            loss = feature_loss(_tensors(stage(*args, **kwargs)), wanted, robust=False)
+            loss = _loss(stage, examples[int(torch.randint(len(examples), (), generator=generator))])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -193,10 +197,13 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = None
 
 
+def _loss(stage: nn.Module, example: Example) -> Tensor:
+    """Of one call; examples wait in the host's memory."""
+    device = next(stage.parameters()).device
+    args, kwargs, wanted = _each(example, lambda tensor: tensor.to(device))
+    return feature_loss(_tensors(stage(*args, **kwargs)), wanted, robust=False)
+
+
 @torch.no_grad()
 def _error(stage: nn.Module, examples: Sequence[Example]) -> float:
-    found = [_tensors(stage(*args, **kwargs)) for args, kwargs, _ in examples]
-    losses = [
-        float(feature_loss(mine, wanted, robust=False)) for mine, (_, _, wanted) in zip(found, examples, strict=True)
-    ]
-    return sum(losses) / len(losses)
+    return sum(float(_loss(stage, example)) for example in examples) / len(examples)

@@ -74,10 +74,11 @@ def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
     return prompts
 
 
-def guidance_of(pipe: Any) -> float:
-    """The scale of a pipeline's guidance by a negative prompt; 1 without."""
-    call = call_arguments(pipe)
-    return float(call.get("true_cfg_scale") or call.get("guidance_scale") or 1.0)
+def guidance_of(subject: Subject) -> float:
+    """The scale g of a pipeline's guidance ``n + g (p − n)`` by a negative prompt; 1 without."""
+    call = call_arguments(subject.pipe)
+    scale = float(call.get("true_cfg_scale") or call.get("guidance_scale") or 1.0)
+    return scale + subject.family.guidance_offset
 
 
 def check_guided(dense: Subject, recording: Trajectories | None) -> None:
@@ -96,7 +97,7 @@ def check_guided(dense: Subject, recording: Trajectories | None) -> None:
         known = recording.embeds
     elif not told_nothing(pipe):
         known = conditions_of(pipe, encode_prompts(pipe, ["0"], call_arguments(pipe)))[0]
-    if guidance_of(pipe) <= 1 or not any(name.startswith(NEGATIVE) for name in known):
+    if guidance_of(dense) <= 1 or not any(name.startswith(NEGATIVE) for name in known):
         raise UserError(
             f"objective distill_guided needs a pipeline that is guided by a negative prompt, and "
             f"{info_of(pipe).source} is not; use distill_output"

@@ -90,7 +90,7 @@ class Inputs:
             if target is not None:
                 target = target.repeat(2, *[1] * (target.dim() - 1))
             latents, times = latents.repeat(2, *[1] * (latents.dim() - 1)), times.repeat(2)
-            return Told(latents, times, both_prompts(embeds), shared, guidance_of(self.subject.pipe)), target
+            return Told(latents, times, both_prompts(embeds), shared, guidance_of(self.subject)), target
         return Told(latents, times, drop_prompts(embeds, dropped), shared), target
 
     def _unsaid(self, batch: Mapping[str, Any]) -> list[str]:

@@ -41,6 +41,7 @@ class Family:
         listed: Whether latents come as a list with one tensor per row.
         guidance: How a pipeline asks for the negative prompt: "first" (rows of one call, negative ones first), "last",
             "calls" (a call of its own) or "none".
+        guidance_offset: What a pipeline adds to its guidance scale g in ``n + g (p - n)``.
         input: What a user gives for each image: "prompt", "class_labels", or "nothing".
         encoded: What ``encode_prompt`` returns, in order, by the pipeline's call argument; empty: prompts go to the
             pipeline as they are.
@@ -76,6 +77,7 @@ class Family:
     learned_sigma: bool = False
     listed: bool = False
     guidance: str = "first"
+    guidance_offset: float = 0.0
     input: str = "prompt"
     encoded: tuple[str, ...] = ()
     conditions: tuple[tuple[str, str], ...] = ()

@@ -25,4 +25,5 @@ Z_IMAGE = Family(
     listed=True,
     packed=packed,
     guidance="last",
+    guidance_offset=1.0,
 )
