@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -114,19 +117,46 @@ def read_lora(pipe: Any, lora: str | Path | Mapping[str, Tensor]) -> dict[str, T
         given = str(path)
     elif isinstance(given, str) and Path(given).exists():
         given = str(Path(given).absolute())
+    asked = {"use_safetensors": True, "return_lora_metadata": True}
+    if "return_alphas" in inspect.signature(reads).parameters:  # Flux leaves them out otherwise
+        asked["return_alphas"] = True
     try:
-        found = reads(given, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+        found = reads(given, **asked)
+        state, *alphas, metadata = found if isinstance(found, tuple) else (found, None)
+        return _scaled(state, (alphas[0] if alphas else None) or {}, dict(metadata or {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         source = given if isinstance(lora, str | Path) else "the state dict"
         raise UserError(f"cannot read a LoRA from {source}: {' '.join(str(error).split())[:300]}") from error
-    state, alphas = (found[0], found[1] or {}) if isinstance(found, tuple) else (found, {})
-    alphas = {name.removesuffix(".alpha"): float(alpha) for name, alpha in alphas.items()}
-    scaled = {}
+
+
+def _scaled(state: Mapping[str, Tensor], alphas: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The LoRA with its scales in B and its bias: alpha / r, or alpha / sqrt(r) of a rank-stabilized one
+    (Kalajdzievski 2023, arXiv:2312.03732).
+
+    Args:
+        state: The factors.
+        alphas: By layer with ".alpha" added (or by name of a text encoder's smaller factor), as diffusers gives them.
+        metadata: peft's ``LoraConfig`` by "component.key", as diffusers writes it beside the factors.
+    """
+    from peft.utils.other import get_pattern_key
+
+    numbers = {name.removesuffix(".alpha"): float(alpha) for name, alpha in alphas.items()}
+    scaled = dict(state)
     for name, tensor in state.items():
         match = _FACTOR.fullmatch(name)
-        if match is not None and _is_up(match) and match["layer"] in alphas:
-            tensor = tensor * (alphas[match["layer"]] / tensor.shape[1])
-        scaled[name] = tensor
+        layer = name.replace(".up.", ".down.") if match is None else match["layer"]
+        if not (name.endswith(".up.weight") if match is None else _is_up(match)):
+            continue
+        component, _, own = layer.partition(".")
+        alpha, rank = numbers.get(layer), float(tensor.shape[1])
+        if alpha is None and f"{component}.lora_alpha" in metadata:
+            patterns = metadata.get(f"{component}.alpha_pattern") or {}
+            alpha = float(patterns.get(get_pattern_key(patterns, own), metadata[f"{component}.lora_alpha"]))
+            rank = math.sqrt(rank) if metadata.get(f"{component}.use_rslora") else rank
+        if alpha is not None:
+            for part in (name, f"{name.removesuffix('weight')}bias"):
+                if part in state:
+                    scaled[part] = state[part] * (alpha / rank)
     return scaled
 
 
