@@ -3,6 +3,7 @@
 import itertools
 import json
 import operator
+from dataclasses import replace
 
 import lightning
 import pytest
@@ -24,8 +25,8 @@ from obsdiff.models.subject import subject_of
 from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Limits, PruningOptions, ScanOptions
-from obsdiff.pruning.plan import Plan
-from obsdiff.pruning.planfile import read_plan
+from obsdiff.pruning.plan import Plan, make_plan
+from obsdiff.pruning.planfile import read_plan, write_plan
 from obsdiff.training.options import Objective
 from obsdiff.training.recovery import Recovery
 from tests.conftest import CALL, make_pipe
@@ -280,6 +281,24 @@ def test_what_is_left_is_pruned_next(then, tmp_path, images):
     repeated = make_pipe(blocks=5)
     obsdiff.prune(repeated, plan, statistics=lambda sites: obsdiff.calibrate(repeated, PROMPTS, sites=sites))
     torch.testing.assert_close(images(repeated), images(pipe), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
+def test_a_plan_that_removes_stages_takes_dead_layers_too(pattern, tmp_path):
+    """What is dead is told of the shorter model, whose last block is another one."""
+    stage = "transformer_blocks.1"
+    two = make_pipe(blocks=4)
+    obsdiff.prune(two, removing(stage))
+    options = {"method": "magnitude", "dead": "remove"}
+    wanted = prune_stage(two, asking(pattern, allocation="uniform", **options), PROMPTS, prune_again=True)
+    plain = make_plan(subject_of(two).graph, wanted.pattern) if pattern[0] == "u" else wanted.plan
+    write_plan(replace(plain, removed=(stage,), dead=()), tmp_path / "plan.yaml", "SD3Transformer2DModel", None)
+    pipe = make_pipe(blocks=4)
+    found = prune_stage(pipe, asking(pattern, plan=str(tmp_path / "plan.yaml"), **options), PROMPTS)
+    assert found.dead == wanted.dead and set(found.dead.values()) <= {"zero", "left"} and found.dead
+    assert found.plan.dead == wanted.plan.dead and bool(found.plan.dead) is (pattern[0] == "u")
+    there = two.transformer.state_dict()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in pipe.transformer.state_dict().items())
 
 
 def test_it_allocates_what_is_left(tmp_path):
