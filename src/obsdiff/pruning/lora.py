@@ -231,7 +231,7 @@ def _check_blocks(subject: Subject, stages: Mapping[str, Sequence[int]], layers:
     named = list(layers)
     loaded = any(getattr(model, "config", {}).get("_name_or_path") for model in subject.components.values())
     for stack in dict.fromkeys(stage.rpartition(".")[0] for stage in subject.graph.stages):
-        count = len(subject.denoiser.get_submodule(stack))
+        count = len(list(subject.denoiser.get_submodule(stack).children()))
         if stack in stages:
             if len(stages[stack]) != count:
                 raise UserError(
