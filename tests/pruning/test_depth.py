@@ -3,6 +3,7 @@
 import itertools
 import json
 import operator
+from dataclasses import replace
 
 import lightning
 import pytest
@@ -17,14 +18,15 @@ from obsdiff.cli.prune import main
 from obsdiff.data.digits import DigitsDataModule
 from obsdiff.export.inspection import inspect_run
 from obsdiff.files import read_json
+from obsdiff.models.calls import remembered_call
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import PipelineInfo, attach_info, call_arguments
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Limits, PruningOptions, ScanOptions
-from obsdiff.pruning.plan import Plan
-from obsdiff.pruning.planfile import read_plan
+from obsdiff.pruning.plan import Plan, make_plan
+from obsdiff.pruning.planfile import read_plan, write_plan
 from obsdiff.training.options import Objective
 from obsdiff.training.recovery import Recovery
 from tests.conftest import CALL, make_pipe
@@ -281,6 +283,24 @@ def test_what_is_left_is_pruned_next(then, tmp_path, images):
     torch.testing.assert_close(images(repeated), images(pipe), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
+def test_a_plan_that_removes_stages_takes_dead_layers_too(pattern, tmp_path):
+    """What is dead is told of the shorter model, whose last block is another one."""
+    stage = "transformer_blocks.1"
+    two = make_pipe(blocks=4)
+    obsdiff.prune(two, removing(stage))
+    options = {"method": "magnitude", "dead": "remove"}
+    wanted = prune_stage(two, asking(pattern, allocation="uniform", **options), PROMPTS, prune_again=True)
+    plain = make_plan(subject_of(two).graph, wanted.pattern) if pattern[0] == "u" else wanted.plan
+    write_plan(replace(plain, removed=(stage,), dead=()), tmp_path / "plan.yaml", "SD3Transformer2DModel", None)
+    pipe = make_pipe(blocks=4)
+    found = prune_stage(pipe, asking(pattern, plan=str(tmp_path / "plan.yaml"), **options), PROMPTS)
+    assert found.dead == wanted.dead and set(found.dead.values()) <= {"zero", "left"} and found.dead
+    assert found.plan.dead == wanted.plan.dead and bool(found.plan.dead) is (pattern[0] == "u")
+    there = two.transformer.state_dict()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in pipe.transformer.state_dict().items())
+
+
 def test_it_allocates_what_is_left(tmp_path):
     pipe = make_pipe(blocks=5)
     report = prune_stage(pipe, asking("depth:1+structured:0.4", scan=ScanOptions(triples=6)), PROMPTS)
@@ -329,18 +349,24 @@ def test_a_recovery_trains_what_is_left(given, objective, pipe_folder, tmp_path)
     assert trained.keys() == start.keys() and any(not torch.equal(trained[name], start[name]) for name in start)
 
 
+def lora_of(pipe):
+    """On two layers of every block."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for i in range(len(pipe.transformer.transformer_blocks)):
+        for name in ("attn.to_q", "ff.net.2"):
+            rows, columns = pipe.transformer.get_submodule(f"transformer_blocks.{i}.{name}").weight.shape
+            key = f"transformer.transformer_blocks.{i}.{name}"
+            state[f"{key}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+            state[f"{key}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    return state
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_lora_of_the_whole_model_finds_its_blocks(loaded, tmp_path, images):
     """Blocks that moved up take what was trained on them, and what was of those that went is told of."""
     whole, pipe = make_pipe(blocks=4), make_pipe(blocks=4)
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for i in range(4):
-        for name in ("attn.to_q", "ff.net.2"):
-            rows, columns = whole.transformer.get_submodule(f"transformer_blocks.{i}.{name}").weight.shape
-            key = f"transformer.transformer_blocks.{i}.{name}"
-            state[f"{key}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
-            state[f"{key}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    state = lora_of(whole)
     report = obsdiff.prune(pipe, removing("transformer_blocks.1"))
     depth = report.depth
     if loaded:
@@ -350,3 +376,48 @@ def test_a_lora_of_the_whole_model_finds_its_blocks(loaded, tmp_path, images):
     assert found.dropped == ["transformer_blocks.1.attn.to_q", "transformer_blocks.1.ff.net.2"] and found.share < 1
     whole.load_lora_weights(dict(state))
     torch.testing.assert_close(images(pipe), images(skipping(whole, ["transformer_blocks.1"])))
+
+
+@pytest.mark.parametrize("way", ["in process", "by folders", "plainly", "as before"])
+def test_a_lora_finds_its_blocks_after_several_prunes(way, tmp_path, images):
+    """The numbers of the first model are carried along, whoever loads what was saved."""
+    whole, pipe = make_pipe(blocks=5), make_pipe(blocks=5)
+    state = lora_of(whole)
+    for step, given in enumerate(
+        [removing("transformer_blocks.1"), removing("transformer_blocks.2"), "unstructured:0"]
+    ):
+        report = obsdiff.prune(pipe, given, method="magnitude", prune_again=True)
+        if way != "in process":
+            folder = tmp_path / str(step)
+            obsdiff.save_pipeline(pipe, folder, report)
+            if way == "as before" and step == 0:  # when obsdiff.json did not say it
+                file = folder / "pipeline" / "obsdiff.json"
+                file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "blocks"}))
+            pipe = (
+                obsdiff.load_pipeline(folder)
+                if way != "plainly"
+                else DiffusionPipeline.from_pretrained(folder / "pipeline")
+            )
+    found = obsdiff.load_lora(pipe, state)
+    assert {name.split(".")[1] for name in found.dropped} == {"1", "3"}
+    whole.load_lora_weights(dict(state))
+    skipping(whole, ["transformer_blocks.1", "transformer_blocks.3"])
+    called = remembered_call(make_pipe(blocks=5))["transformer"]
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.transformer(**called)[0], whole.transformer(**called)[0])
+
+
+def test_a_lora_is_refused_where_blocks_may_have_moved(tmp_path):
+    pipe = make_pipe(blocks=4)
+    state = lora_of(pipe)
+    report = obsdiff.prune(pipe, removing("transformer_blocks.1"))
+    pipe.transformer.save_pretrained(tmp_path / "alone")
+    other = make_pipe(blocks=4)
+    other.transformer = type(pipe.transformer).from_pretrained(tmp_path / "alone")
+    with pytest.raises(obsdiff.UserError, match=r"changes transformer_blocks\.3, and this pipeline has 3") as error:
+        obsdiff.load_lora(other, state)
+    assert "\n" not in str(error.value)
+    assert len(obsdiff.load_lora(other, state, depth=report.depth).dropped) == 2
+    pipe.transformer = make_pipe(blocks=4).transformer
+    with pytest.raises(obsdiff.UserError, match="keep 3 blocks of transformer_blocks, and it has 4"):
+        obsdiff.load_lora(pipe, state)

@@ -1,5 +1,7 @@
 """A LoRA made for the dense model on what pruning left: the update of what stays, and nothing lost in silence."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +12,7 @@ from obsdiff.models.graph import COLUMNS, ROWS
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.lora import kept_entries
 from tests.conftest import make_pipe
+from tests.families.joint import flux
 
 PROMPTS = ["the digit one", "the digit two", "the digit three"]
 LAYERS = ("attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear")
@@ -141,6 +144,77 @@ def test_scales_are_kept():
     kohya = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): t for name, t in scaled.items()}
     obsdiff.load_lora(other, kohya)
     torch.testing.assert_close(answer(pipe), answer(other))
+
+
+CONFIGS = {
+    "alpha": {},
+    "of some": {"alpha_pattern": {"transformer_blocks.1.attn.to_q": 3, "ff.net.2": 5}},
+    "stabilized": {"use_rslora": True, "alpha_pattern": {"attn.to_k": 3}},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_scales_of_a_file_are_those_of_diffusers(config, tmp_path):
+    """What peft's configuration in the file says; the rebased file does without."""
+    plain, pipe, again = make_pipe(), make_pipe(), make_pipe()
+    dense = answer(plain)
+    state, _ = lora_of(plain)
+    told = {"r": 2, "lora_alpha": 8, "target_modules": list(LAYERS), **CONFIGS[config]}
+    told = json.dumps({f"transformer.{key}": value for key, value in told.items()})
+    save_file(state, tmp_path / "lora.safetensors", {"format": "pt", "lora_adapter_metadata": told})
+    plain.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    obsdiff.load_lora(pipe, tmp_path / "lora.safetensors", rebased=tmp_path / "rebased.safetensors")
+    again.load_lora_weights(str(tmp_path / "rebased.safetensors"))
+    assert (answer(plain) - dense).abs().max() > 0.1
+    torch.testing.assert_close(answer(pipe), answer(plain), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(answer(again), answer(pipe))
+
+
+def effects(pipe):
+    """By layer, what its LoRA adds to the weight."""
+    found = {}
+    for name, module in pipe.transformer.named_modules():
+        for adapter in getattr(module, "lora_A", {}):
+            found[name] = module.get_delta_weight(adapter).detach()
+    return found
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+def test_alphas_in_the_file_of_a_flux_pipeline(form, tmp_path):
+    torch.manual_seed(0)
+    plain = flux(True)
+    layer, other = "transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_out"
+    names = {layer: f"transformer.{layer}", other: f"transformer.{other}"}
+    smaller, larger = ".lora_A.weight", ".lora_B.weight"
+    if form == "kohya":
+        names = {layer: "lora_unet_double_blocks_0_img_attn_proj", other: "lora_unet_single_blocks_0_linear2"}
+        smaller, larger = ".lora_down.weight", ".lora_up.weight"
+    state, updates = {}, {}
+    for (name, called), alpha in zip(names.items(), (1.0, 6.0), strict=True):
+        rows, columns = plain.transformer.get_submodule(name).weight.shape
+        down, up = torch.randn(2, columns), torch.randn(rows, 2)
+        state |= {called + smaller: down, called + larger: up, f"{called}.alpha": torch.tensor(alpha)}
+        updates[name] = alpha / 2 * up @ down
+    save_file(state, tmp_path / "lora.safetensors")
+    pipe, again = flux(True), flux(True)
+    obsdiff.load_lora(pipe, tmp_path / "lora.safetensors", rebased=tmp_path / "rebased.safetensors")
+    again.load_lora_weights(str(tmp_path / "rebased.safetensors"))
+    plain.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    for found in (effects(pipe), effects(again), effects(plain)):
+        assert found.keys() == updates.keys()
+        for name, update in updates.items():
+            torch.testing.assert_close(found[name], update, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("told", [None, '{"transformer.lora_alpha": "much"}', "[", "[1]"])
+def test_a_damaged_file_is_refused(told, tmp_path):
+    pipe, file = make_pipe(), tmp_path / "lora.safetensors"
+    save_file(lora_of(pipe)[0], file, None if told is None else {"lora_adapter_metadata": told})
+    if told is None:
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"cannot read a LoRA from .*lora\.safetensors: ") as error:
+        obsdiff.load_lora(pipe, file)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

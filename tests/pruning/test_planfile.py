@@ -142,3 +142,11 @@ def test_how_a_plan_spreads(pipe):
     assert kinds_of(make_plan(graph, Unstructured(0.5))) == "50.0% to 50.0%, median 50.0%"
     nm = Plan(NM(2, 4), {Q: NM(1, 4), K: Unstructured(0.0), UP: NM(1, 4)})
     assert kinds_of(fitted_plan(nm, graph)) == "2 x 1:4, 1 x dense"
+
+
+def test_a_stage_goes_once(tmp_path, pipe):
+    path = tmp_path / "plan.yaml"
+    stage = "transformer_blocks.1"
+    path.write_text(yaml.safe_dump({"pattern": "depth:2", "removed": [stage, stage], "layers": {}}))
+    with pytest.raises(obsdiff.UserError, match=r"removed names 'transformer_blocks\.1' more than once"):
+        read_plan(path, subject_of(pipe).graph)

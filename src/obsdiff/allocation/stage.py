@@ -77,7 +77,7 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
     if (depth := depth_of(options)) is not None:
         stages_to_remove(subject, depth, options.spare_blocks)
     plan = first_plan(subject.graph, options)
-    if options.dead == "remove":
+    if options.dead == "remove" and not plan.removed:  # otherwise its layers are of what will be left
         plan = without_dead(subject.graph, plan, subject.dead, options.exclude)
     subject.check(plan.layers(subject.graph))
     return subject, plan
@@ -126,7 +126,10 @@ def prune_stage(
 
     def layers(shorter: Subject, own: PruningOptions) -> PruneReport:
         if plan.removed:
-            return _prune_layers(shorter, fitted_plan(replace(plan, removed=()), shorter.graph), own, prompts, kept)
+            fitted = fitted_plan(replace(plan, removed=()), shorter.graph)
+            if own.dead == "remove":
+                fitted = without_dead(shorter.graph, fitted, shorter.dead, own.exclude)
+            return _prune_layers(shorter, fitted, own, prompts, kept)
         return _prune_layers(*prepare(shorter, own, prune_again=True), own, prompts, kept)
 
     whole = before_reconstruction(subject, options, prompts) if options.reconstruction.steps else None

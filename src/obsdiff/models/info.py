@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class PipelineInfo:
         alignment: What can read its images ("digits": the embedded classifier), or None.
         prompts: Default prompt sets, "calibration" and "evaluation": names of embedded ones, or files.
         manifest: ``pruning.json`` if it came out of a prune run.
+        blocks: By list of the denoiser that lost some, the numbers that its blocks had in the dense model; None: it
+            lost none, as far as is known.
     """
 
     source: str
@@ -40,10 +42,12 @@ class PipelineInfo:
     alignment: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] | None = None
+    blocks: Mapping[str, Sequence[int]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``obsdiff.json``, as long as it names no files (see :func:`write_info`)."""
-        return {"call": dict(self.call), "alignment": self.alignment, "prompts": dict(self.prompts)}
+        blocks = {} if self.blocks is None else {"blocks": {name: list(own) for name, own in self.blocks.items()}}
+        return {"call": dict(self.call), "alignment": self.alignment, "prompts": dict(self.prompts), **blocks}
 
 
 def write_info(info: PipelineInfo, folder: Path) -> None:
@@ -58,7 +62,7 @@ def write_info(info: PipelineInfo, folder: Path) -> None:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """``call``, ``alignment`` and ``prompts`` of a pipeline's ``obsdiff.json``, as far as it gives them.
+    """``call``, ``alignment``, ``prompts`` and ``blocks`` of a pipeline's ``obsdiff.json``, as far as it gives them.
 
     The folder may come from anyone. A prompt set that it names is an embedded one or a file inside the folder, given
     here by its absolute path; another is left out with a warning, as only a user may name it.
@@ -70,7 +74,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     content = read_json(path, "obsdiff's pipeline information")
-    known = _checked(content, ("call", "alignment", "prompts", FILES), path, "the file")
+    known = _checked(content, ("call", "alignment", "prompts", "blocks", FILES), path, "the file")
     known.pop(FILES, None)  # what a folder that lists its files adds
     if "call" in known:
         for name, value in _checked(known["call"], CALL_ARGUMENTS, path, "call").items():
@@ -78,6 +82,10 @@ def read_info(folder: Path) -> dict[str, Any]:
     alignment = known.get("alignment")
     if alignment is not None and alignment not in ALIGNMENTS:
         raise UserError(f"{path}: alignment is {_short(alignment)}; it must be null or {' or '.join(ALIGNMENTS)}")
+    if "blocks" in known and not _are_blocks(known["blocks"]):
+        raise UserError(
+            f"{path}: blocks is {_short(known['blocks'])}; it must give, by list, the blocks' dense numbers"
+        )
     if "prompts" in known:
         named = _checked(known["prompts"], PROMPT_SETS, path, "prompts")
         for key, value in named.items():
@@ -85,6 +93,11 @@ def read_info(folder: Path) -> dict[str, Any]:
                 raise UserError(f"{path}: prompts.{key} is {_short(value)}; it must be the name of a prompt set")
         known["prompts"] = {key: own for key, name in named.items() if (own := _own_prompts(folder, name, path))}
     return known
+
+
+def _are_blocks(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [None]
+    return all(isinstance(own, list) and all(type(i) is int and i >= 0 for i in own) for own in lists)
 
 
 def _checked(value: Any, keys: tuple[str, ...], path: Path, what: str) -> dict[str, Any]:
@@ -140,7 +153,9 @@ def info_of(pipe: Any) -> PipelineInfo:
     if isinstance(found, PipelineInfo):
         return found
     source = getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__
-    return PipelineInfo(str(source))
+    file = Path(str(source)) / INFO_FILE  # diffusers alone may have loaded what was saved here
+    blocks = read_json(file, "obsdiff's pipeline information").get("blocks") if file.is_file() else None
+    return PipelineInfo(str(source), blocks=blocks if _are_blocks(blocks) else None)
 
 
 def attach_info(pipe: Any, info: PipelineInfo) -> None:

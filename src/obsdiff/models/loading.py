@@ -99,6 +99,8 @@ def open_pipeline(
             "download it again"
         )
     called = name or str(source) + ("" if denoiser is None else f" with {denoiser}")
+    if depth := (manifest or {}).get("depth"):  # as runs said it before obsdiff.json did
+        info.setdefault("blocks", depth["kept"])
     attach_info(pipe, PipelineInfo(called, **info, manifest=manifest))
     pipe.set_progress_bar_config(disable=True)
     return to_device(pipe, device)

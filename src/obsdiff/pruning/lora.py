@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,12 +72,13 @@ def load_lora(
 
     Args:
         pipe: A pruned pipeline that :func:`obsdiff.load_pipeline` loaded, or that ``obsdiff.prune`` pruned (then give
-            ``masks``, and ``depth`` where stages went).
+            ``masks``).
         lora: A safetensors file, a folder or hub id as diffusers takes it, or a state dict; in any form that the
             pipeline's class reads.
         adapter_name: As in diffusers.
         masks: ``report.masks`` of a prune in this process.
-        depth: ``report.depth`` of one that removed stages: the blocks that moved up take what was made for them.
+        depth: ``report.depth`` of one that removed stages, for a pipeline that does not know it (its denoiser was
+            loaded alone, say): the blocks that moved up take what was made for them.
         rebased: A new ``.safetensors`` file to write the LoRA to as it was loaded; plain diffusers loads that one into
             the saved pipeline.
 
@@ -88,8 +92,7 @@ def load_lora(
     target = None if rebased is None else _new_file(rebased)
     state = read_lora(pipe, lora)
     kept = masks if masks is not None else _masks_of(subject)
-    known = depth or (info_of(pipe).manifest or {}).get("depth") or {}
-    state, report = rebase_lora(subject, state, kept, known.get("kept", {}))
+    state, report = rebase_lora(subject, state, kept, info_of(pipe).blocks or (depth or {}).get("kept", {}))
     pipe.load_lora_weights(dict(state), adapter_name=adapter_name)
     if target is not None:
         with whole_file(target) as temporary:
@@ -114,19 +117,46 @@ def read_lora(pipe: Any, lora: str | Path | Mapping[str, Tensor]) -> dict[str, T
         given = str(path)
     elif isinstance(given, str) and Path(given).exists():
         given = str(Path(given).absolute())
+    asked = {"use_safetensors": True, "return_lora_metadata": True}
+    if "return_alphas" in inspect.signature(reads).parameters:  # Flux leaves them out otherwise
+        asked["return_alphas"] = True
     try:
-        found = reads(given, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+        found = reads(given, **asked)
+        state, *alphas, metadata = found if isinstance(found, tuple) else (found, None)
+        return _scaled(state, (alphas[0] if alphas else None) or {}, dict(metadata or {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         source = given if isinstance(lora, str | Path) else "the state dict"
         raise UserError(f"cannot read a LoRA from {source}: {' '.join(str(error).split())[:300]}") from error
-    state, alphas = (found[0], found[1] or {}) if isinstance(found, tuple) else (found, {})
-    alphas = {name.removesuffix(".alpha"): float(alpha) for name, alpha in alphas.items()}
-    scaled = {}
+
+
+def _scaled(state: Mapping[str, Tensor], alphas: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The LoRA with its scales in B and its bias: alpha / r, or alpha / sqrt(r) of a rank-stabilized one
+    (Kalajdzievski 2023, arXiv:2312.03732).
+
+    Args:
+        state: The factors.
+        alphas: By layer with ".alpha" added (or by name of a text encoder's smaller factor), as diffusers gives them.
+        metadata: peft's ``LoraConfig`` by "component.key", as diffusers writes it beside the factors.
+    """
+    from peft.utils.other import get_pattern_key
+
+    numbers = {name.removesuffix(".alpha"): float(alpha) for name, alpha in alphas.items()}
+    scaled = dict(state)
     for name, tensor in state.items():
         match = _FACTOR.fullmatch(name)
-        if match is not None and _is_up(match) and match["layer"] in alphas:
-            tensor = tensor * (alphas[match["layer"]] / tensor.shape[1])
-        scaled[name] = tensor
+        layer = name.replace(".up.", ".down.") if match is None else match["layer"]
+        if not (name.endswith(".up.weight") if match is None else _is_up(match)):
+            continue
+        component, _, own = layer.partition(".")
+        alpha, rank = numbers.get(layer), float(tensor.shape[1])
+        if alpha is None and f"{component}.lora_alpha" in metadata:
+            patterns = metadata.get(f"{component}.alpha_pattern") or {}
+            alpha = float(patterns.get(get_pattern_key(patterns, own), metadata[f"{component}.lora_alpha"]))
+            rank = math.sqrt(rank) if metadata.get(f"{component}.use_rslora") else rank
+        if alpha is not None:
+            for part in (name, f"{name.removesuffix('weight')}bias"):
+                if part in state:
+                    scaled[part] = state[part] * (alpha / rank)
     return scaled
 
 
@@ -145,7 +175,8 @@ def rebase_lora(
         stages: By list, the numbers that its blocks had in the dense model, where some are gone.
 
     Raises:
-        UserError: A layer has another size than the dense model's, or no layer is there.
+        UserError: A layer has another size than the dense model's, no layer is there, or blocks may have moved up and
+            it is not known which.
     """
     graph, several = subject.graph, len(subject.components) > 1  # of two denoisers, names begin with the component
     prefixes = {f"{component}.": f"{component}." if several else "" for component in subject.components}
@@ -161,6 +192,7 @@ def rebase_lora(
             factors.setdefault(layer, {})[_is_up(match)] = name, tensor
         else:
             rest[name] = tensor
+    _check_blocks(subject, stages or {}, factors)
     report = LoraReport(elsewhere=sum(_FACTOR.fullmatch(name) is not None for name in rest) // 2)
     made = {name: tensor for name, tensor in rest.items() if not name.startswith(tuple(prefixes))}
     before = after = 0.0
@@ -192,6 +224,31 @@ def rebase_lora(
         raise UserError(f"the LoRA would change nothing: the denoiser has none of its {len(factors)} layers{named}")
     report.share = after / before if before else 1.0
     return made, report
+
+
+def _check_blocks(subject: Subject, stages: Mapping[str, Sequence[int]], layers: Iterable[str]) -> None:
+    """Refuse where blocks may have moved and nobody knows how."""
+    named = list(layers)
+    loaded = any(getattr(model, "config", {}).get("_name_or_path") for model in subject.components.values())
+    for stack in dict.fromkeys(stage.rpartition(".")[0] for stage in subject.graph.stages):
+        count = len(list(subject.denoiser.get_submodule(stack).children()))
+        if stack in stages:
+            if len(stages[stack]) != count:
+                raise UserError(
+                    f"the pipeline is said to keep {len(stages[stack])} blocks of {stack}, and it has {count}; load it "
+                    "again with obsdiff.load_pipeline, or give depth=report.depth of the prune that it came out of"
+                )
+            continue
+        numbers = (
+            layer.removeprefix(f"{stack}.").partition(".")[0] for layer in named if layer.startswith(f"{stack}.")
+        )
+        most = max((int(number) for number in numbers if number.isdecimal()), default=-1)
+        if loaded and most >= count:
+            raise UserError(
+                f"the LoRA changes {stack}.{most}, and this pipeline has {count} of them: if stages were removed, load "
+                "the prune run's folder with obsdiff.load_pipeline or give depth=report.depth; else it is of another "
+                "model"
+            )
 
 
 def _place(layer: str, stages: Mapping[str, Sequence[int]]) -> str:

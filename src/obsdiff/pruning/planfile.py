@@ -61,6 +61,8 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     removed = content.get("removed", [])
     if not isinstance(removed, list) or not all(isinstance(name, str) for name in removed):
         raise UserError(f"plan {path}: removed is {_shown(removed)}; it must be a list of stages")
+    if doubled := [name for name in dict.fromkeys(removed) if removed.count(name) > 1]:
+        raise UserError(f"plan {path}: removed names {_shown(doubled[0])} more than once; a stage can go once")
     if not isinstance(content.get("layers"), dict) or not (content["layers"] or removed):
         raise UserError(f"{path} is not a plan; it needs 'pattern' and 'layers' (a pattern by layer name)")
     if unknown := sorted(str(key) for key in content.keys() - _KEYS):

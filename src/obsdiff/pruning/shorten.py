@@ -12,6 +12,7 @@ from torch import nn
 from obsdiff.errors import UserError
 from obsdiff.models.content import model_hash
 from obsdiff.models.denoisers import parts_of
+from obsdiff.models.info import attach_info, info_of
 from obsdiff.models.stacks import Shorter, Stack, Uncounted, shortened
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Depth, of_layers
@@ -165,8 +166,15 @@ def prune_shorter(
     report.depth, report.model = {**record, **(measured or {})}, record["model"]
     if not layered or report.plan.structured:
         report.sparsity = 1 - report.parameters["pruned"] / dense
+    info = info_of(subject.pipe)
+    attach_info(subject.pipe, replace(info, blocks=_dense_numbers(info.blocks or {}, record["kept"])))
     report.time_s["total"] = time.perf_counter() - started
     return report
+
+
+def _dense_numbers(before: Mapping[str, Sequence[int]], kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """By list, the numbers in the dense model of the blocks that are kept of those that were there before."""
+    return {**before, **{name: [before[name][i] for i in own] if name in before else own for name, own in kept.items()}}
 
 
 def depth_record(subject: Subject, stages: Sequence[str]) -> dict[str, Any]:
