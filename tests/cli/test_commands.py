@@ -200,7 +200,7 @@ def test_mistakes(pipe_folder, tmp_path, capsys):
         (["--pattern", "diagonal:0.5"], "unknown pattern"),
         (["--pattern", "4:4"], "4:4"),
         (["--pattern", "3:7"], "multiple of 7"),
-        (["--method", "dsnot"], "unknown method"),
+        (["--method", "obd"], "unknown method"),
         (["--method", "admm", "--pattern", "structured:0.3"], "cannot prune heads"),
         (["--nonsense", "1"], "nonsense"),
         (["--seed", "x"], "seed"),

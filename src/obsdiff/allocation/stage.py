@@ -72,14 +72,14 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
         UserError: The plan does not fit, a layer would not be pruned truly, or the pipeline is pruned already.
     """
     subject = subject_of(pipe)
-    if not prune_again:
-        refuse_pruned(subject.graph, info_of(subject.pipe).manifest)
     if (depth := depth_of(options)) is not None:
         stages_to_remove(subject, depth, options.spare_blocks)
     plan = first_plan(subject.graph, options)
     if options.dead == "remove" and not plan.removed:  # otherwise its layers are of what will be left
         plan = without_dead(subject.graph, plan, subject.dead, options.exclude)
     subject.check(plan.layers(subject.graph))
+    if not prune_again:
+        refuse_pruned(subject.graph, info_of(subject.pipe).manifest)
     return subject, plan
 
 

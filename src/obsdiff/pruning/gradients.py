@@ -64,13 +64,19 @@ def check_differentiable(subject: Subject) -> None:
             kind = str(dtype).removeprefix("torch.")
             raise UserError(f"gradients of the loss vanish or overflow in {kind}; use --dtype float32 or bfloat16")
         given, answered = (getattr(model.config, name, None) for name in ("in_channels", "out_channels"))
-        if given is not None and answered is not None and given > answered:
+        if given is not None and answered is not None and answered < given != answered * _patch_area(model):
             raise UserError(
                 f"the {type(model).__name__} is given {given} channels and answers {answered}: it works on an image "
                 "too, whose training loss is not known, so it has no gradient; use a method that goes by layer inputs, "
                 "such as obs"
             )
     _noising(subject, SIZE)
+
+
+def _patch_area(model: Any) -> int:
+    """Pixels of a patch, which packed latents (Qwen-Image) bring as channels that ``out_channels`` does not count."""
+    patch = getattr(model.config, "patch_size", None) or 1
+    return math.prod(patch) if isinstance(patch, tuple | list) else int(patch) ** 2
 
 
 def _noising(subject: Subject, size: tuple[int, int]) -> Noising:
