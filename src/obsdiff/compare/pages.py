@@ -139,6 +139,7 @@ def draw_lines(lines: Sequence[Line], options: CompareOptions) -> str:
         panel.set_yscale("log")
         panel.set_ylabel(f"MSE to dense\n{recipe}")
         panel.set_xticks(range(len(options.patterns)), options.patterns)
+        panel.set_xlim(-0.5, len(options.patterns) - 0.5)
         panel.grid(axis="y", alpha=0.3)
         for border in range(1, len(options.patterns)):
             panel.axvline(border - 0.5, color="0.85", linewidth=1)
