@@ -32,7 +32,7 @@ from obsdiff.evaluation.references import Images, References, measure, per_image
 from obsdiff.evaluation.sampling import save_images
 from obsdiff.export.places import finite, pipeline_bytes
 from obsdiff.export.run import evaluation_prompts
-from obsdiff.files import read_json, whole_file, working_folder, write_json
+from obsdiff.files import read_json, remove_leftovers, whole_file, working_folder, write_json
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.content import component_hashes
 from obsdiff.models.info import call_arguments, info_of
@@ -113,6 +113,8 @@ def run_part(
     for at, unit in enumerate(units):
         wanted = rows_of(options, unit, dense)
         missing = {name: file for name, file in wanted.items() if not finished(file)}
+        for file in wanted.values():  # killed after its last row was written, before it was tidied up
+            remove_leftovers(file.with_suffix(""))
         if not missing:
             continue
         for name, row in _run(options, unit, dense, missing, fit):
