@@ -28,10 +28,10 @@ from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.graph import Graph, group_parameters
 from obsdiff.models.subject import Subject, subject_of
-from obsdiff.obs.pattern import Depth, Pattern, Structured, Unstructured, parse_pattern
+from obsdiff.obs.pattern import Depth, Pattern, Unstructured, of_layers, parse_request
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
-from obsdiff.pruning.plan import Plan, kept_units, make_plan
+from obsdiff.pruning.plan import Plan, kept_units, make_plan, parted, with_weights
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 
 CHECKS = 3  # passes of the probe that compare the plan and the uniform one with the dense outputs
@@ -92,8 +92,14 @@ def allocate(
     check_prompts(prompts)
     subject, rule, folder = subject_of(pipe, prompts), rule_of(options), None if store is None else Path(store)
     graph = subject.graph
-    budget, base = _asked(graph, options)
-    subject.check(base.layers(graph))
+    budget, asked = _asked(graph, options)
+    subject.check(asked.layers(graph))
+    base, weights = parted(asked)  # what is allocated, and what then becomes of single weights
+
+    def whole(patterns: Sequence[Pattern], rule: str) -> Plan:
+        cut = plan_of(graph, base, units, patterns, rule, budget)
+        return cut if weights is None else with_weights(graph, cut, weights)
+
     if statistics is None:
         raise UserError(f"allocating {options.pattern} needs statistics; calibrate")
     check_measured_on(statistics, graph.denoiser)
@@ -125,12 +131,12 @@ def allocate(
         patterns, (share, *interval) = meet_latency(graph, units, budget, costs, timing, solve, quiet)
         record |= {"achieved": share, "achieved_interval": interval}
         limit = table_cost(units, patterns, costs) + 1e-9 * costs.dense  # compared at what the choice costs
-    plan = plan_of(graph, base, units, patterns, rule, budget)
+    plan = whole(patterns, rule)
     if scanned is None:
         return Allocation(plan, record)
     sensitivity, probe = scanned.sensitivity, scanned.probe
     found = choose(errors, costs.options, limit)
-    even = plan_of(graph, base, units, meet_with_offsets(units, [0.0] * len(units), costs, limit), "uniform", budget)
+    even = whole(meet_with_offsets(units, [0.0] * len(units), costs, limit), "uniform")
     joint, uniform = joint_errors(Solver(graph, statistics, solve_options(options)), [plan, even], probe)
     record |= {
         "predicted_error": found.error,
@@ -162,7 +168,8 @@ def _stages(
 
 def _asked(graph: Graph, options: PruningOptions) -> tuple[Budget, Plan]:
     """The budget, and the uniform plan of what may be pruned; the measured rule spares no stage unless told to."""
-    pattern, spared = parse_pattern(options.pattern), options.spare_blocks
+    pattern, spared = of_layers(parse_request(options.pattern)), options.spare_blocks
+    assert pattern is not None  # depth alone is answered before
     chosen = options.include, options.exclude
     if options.budget is None:
         budget = default_budget(graph, make_plan(graph, pattern, *chosen, spared))
@@ -237,9 +244,7 @@ def default_budget(graph: Graph, uniform: Plan) -> Budget:
     total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
     gone = 0
     for group in uniform.groups(graph):
-        pattern = uniform.entries[group.name]
-        assert isinstance(pattern, Structured)
-        kept = kept_units(group, pattern)
+        kept = kept_units(group, uniform.modules[group.name])
         gone += group_parameters(graph, group, group.count) - group_parameters(graph, group, kept)
     return Budget("parameters", (total - gone) / total)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from obsdiff.errors import UserError
 from obsdiff.names import ALLOCATIONS, DEAD, FUSIONS, METHODS, STRUCTURED_METHODS
 from obsdiff.numbers import check_number, check_seed, check_whole
-from obsdiff.obs.pattern import RANK, Depth, Structured, is_bare, of_layers, parse_request
+from obsdiff.obs.pattern import RANK, Depth, Hybrid, is_bare, of_layers, of_units, parse_request
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.options import (
     CalibrationOptions,
@@ -75,21 +75,25 @@ def check_values(options: PruningOptions) -> None:
         read_yaml(options.plan, "plan")
     else:
         request = parse_request(options.pattern)
-        pattern = of_layers(request)
+        units = of_units(request)
         if isinstance(request, Depth):
             _check_depth(request, options)
         if is_bare(options.pattern) and options.budget is None:
             raise UserError(f"pattern {options.pattern!r} has no number; give one, or --budget, by which it is chosen")
-        ranks = isinstance(pattern, Structured) and pattern.rank is not None
+        ranks = units is not None and units.rank is not None
         if ranks and options.allocation == "owl":
             raise UserError("owl does not say how ranks share a budget; use --allocation measured")
         if ranks and (options.budget or "").startswith("latency:"):
             raise UserError("ranks hardly change latency; use a budget in parameters or flops, or leave rank out")
-        cuts = isinstance(pattern, Structured) and pattern.kinds != (RANK,)
-        if cuts and options.method not in STRUCTURED_METHODS:
+        if units is not None and units.kinds != (RANK,) and options.method not in STRUCTURED_METHODS:
             *some, last = STRUCTURED_METHODS
             other = f"{', '.join(some)} or {last}"
-            raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {pattern}")
+            raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {units}")
+        if isinstance(of_layers(request), Hybrid) and (options.budget or "").startswith("sparsity:"):
+            raise UserError(
+                f"a budget in sparsity does not say how {options.pattern} shares it between units and single weights; "
+                "use parameters:SHARE, which counts what is stored dense"
+            )
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     if options.dead not in DEAD:
@@ -98,7 +102,7 @@ def check_values(options: PruningOptions) -> None:
         raise UserError(f"unknown allocation {options.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
     if options.budget is not None:
         kind = parse_budget(options.budget).kind
-        if kind in ("flops", "latency") and options.plan is None and not isinstance(pattern, Structured):
+        if kind in ("flops", "latency") and options.plan is None and units is None:
             raise UserError(f"a budget in {kind} needs a structured pattern: dense kernels do not skip zeros")
     check_seed("seed", options.seed)
     _check_calibration(options.calibration)

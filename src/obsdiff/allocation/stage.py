@@ -34,11 +34,12 @@ from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.observers import GRADIENTS, gradient_for
 from obsdiff.pruning.calibrate import calibrate
+from obsdiff.pruning.dead import fate_of_dead, without_dead
 from obsdiff.pruning.defaults import departures
 from obsdiff.pruning.gradients import TIMES, layers_of
 from obsdiff.pruning.oneshot import prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, describe, fate_of_dead, kept_units, packages_of, remarks, without_dead
+from obsdiff.pruning.plan import Plan, describe, kept_units, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan, kinds_of
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.shorten import stages_to_remove
