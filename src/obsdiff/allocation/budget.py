@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.evaluation.flops import denoiser_flops, shrunk_flops
-from obsdiff.models.graph import group_parameters, shapes_with, units_parameters
+from obsdiff.models.graph import Size, group_parameters, shapes_with, stored_bytes, units_parameters
 from obsdiff.models.subject import Subject
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.pruning.plan import kept_units
@@ -33,7 +35,7 @@ class Costs:
 
 
 def costs_of(subject: Subject, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
-    """Cost tables under a budget in sparsity, parameters or FLOPs."""
+    """Cost tables under a budget in sparsity, parameters, bytes or FLOPs."""
     graph = subject.graph
     members = [member for unit in units for member in unit.members]
     total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
@@ -63,8 +65,11 @@ def costs_of(subject: Subject, units: Sequence[Unit], budget: Budget, call: Mapp
                 per_unit[name] = (fewer - flops(name, half // 2)) / (half - half // 2)
             whole[name] = total - fewer + per_unit[name] * half
     else:
-        per_unit = {name: float(units_parameters(graph, group)) for name, group in groups.items()}
-        whole = {name: float(group_parameters(graph, group, group.count)) for name, group in groups.items()}
+        size: Size = Tensor.numel
+        if budget.kind == "bytes":
+            size, total = stored_bytes, sum(map(stored_bytes, graph.denoiser.state_dict().values()))
+        per_unit = {name: float(units_parameters(graph, group, size=size)) for name, group in groups.items()}
+        whole = {name: float(group_parameters(graph, group, group.count, size)) for name, group in groups.items()}
 
     def cost(name: str, pattern: Pattern) -> float:
         kept = kept_units(groups[name], pattern)  # type: ignore[arg-type]  # all structured

@@ -20,8 +20,8 @@ from obsdiff.pruning.options import (
 )
 from obsdiff.yamlfiles import read_yaml
 
-KINDS = ("sparsity", "parameters", "flops", "latency")
-_SYNTAX = "use sparsity:0.5 (share removed), parameters:0.7, flops:0.7 or latency:0.7 (share that stays)"
+KINDS = ("sparsity", "parameters", "bytes", "flops", "latency")
+_SYNTAX = "use sparsity:0.5 (share removed), parameters:0.7, bytes:0.7, flops:0.7 or latency:0.7 (share that stays)"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Budget:
     """What may stay.
 
     Attributes:
-        kind: "sparsity", "parameters", "flops" or "latency".
+        kind: "sparsity", "parameters", "bytes" (of the denoiser's tensors as stored), "flops" or "latency".
         share: Of the dense denoiser, in (0, 1]: for "sparsity" the share of the planned layers' weights (structured:
             of the denoiser's parameters) that goes, for the others the share that stays.
     """
@@ -102,8 +102,9 @@ def check_values(options: PruningOptions) -> None:
         raise UserError(f"unknown allocation {options.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
     if options.budget is not None:
         kind = parse_budget(options.budget).kind
-        if kind in ("flops", "latency") and options.plan is None and units is None:
-            raise UserError(f"a budget in {kind} needs a structured pattern: dense kernels do not skip zeros")
+        if kind in ("bytes", "flops", "latency") and options.plan is None and units is None:
+            why = "zeros are stored like other weights" if kind == "bytes" else "dense kernels do not skip zeros"
+            raise UserError(f"a budget in {kind} needs a structured pattern: {why}")
     check_seed("seed", options.seed)
     _check_calibration(options.calibration)
     check_scan(options.scan)
