@@ -102,7 +102,8 @@ def check_values(options: PruningOptions) -> None:
         raise UserError(f"unknown allocation {options.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
     if options.budget is not None:
         kind = parse_budget(options.budget).kind
-        if kind in ("bytes", "flops", "latency") and options.plan is None and units is None:
+        unfit = options.plan is None and units is None and not isinstance(request, Depth)
+        if unfit and kind in ("bytes", "flops", "latency"):
             why = "zeros are stored like other weights" if kind == "bytes" else "dense kernels do not skip zeros"
             raise UserError(f"a budget in {kind} needs a structured pattern: {why}")
     check_seed("seed", options.seed)
@@ -115,7 +116,7 @@ def check_values(options: PruningOptions) -> None:
 def _check_depth(depth: Depth, options: PruningOptions) -> None:
     """Refuse what a number of stages leaves without effect."""
     if options.budget is not None:
-        raise UserError(f"a budget does not choose stages yet; give {depth} its numbers and leave out --budget")
+        _check_depth_under(depth, parse_budget(options.budget))
     if depth.then is not None:
         return
     default, calibration = PruningOptions(), CalibrationOptions()
@@ -129,6 +130,21 @@ def _check_depth(depth: Depth, options: PruningOptions) -> None:
     told += ["dead remove"] if options.dead == "remove" else []
     if told:
         raise UserError(f"{depth} alone prunes no layers, so --{told[0]} has no effect; leave it out, or add a pattern")
+
+
+def _check_depth_under(depth: Depth, budget: Budget) -> None:
+    """Refuse budgets that say nothing of stages."""
+    if budget.kind in ("sparsity", "latency"):
+        raise UserError(
+            f"a budget in {budget.kind} does not choose stages; use parameters:SHARE, bytes:SHARE or flops:SHARE"
+        )
+    if depth.then is None and depth.amount is not None:
+        raise UserError(f"{depth} says how many stages go; leave out --budget, or use depth or {depth}+structured")
+    if depth.then is not None and of_units(depth) is None:
+        raise UserError(
+            f"a budget chooses stages together with heads, neurons and ranks, not with {depth.then} alone; use "
+            f"depth+structured+{depth.then}"
+        )
 
 
 def check_scan(scan: ScanOptions) -> None:

@@ -204,14 +204,16 @@ class Depth:
     """Whole stages (blocks) go; then the layers that are left may be pruned too.
 
     Attributes:
-        amount: Stages to remove: a whole number, or a share of them below 1.
+        amount: Stages to remove: a whole number, or a share of them below 1; None: as many as a budget chooses.
         then: What is done to the layers of the shorter model; None: nothing.
     """
 
-    amount: float
+    amount: float | None
     then: Pattern | Hybrid | None = None
 
     def __post_init__(self) -> None:
+        if self.amount is None:
+            return
         if not (0 < self.amount < 1 or (self.amount >= 1 and float(self.amount).is_integer())):
             raise UserError(
                 f"depth is {self.amount:g}; it must be a whole number of stages, or a share of them below 1"
@@ -220,14 +222,16 @@ class Depth:
     @property
     def sparsity(self) -> float:
         """The share of the stages that goes, 0 while only their number is known."""
-        return self.amount if self.amount < 1 else 0.0
+        return self.amount if self.amount is not None and self.amount < 1 else 0.0
 
     def gone(self, count: int) -> int:
         """Stages that go of ``count``; a share is rounded, half to even."""
+        assert self.amount is not None
         return round(self.amount * count) if self.amount < 1 else int(self.amount)
 
     def __str__(self) -> str:
-        return f"{DEPTH}:{self.amount:.10g}" + ("" if self.then is None else f"+{self.then}")
+        amount = DEPTH if self.amount is None else f"{DEPTH}:{self.amount:.10g}"
+        return amount + ("" if self.then is None else f"+{self.then}")
 
 
 Request = Pattern | Hybrid | Depth
@@ -238,7 +242,7 @@ _SYNTAX = (
     "use unstructured:RATIO (unstructured:0.5), N:M (2:4), structured:RATIO (structured:0.3), "
     "structured:heads=RATIO,ffn=RATIO[,channels=RATIO][,multiple_of=WIDTH], rank:RANK (rank:64), rank:SHARE, "
     "structured:RATIO+rank:RANK, depth:STAGES (depth:2), depth:SHARE, structured or rank+N:M or +unstructured:RATIO, "
-    "or depth:STAGES+any of the others"
+    "or depth:STAGES+any of the others; with a budget structured, rank and depth need no number"
 )
 
 
@@ -255,10 +259,11 @@ def parse_request(text: str | Request) -> Request:
     if not depths:
         return _layered(text, parts)
     rest = [part for part in parts if part not in depths]
-    value = depths[0].partition(":")[2]
-    if len(depths) > 1 or not value:
+    _, given, value = depths[0].partition(":")
+    if len(depths) > 1 or (given and not value):
         raise UserError(f"pattern {str(text)[:80]!r} needs one number of stages; {_SYNTAX}")
-    return Depth(_number(value, str(text)), _layered("+".join(rest), rest) if rest else None)
+    amount = _number(value, str(text)) if value else None
+    return Depth(amount, _layered("+".join(rest), rest) if rest else None)
 
 
 def _layered(text: str | Pattern, parts: Sequence[str]) -> Pattern | Hybrid:
@@ -334,7 +339,7 @@ def _combined(parts: list[str], text: str) -> Structured:
 
 def is_bare(text: str) -> bool:
     """Whether a pattern names a kind without a number, which asks for a budget."""
-    return any(part.strip() in BARE for part in text.split("+"))
+    return any(part.strip() in (*BARE, DEPTH) for part in text.split("+"))
 
 
 def _parse_structured(value: str, text: str) -> Structured:

@@ -339,7 +339,9 @@ def packages_of(graph: Graph, plan: Plan, packages: int) -> list[list[str]]:
 def describe(pattern: Request) -> str:
     """For people: what the pattern does."""
     if isinstance(pattern, Depth):
-        amount = f"{pattern.amount:.1%} of the stages" if pattern.amount < 1 else f"{pattern.amount:g} stages"
+        some = pattern.amount or 0
+        amount = f"{some:.1%} of the stages" if some < 1 else f"{some:g} stages"
+        amount = "no stages or some" if pattern.amount is None else amount
         return f"{amount} go" + ("" if pattern.then is None else f", then {describe(pattern.then)}")
     if isinstance(pattern, Hybrid):
         return f"{describe(pattern.first)}; then {describe(pattern.then)}"
