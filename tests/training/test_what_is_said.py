@@ -62,10 +62,10 @@ def test_each_validation_is_one_line(said):
 def test_the_end_sums_it_up(said):
     output, out, _ = said
     report = json.loads((output / "recovered" / "report.json").read_text())
-    recovery, rows = report["recovery"], dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
     assert list(rows) == ["recovered", "parameters", "MSE to dense", "alignment", "Fréchet", "budget", "time", "result"]
     assert rows["recovered"].endswith("unstructured:0.5 by obs, sparsity 50.00%, 6 steps")
-    before, after = (recovery[f"fidelity_{when}"]["mse"] for when in ("before", "after"))
+    before, after = (report["evaluation"][stage]["mse"] for stage in ("pruned", "recovered"))
     assert rows["MSE to dense"].startswith(f"{before:.3g} -> {after:.3g} (95% ") and "2 images" in rows["MSE to dense"]
     assert rows["budget"] == "6 of 6 steps"
     assert rows["result"].startswith(str(output / "recovered"))

@@ -50,7 +50,8 @@ def evaluation_of(
 
     Returns:
         ``n``, ``first_seed``; ``says``: what reads the images, by measure; ``skipped``: why a measure is not there;
-        the figures of each of ``drawn`` under its name; ``remarks``: what should not be overlooked.
+        the figures of each of ``drawn`` under its name; ``few``: the least number of images from which a covariance has
+        full rank, by measure, where there are fewer; ``remarks``: what should not be overlooked.
     """
     dense = drawn.get(DENSE)
     figures = {
@@ -62,7 +63,8 @@ def evaluation_of(
         "says": suite.says,
         "skipped": suite.skipped,
         **figures,
-        "remarks": remarks_on(figures, len(prompts), suite),
+        "few": {name: width + 1 for name, width in suite.widths().items() if len(prompts) <= width},
+        "remarks": remarks_on(figures),
     }
 
 
@@ -71,7 +73,7 @@ def result_of(evaluation: Mapping[str, Any]) -> Figures:
     return next(evaluation[name] for name in RESULTS if name in evaluation)
 
 
-def remarks_on(figures: Mapping[str, Figures], n: int, suite: Suite) -> list[str]:
+def remarks_on(figures: Mapping[str, Figures]) -> list[str]:
     """What a reader of these figures should not overlook."""
     found = []
     order = [name for name in STAGES if name in figures]
@@ -85,11 +87,6 @@ def remarks_on(figures: Mapping[str, Figures], n: int, suite: Suite) -> list[str
                     f"{name} falls from {before} to {after} ({change}) while {' and '.join(worse)}: it does not show "
                     "what was lost"
                 )
-    for name, width in suite.widths().items():
-        if n <= width:
-            found.append(
-                f"{name}: {n} images are few for {width} features; from {width + 1} on their covariance has full rank"
-            )
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import UserError
-from obsdiff.evaluation.alignment import find_reader
+from obsdiff.evaluation.alignment import READERS
 
 BATCH = 64  # images at a time: features are asked for of thousands
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -55,9 +55,9 @@ def load_extractor(name: str, source: str | None = None, device: str = "cpu") ->
     """
     if name in EXTRACTORS:
         return EXTRACTORS[name](source, device)
-    reader = find_reader(name)
-    if reader is None:
+    if name not in READERS:
         raise UserError(f"no extractor is called {name}; choose one of {', '.join(EXTRACTORS)}")
+    reader = READERS[name]
     return Extractor(reader.space, reader.features, real=reader.real)
 
 

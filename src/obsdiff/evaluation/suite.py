@@ -161,7 +161,7 @@ class Suite:
         for name, measure in self.measures.items():
             if measure.numbers:
                 with measure.to(self.device).sync_context(should_sync=shared and world_size() > 1):
-                    found[name] = measure.compute()
+                    found[name] = measure.kept()
         return found
 
 

@@ -81,4 +81,6 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> list[str]:
         by.setdefault(text, []).append(title(name))
     lines += [f"{', '.join(titles)}: {text}." for text, titles in by.items()]
     lines += [f"Not measured: {name}, since {reason}." for name, reason in evaluation["skipped"].items()]
+    for name, least in evaluation["few"].items():
+        lines.append(f"{title(name)}: few images for so many features; their covariance has full rank from {least} on.")
     return lines + [f"Note: {remark}." for remark in evaluation["remarks"]]

@@ -76,6 +76,10 @@ class Measure(Metric):
         order[first] = torch.arange(len(first))
         return rows[order]
 
+    def kept(self) -> Tensor:
+        """The same; torchmetrics makes a single number of a single row with one."""
+        return torch.as_tensor(self.compute()).reshape(-1, dim_zero_cat(self.rows).shape[1])
+
     def rows_of(self, batch: Batch) -> Tensor:
         """What is kept of a batch, (n, k)."""
         raise NotImplementedError
