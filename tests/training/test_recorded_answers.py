@@ -1,4 +1,4 @@
-"""The recorded answers of the dense denoiser in the place of a teacher that runs: the same losses, and what it saves."""
+"""Recorded answers of the dense denoiser in the place of a teacher that runs: same losses, and what it saves."""
 
 import functools
 import gc
