@@ -117,7 +117,7 @@ class BenchScanOptions:
 
 @dataclass
 class BenchTrainOptions:
-    """Measure a training step with masks, without, with a teacher that runs, and in a plain Lightning loop; prints a JSON line.
+    """Measure a training step with masks, without, with a teacher that runs, and in a plain loop; prints one JSON line.
 
     Args:
         pipeline: An embedded pipeline, a folder, or a hub id.
