@@ -104,6 +104,8 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     own, negative = heard.split([2, 1], guided)
     recording = open_trajectories(tmp_path / "recording")
     assert recording.latents.shape[:2] == own.shape[:2]
+    assert torch.equal(recording.answers, own)
+    assert torch.equal(recording.negative_answers, negative) if guided else recording.negative_answers is None
     family = find_family(*denoisers_of(pipe).values())
     assert (family.sign < 0) is (row.output == "negated")
     assert family.learned_sigma is (row.output == "first half of the channels")

@@ -149,7 +149,7 @@ class BenchScanOptions:
 
 @dataclass
 class BenchTrainOptions:
-    """Measure a training step with masks, without, and in a plain Lightning loop; prints one JSON line.
+    """Measure a training step with masks, without, with a teacher that runs, and in a plain loop; prints one JSON line.
 
     Args:
         pipeline: An embedded pipeline, a folder, or a hub id.
@@ -158,7 +158,7 @@ class BenchTrainOptions:
         num_prompts: Prompts to draw.
         batch_size: Latents per step.
         steps: Timed steps in each round.
-        rounds: Rounds of the three in turn.
+        rounds: Rounds of the four in turn.
     """
 
     pipeline: str = "digits-sd3"

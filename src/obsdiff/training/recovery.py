@@ -44,10 +44,10 @@ from obsdiff.training.checks import (
     check_trained,
     check_trainer,
 )
-from obsdiff.training.fits import check_data, check_guided, evaluation_prompts, recording_of
+from obsdiff.training.fits import check_data, check_guided, evaluation_prompts, has_answers, recording_of
 from obsdiff.training.identity import check_adapters, check_settings, differences, settings_of
 from obsdiff.training.inputs import Inputs
-from obsdiff.training.objectives import TEACHER_TERMS, loss_terms
+from obsdiff.training.objectives import LIVE_TERMS, TEACHER_TERMS, loss_terms
 from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.precision import adam_epsilon, keep_times
 from obsdiff.training.selection import check_selection, choose_trained
@@ -65,7 +65,7 @@ class _Frozen:
     refs: References | None
     flops: tuple[int, int]  # of one call with one image: pruned, dense
     costs: dict[str, Cost]  # before training, by stage
-    counts: tuple[FlopCounts, FlopCounts | None]  # of the denoiser as it trains, and of the teacher
+    counts: tuple[FlopCounts, FlopCounts | None]  # of the denoiser as it trains, and of the teacher if that runs
 
 
 class Recovery(lightning.LightningModule):
@@ -158,7 +158,7 @@ class Recovery(lightning.LightningModule):
         teacher, dense_flops = None, flops
         if start.teacher is not None:
             dense_flops = denoiser_flops(start.teacher, call_arguments(start.teacher.pipe))
-            if any(term in self.weights for term in TEACHER_TERMS):
+            if self.needs_teacher(start.teacher):
                 teacher = start.teacher.denoiser.requires_grad_(False).eval()
         costs = costs_before(start, dense_flops, recording_of(self.trainer)) if fitting else {}
         if fitting and (budget := find(self.trainer, Budget)) is not None:
@@ -176,7 +176,13 @@ class Recovery(lightning.LightningModule):
         recording = recording_of(self.trainer) if fitting else None
         common = {} if recording is None else recording.common
         guided = "distill_guided" in self.weights
-        self.inputs = Inputs(start.subject, PromptEncoder(start.pipe), self.prompt_dropout, guided, common)
+        recorded = teacher is None and any(term in self.weights for term in TEACHER_TERMS)
+        self.inputs = Inputs(start.subject, PromptEncoder(start.pipe), self.prompt_dropout, guided, common, recorded)
+
+    def needs_teacher(self, dense: Subject) -> bool:
+        """Whether the dense denoiser has to run in every step: its recorded answers may be all that the losses need."""
+        asked = self.weights.keys() & set(TEACHER_TERMS)
+        return bool(asked & set(LIVE_TERMS) or (asked and not has_answers(dense, recording_of(self.trainer))))
 
     def _check(self, dense: Subject) -> None:
         """Refuse what training could not go on from, before anything is pruned or drawn."""
