@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from obsdiff.cli.main import main
+from obsdiff.evaluation.evaluate import result_of
 from tests.rules.test_architecture import ROOT
 
 RECIPE = {
