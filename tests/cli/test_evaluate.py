@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 
 import obsdiff
 from obsdiff.cli.main import main
@@ -106,3 +107,30 @@ def test_other_programs_score(pruned, tmp_path, capsys):
 def test_mistakes_are_one_line(pruned, capsys, args, said):
     err = refused(capsys, pruned, "--device", "cpu", *args)
     assert said in err and len(err.strip().splitlines()) == 1
+
+
+def test_images_lie_as_benchmarks_want_them(pruned, tmp_path, capsys):
+    prompts = ["a digit one", "a digit two"]
+    records = [{"tag": "single_object", "include": [{"class": "one"}], "prompt": prompt} for prompt in prompts]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked = [*SMALL, "--against", "none", "--layout", "geneval"]
+    known = ["--evaluation.prompts", str(tmp_path / "evaluation_metadata.jsonl"), "--evaluation.column", "prompt"]
+    main(["evaluate", str(pruned), *asked, *known, "--images", str(tmp_path / "geneval")])
+    found = {str(file.relative_to(tmp_path / "geneval")) for file in (tmp_path / "geneval").rglob("*.*")}
+    assert found == {
+        "images.json", "00000/metadata.jsonl", "00000/samples/0000.png", "00000/samples/0001.png",
+        "00001/metadata.jsonl", "00001/samples/0000.png",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "geneval" / "00001" / "metadata.jsonl").read_text()) == records[1]
+    table = "item_id,text\n7,a digit one\n9,a digit two\n"
+    (tmp_path / "dpg_bench.csv").write_text(table)
+    known = ["--evaluation.prompts", str(tmp_path / "dpg_bench.csv"), "--evaluation.column", "text"]
+    asked = ["--against", "none", "--layout", "dpg", "--device", "cpu"]
+    err = refused(capsys, pruned, *asked, *known, "--evaluation.num_images", "5", "--images", tmp_path / "dpg")
+    assert "4 images of each prompt" in err
+    main(["evaluate", str(pruned), *asked, *known, "--evaluation.num_images", "8", "--images", str(tmp_path / "dpg")])
+    assert sorted(file.name for file in (tmp_path / "dpg").iterdir()) == ["7.png", "9.png", "images.json"]
+    assert Image.open(tmp_path / "dpg" / "7.png").size == (2 * 16, 2 * 16)
+    assert "name it with --images" in refused(capsys, pruned, "--layout", "dpg")
+    assert "unknown layout 'grid'" in refused(capsys, pruned, *SMALL, "--layout", "grid", "--images", tmp_path / "x")
+    assert "geneval needs" in refused(capsys, pruned, *SMALL, "--layout", "geneval", "--images", tmp_path / "x")

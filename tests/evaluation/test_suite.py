@@ -15,7 +15,7 @@ from obsdiff.embedded.digits import DIGIT_WORDS, load_digits
 from obsdiff.embedded.emoji import HELD_OUT_WORDINGS, caption, load_emoji
 from obsdiff.embedded.emoji_encoder import emoji_features
 from obsdiff.evaluation.alignment import READERS
-from obsdiff.evaluation.evaluate import Images, evaluation_of, remarks_on, result_of
+from obsdiff.evaluation.evaluate import Images, evaluation_of, remarks_on, result_of, worst_prompts
 from obsdiff.evaluation.extractors import EXTRACTORS
 from obsdiff.evaluation.measures.base import Batch
 from obsdiff.evaluation.measures.distribution import (
@@ -102,7 +102,7 @@ def test_emoji_are_told_by_group_and_perceived():
 def test_per_image_values_are_those_of_the_means(scans):
     dense, prompts = scans
     measured, images = suite("digits"), noisy(dense)
-    found, each = measured.measure(images, prompts, dense), measured.per_image(images, prompts, dense)
+    found, each = measured.measure(images, prompts, dense), measured.values()
     assert set(each) == {"mse", "ssim", "alignment"}
     assert all(float(values.mean()) == pytest.approx(found[name]) for name, values in each.items())
 
@@ -223,6 +223,13 @@ def test_an_evaluation_says_what_contradicts_itself(scans):
     assert remarks_on({"pruned": {"frechet": 6.0, "mse": 0.1}, "recovered": {"frechet": 5.0, "mse": 0.05}}) == []
     table = "\n".join(evaluation_table(found))
     assert "| | dense | pruned | recovered |" in table and "| MSE to dense |  | 0." in table and "n = 40" in table
+
+
+def test_the_worst_prompts_are_named():
+    errors = torch.tensor([1.0, 5.0, 3.0, 2.0, 9.0])
+    found = worst_prompts(errors, ["a", "b", "a", "c", "c"], 2)
+    assert found == [{"prompt": "c", "mse": 5.5, "n": 2}, {"prompt": "b", "mse": 5.0, "n": 1}]
+    assert worst_prompts(None, ["a"]) == worst_prompts(errors[:1], [""]) == []
 
 
 def test_batches_extract_features_once():

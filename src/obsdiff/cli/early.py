@@ -109,9 +109,14 @@ def checked_evaluate(options: EvaluateOptions) -> EvaluateOptions:
     against = options.against
     if against not in (None, "none"):
         against = check_source(against, "against")
-    output = None if options.output is None else str(new_folder(options.output, "output"))
+    output, images = (
+        None if place is None else str(new_folder(place, name))
+        for name, place in (("output", options.output), ("images", options.images))
+    )
+    if options.layout != "plain" and images is None:
+        raise UserError("layout says how images lie in a folder; name it with --images")
     source = check_source(options.pipeline)
-    return replace(options, pipeline=source, against=against, output=output, evaluation=evaluation)
+    return replace(options, pipeline=source, against=against, output=output, images=images, evaluation=evaluation)
 
 
 def checked_inspect(options: InspectOptions) -> InspectOptions:

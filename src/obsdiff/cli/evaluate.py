@@ -27,7 +27,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
         device = choose_device(options.device, float64=False)
 
-        from obsdiff.export.evaluate import FILE, evaluate, origin_of, write_evaluation
+        from obsdiff.export.evaluate import FILE, asked_prompts, evaluate, origin_of, write_evaluation
+        from obsdiff.export.layouts import INDEX, check_layout, write_images
         from obsdiff.export.summary import measured_summary
         from obsdiff.files import check_folder, whole_folder
         from obsdiff.pruning.folder import load_pipeline
@@ -36,11 +37,15 @@ def main(args: Sequence[str] | None = None) -> None:
         output = None if options.output is None else Path(options.output)
         if output is not None:
             check_folder(output, FILE, "an evaluation", replace=options.overwrite)
+        if options.images is not None:
+            check_folder(Path(options.images), INDEX, "images", replace=False, hint="another --images")
         what, against = origin_of(options.pipeline)
         against = against if options.against is None else None if options.against == NONE else options.against
         with joined_processes(device) as device:
             pipe = load_pipeline(options.pipeline, dtype=options.dtype, device=device)
             dense = None if against is None else load_pipeline(against, dtype=options.dtype, device=device)
+            prompts = asked_prompts(pipe, options.evaluation)
+            records = check_layout(options.layout, prompts, options.evaluation.prompts)
             found = evaluate(
                 pipe,
                 dense,
@@ -55,5 +60,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 if output is not None:
                     with whole_folder(output, FILE, replace=options.overwrite) as folder:
                         write_evaluation(folder, found, title)
+                if options.images is not None:
+                    with whole_folder(Path(options.images), INDEX) as folder:
+                        write_images(folder, options.layout, found["images"][what], prompts, found["seeds"], records)
                 print(measured_summary(title, found, output, time.perf_counter() - started))
             wait_for_all()

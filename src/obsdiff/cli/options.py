@@ -53,6 +53,9 @@ class EvaluateOptions:
         evaluation: What is measured, and on what.
         scorers: Commands of other programs that score images, by the name of their figure. Each is called with a folder
             of PNG files and metadata.jsonl (file_name, prompt) and prints a JSON list of numbers.
+        images: Folder for all images of the pipeline.
+        layout: How they lie there: plain (00000.png and metadata.jsonl), geneval or dpg, as these benchmarks want
+            them; for these evaluation.prompts names their evaluation_metadata.jsonl or dpg_bench.csv.
         latency: Time one call of the denoisers, in turns.
         device: cpu, cuda, cuda:NUMBER or mps; default: what is there, in the order cuda, mps, cpu.
         dtype: float32, bfloat16 or float16; default: as saved.
@@ -64,6 +67,8 @@ class EvaluateOptions:
     output: str | None = None
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     scorers: Mapping[str, str] = field(default_factory=dict)
+    images: str | None = None
+    layout: str = "plain"
     latency: bool = True
     device: str | None = None
     dtype: str | None = None

@@ -301,11 +301,11 @@ def _measured(dense: Dense, folder: Path, unit: Unit, refs: References) -> dict[
     images = sample_shared(pipe, refs.prompts, refs.seeds, unit.evaluation.batch_size, allow_nonfinite=True)
     drawn = Images(images, images[:0])
     weights = list(subject_of(pipe).denoiser.parameters())
-    per_image = dense.suite.per_image(images, refs.prompts, refs.dense.guided)
     result = "pruned" if folder.name == "pruned" else "recovered"
+    evaluation = evaluation_of(dense.suite, refs.prompts, refs.seeds, {"dense": refs.dense, result: drawn})
     return {
-        "evaluation": evaluation_of(dense.suite, refs.prompts, refs.seeds, {"dense": refs.dense, result: drawn}),
-        "per_image": {name: values.tolist() for name, values in per_image.items()},
+        "evaluation": evaluation,
+        "per_image": {name: values.tolist() for name, values in dense.suite.values().items()},
         "nonzero": sum(int(weight.count_nonzero()) for weight in weights),
         "sampling_s": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(pipe.device),

@@ -14,6 +14,7 @@ from obsdiff.evaluation.suite import Suite
 
 DENSE, RESULTS = "dense", ("recovered", "pruned", "evaluated")  # the later first
 UNGUIDED = "_unguided"
+WORST = 5  # prompts that are named
 STAGES = (DENSE, *reversed(RESULTS))
 
 
@@ -32,10 +33,9 @@ class Images:
 
 def figures_of(suite: Suite, images: Images, prompts: Sequence[str], dense: Images | None = None) -> Figures:
     """What images come to; without guidance only what needs no dense images, under names that say so."""
+    unguided = suite.measure(images.unguided, prompts) if len(images.unguided) else {}
     found = suite.measure(images.guided, prompts, None if dense is None else dense.guided)
-    if len(images.unguided):
-        found |= {f"{name}{UNGUIDED}": value for name, value in suite.measure(images.unguided, prompts).items()}
-    return found
+    return found | {f"{name}{UNGUIDED}": value for name, value in unguided.items()}
 
 
 def evaluation_of(
@@ -51,7 +51,8 @@ def evaluation_of(
     Returns:
         ``n``, ``first_seed``; ``says``: what reads the images, by measure; ``skipped``: why a measure is not there;
         the figures of each of ``drawn`` under its name; ``few``: the least number of images from which a covariance has
-        full rank, by measure, where there are fewer; ``remarks``: what should not be overlooked.
+        full rank, by measure, where there are fewer; ``worst``: the prompts whose images moved furthest from the dense
+        ones, with their ``mse`` and ``n``; ``remarks``: what should not be overlooked.
     """
     dense = drawn.get(DENSE)
     figures = {
@@ -64,8 +65,21 @@ def evaluation_of(
         "skipped": suite.skipped,
         **figures,
         "few": {name: width + 1 for name, width in suite.widths().items() if len(prompts) <= width},
+        "worst": worst_prompts(suite.values().get("mse"), prompts),
         "remarks": remarks_on(figures),
     }
+
+
+def worst_prompts(errors: Tensor | None, prompts: Sequence[str], count: int = WORST) -> list[dict[str, Any]]:
+    """The ``count`` prompts with the largest mean of errors (n,); none where there are no errors or no prompts."""
+    if errors is None or not any(prompts):
+        return []
+    held: dict[str, list[float]] = {}
+    for prompt, error in zip(prompts, errors.tolist(), strict=True):
+        held.setdefault(prompt, []).append(error)
+    means = {prompt: sum(values) / len(values) for prompt, values in held.items()}
+    worst = sorted(means, key=lambda prompt: -means[prompt])[:count]
+    return [{"prompt": prompt, "mse": means[prompt], "n": len(held[prompt])} for prompt in worst]
 
 
 def result_of(evaluation: Mapping[str, Any]) -> Figures:

@@ -105,10 +105,8 @@ class Suite:
         self.update(torch.arange(len(images)), images, prompts, dense)
         return self.figures(shared=False)
 
-    def per_image(self, images: Tensor, prompts: Sequence[str], dense: Tensor | None = None) -> dict[str, Tensor]:
-        """What intervals over prompts go by, float64 (n,) each, for the figures that are means over images."""
-        self.start()
-        self.update(torch.arange(len(images)), images, prompts, dense)
+    def values(self) -> dict[str, Tensor]:
+        """Of what was measured last, float64 (n,) each, the figures that are means over images."""
         found: dict[str, Tensor] = {}
         for name, rows in self._rows(shared=False).items():
             found |= dict(zip(self.measures[name].columns, rows.T, strict=False))

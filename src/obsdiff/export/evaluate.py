@@ -26,6 +26,7 @@ from obsdiff.export.run import evaluation_prompts
 from obsdiff.files import write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.calls import remembered_call
+from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.denoisers import parts_of
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.modes import eval_mode
@@ -51,6 +52,20 @@ def origin_of(pipeline: str) -> tuple[str, str | None]:
         return "evaluated", None
     manifest = read_manifest(folder)
     return "recovered" if manifest.get("recovery") else "pruned", manifest.get("pipeline")
+
+
+def asked_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
+    """One prompt per image, of the named set or the pipeline's own.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    if options.prompts is None and not info_of(pipe).prompts and not told_nothing(pipe, None):
+        raise UserError("name what to draw: --evaluation.prompts FILE (.txt, .csv, .jsonl ...) or a data set")
+    prompts = evaluation_prompts(pipe, options, CalibrationOptions(prompts=options.prompts, column=options.column))
+    if not prompts:
+        raise UserError("evaluation.num_images is 0: there is nothing to measure")
+    return prompts
 
 
 def evaluate(
@@ -84,9 +99,7 @@ def evaluate(
     """
     started = time.perf_counter()
     asked = EvaluationOptions(**options)
-    prompts = evaluation_prompts(pipe, asked, CalibrationOptions(prompts=asked.prompts, column=asked.column))
-    if not prompts:
-        raise UserError("evaluation.num_images is 0: there is nothing to measure")
+    prompts = asked_prompts(pipe, asked)
     alignment = info_of(pipe).alignment
     check_measurable(prompts, alignment)
     suite = load_suite(alignment, asked, pipe.device)

@@ -76,6 +76,9 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> list[str]:
     for stage in stages:
         if spoilt := evaluation[stage].get("not_finite"):
             lines.append(f"{spoilt} {stage} images have pixels that are not finite: nothing of them is measured.")
+    if worst := evaluation["worst"]:
+        texts = "; ".join(f"{found['prompt']!r} ({OTHERS.format(found['mse'])})" for found in worst)
+        lines.append(f"Furthest from the dense images, MSE: {texts}.")
     by: dict[str, list[str]] = {}
     for name, text in evaluation["says"].items():
         by.setdefault(text, []).append(title(name))
