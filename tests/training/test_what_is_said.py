@@ -44,8 +44,9 @@ def test_a_run_says_first_what_it_will_do(said, pipe_folder):
 def test_training_is_counted_in_steps_of_the_budget(said):
     _, _, err = said
     lines = [line for line in err.splitlines() if line.startswith("training ")]
-    form = re.compile(r"training (\d)/6 steps, (\d+)%, loss [\d.e-]+, [\d.]+ s(, about .* left)?")
+    form = re.compile(r"training (\d)/6 steps, (\d+)%(?:, loss [\d.e-]+)?, [\d.]+ s(, about .* left)?")
     found = [form.fullmatch(line) for line in lines]
+    assert all(found), lines
     steps = [int(match[1]) for match in found]
     assert steps == sorted(steps) and steps[-1] == 6 and {2, 3, 4} <= set(steps)
     assert all(int(match[2]) == round(100 * int(match[1]) / 6) for match in found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -58,15 +58,16 @@ def evaluation_of(
     figures = {
         name: figures_of(suite, images, prompts, None if name == DENSE else dense) for name, images in drawn.items()
     }
+    few = {name: width + 1 for name, width in suite.widths().items() if len(prompts) <= width}
     return {
         "n": len(prompts),
         "first_seed": seeds[0],
         "says": suite.says,
         "skipped": suite.skipped,
         **figures,
-        "few": {name: width + 1 for name, width in suite.widths().items() if len(prompts) <= width},
+        "few": few,
         "worst": worst_prompts(suite.values().get("mse"), prompts),
-        "remarks": remarks_on(figures),
+        "remarks": remarks_on(figures, few),
     }
 
 
@@ -87,15 +88,16 @@ def result_of(evaluation: Mapping[str, Any]) -> Figures:
     return next(evaluation[name] for name in RESULTS if name in evaluation)
 
 
-def remarks_on(figures: Mapping[str, Figures]) -> list[str]:
-    """What a reader of these figures should not overlook."""
+def remarks_on(figures: Mapping[str, Figures], few: Collection[str] = ()) -> list[str]:
+    """What a reader of these figures should not overlook; measures of too ``few`` images say nothing either way."""
     found = []
     order = [name for name in STAGES if name in figures]
     for before, after in pairwise(order):
         old, new = figures[before], figures[after]
         worse = [what for what, is_so in _worse(old, new).items() if is_so]
         for name in old:
-            if name.startswith("frechet") and worse and _less(new.get(name), old[name]):
+            told = name.startswith("frechet") and name.removesuffix(UNGUIDED) not in few
+            if told and worse and _less(new.get(name), old[name]):
                 change = f"{old[name]:.4g} to {new[name]:.4g}"
                 found.append(
                     f"{name} falls from {before} to {after} ({change}) while {' and '.join(worse)}: it does not show "
