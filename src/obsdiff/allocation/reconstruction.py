@@ -17,6 +17,7 @@ from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.fingerprint import Settings
+from obsdiff.pruning.masks import weight_masks
 from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.reconstruct import Call, reconstruct
@@ -72,7 +73,7 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         quiet: No progress bar.
     """
     started, asked, subject = time.perf_counter(), options.reconstruction, subject_of(pipe)
-    masks = {} if report.shrunk is not None else dict(report.masks)
+    masks = weight_masks(report.masks, report.shrunk is not None)
     for layer in zeroed_layers(subject.graph).keys() - masks.keys():  # of an earlier prune: they stay zero too
         masks[layer] = subject.graph.weight(layer).detach().ne(0)
     removed = set((report.depth or {}).get("removed", ()))

@@ -133,7 +133,8 @@ class PruningOptions:
         pattern: unstructured:RATIO, N:M, structured:RATIO, structured:heads=R,ffn=R[,multiple_of=W], rank:RANK or
             rank:SHARE (of modulations, kept), or structured:RATIO+rank:RANK. With a budget "structured", "rank" and
             "structured+rank" will do. depth:STAGES or depth:SHARE removes whole blocks, alone or before one of these
-            (depth:2+structured:0.3).
+            (depth:2+structured:0.3). N:M or unstructured:RATIO after structured or rank (structured+rank+2:4) prunes
+            single weights of what those leave of each layer.
         method: obs (ours), obs-diff (as published), admm, sparsegpt, wanda, dsnot, taylor, diff-pruning, magnitude, l1
             or random. Those that cut heads and neurons: obs, obs-diff, taylor, diff-pruning, magnitude, l1, random;
             taylor and diff-pruning measure gradients of the denoising loss in a pass of their own.
@@ -141,9 +142,9 @@ class PruningOptions:
         allocation: uniform (every layer the same), measured (by a sensitivity scan, where it hurts least) or owl (by
             outliers of each block). Default: measured for obs and admm, but uniform for N:M, for several packages and
             for the other methods, which are published so.
-        budget: sparsity:SHARE (of the chosen layers, removed), parameters:SHARE, flops:SHARE or latency:SHARE (of the
-            denoiser, kept; the last two for structured patterns); of pattern only the kind then counts. Default: what
-            pattern costs when it is uniform.
+        budget: sparsity:SHARE (of the chosen layers, removed), parameters:SHARE, bytes:SHARE, flops:SHARE or
+            latency:SHARE (of the denoiser, kept; the last three for structured patterns); of pattern only the kind then
+            counts. Default: what pattern costs when it is uniform.
         scan: How sensitivity is measured.
         limits: What an allocation may not change.
         seed: Seed of calibration noise and of random methods.

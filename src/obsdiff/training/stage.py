@@ -19,7 +19,7 @@ from obsdiff.models.content import component_hashes
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.folder import MASKS, load_pipeline, run_folder, write_pipeline
 from obsdiff.pruning.manifest import FILE, read_manifest
-from obsdiff.pruning.masks import load_masks
+from obsdiff.pruning.masks import load_masks, weight_masks
 from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.statistics import model_hash
@@ -194,7 +194,7 @@ def _opened(folder: Path | None, pipeline: str, device: str) -> Start:
     if folder is None:
         return Start(subject, None, masks=_masks(subject, {}), dense=pipeline, content=content)
     manifest = read_manifest(folder)
-    masks = _masks(subject, {} if manifest["shrunk"] is not None else load_masks(folder / MASKS))
+    masks = _masks(subject, weight_masks(load_masks(folder / MASKS), manifest["shrunk"] is not None))
     return Start(subject, folder, manifest, masks, str(manifest.get("pipeline") or pipeline), content)
 
 
