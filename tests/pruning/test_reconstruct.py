@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from obsdiff.allocation.stage import calibration_prompts, prune_stage
+from obsdiff.costs import calibration_cost
 from obsdiff.diffusion.distill import feature_loss
 from obsdiff.errors import UserError
+from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.options import CalibrationOptions, PruningOptions, ReconstructionOptions
 from obsdiff.pruning.reconstruct import Call, _example, reconstruct
@@ -116,8 +119,16 @@ def test_through_the_stage_with_what_it_cost(pattern):
     stages = subject_of(pipe).graph.stages
     assert list(found["stages"]) == list(stages) and all(after <= before for before, after in found["stages"].values())
     assert any(after < before for before, after in found["stages"].values())
-    # 6 prompts x 3 steps recorded; 18 triples of two rows in 5 calls, through both models; 20 steps of three passes
-    assert found["calls"] == 5 and found["denoiser_rows"] == 36 + 36 * (len(stages) + 1) + 3 * 20 * 36 / 5
+    # 6 prompts x 3 steps recorded; 18 triples of two rows in 5 calls, to each stage of both models; 20 steps of three
+    # passes; the call held out before and after
+    call = call_arguments(pipe)
+    dense, pruned = (denoiser_flops(subject_of(each), call) for each in (make_pipe(), pipe))
+    to_stages = sum(36 * (i + 1) / len(stages) for i in range(len(stages)))
+    held = 8
+    wanted = dense * (36 + to_stages) + pruned * (to_stages + 3 * 20 * 36 / 5 + 2 * held)
+    assert found["calls"] == 5 and found["denoiser_flops"] == pytest.approx(wanted)
+    counted = calibration_cost({"reconstruction": found, "time_s": report.time_s}, 1, 2)["reconstruction"]
+    assert counted.denoiser_flops == found["denoiser_flops"] and counted.device_s == 2 * report.time_s["reconstruct"]
     assert report.time_s["reconstruct"] > 0
 
 

@@ -12,14 +12,16 @@ from torch import nn
 
 from obsdiff.allocation.probe import record_probe
 from obsdiff.criteria import find_method
+from obsdiff.costs import BACKWARD
 from obsdiff.errors import UserError
+from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.reconstruct import Call, reconstruct
+from obsdiff.pruning.reconstruct import HELD_OUT, Call, reconstruct
 from obsdiff.pruning.report import PruneReport, count_parameters
 
 
@@ -32,12 +34,14 @@ class Whole:
         stages: In the order of execution.
         calls: Recorded on its way.
         recorded: Rows through the denoiser that recording took.
+        flops: Of one row.
     """
 
     denoiser: nn.Module
     stages: tuple[str, ...]
     calls: list[Call]
     recorded: int
+    flops: int
 
 
 def before_reconstruction(subject: Subject, options: PruningOptions, prompts: Sequence[str]) -> Whole:
@@ -58,7 +62,8 @@ def before_reconstruction(subject: Subject, options: PruningOptions, prompts: Se
             f"a reconstruction needs two batches at least, and {len(probe)} recorded triples make {len(calls)}; use a "
             "smaller --reconstruction.batch_size or more --reconstruction.triples"
         )
-    return Whole(copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded * rows)
+    flops = denoiser_flops(subject, call_arguments(subject.pipe))
+    return Whole(copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded * rows, flops)
 
 
 def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, whole: Whole, quiet: bool) -> None:
@@ -87,14 +92,26 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         seed=options.seed,
         quiet=quiet,
     )
-    stages, rows = len(errors), sum(call.rows for call in whole.calls)
     report.reconstruction = {
         "steps": asked.steps,
         "lr": asked.lr,
         "calls": len(whole.calls),
         "stages": {name: [error.before, error.after] for name, error in errors.items()},
-        # rows through a whole denoiser: each stage is reached in both models, then trained at three passes a step
-        "denoiser_rows": whole.recorded + rows * (stages + 1) + 3 * asked.steps * rows / len(whole.calls),
+        "denoiser_flops": _flops(whole, denoiser_flops(subject, call_arguments(pipe)), len(errors), asked.steps),
     }
     count_parameters(subject.denoiser, report)
     report.time_s["reconstruct"] = time.perf_counter() - started
+
+
+def _flops(whole: Whole, pruned: int, stages: int, steps: int) -> float:
+    """In both models: recording; reaching each stage in turn, on average half a pass; the stages' steps; their errors.
+
+    Args:
+        whole: The dense denoiser and its calls.
+        pruned: FLOPs of one row through the pruned one.
+        stages: How many were trained.
+        steps: Of each.
+    """
+    rows, held = (sum(call.rows for call in calls) for calls in (whole.calls, whole.calls[::HELD_OUT]))
+    reached, trained = rows * (stages + 1) / 2, (1 + BACKWARD) * steps * rows / len(whole.calls)
+    return whole.flops * (whole.recorded + reached) + pruned * (reached + trained + 2 * held)
