@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from obsdiff.allocation.probe import record_probe
-from obsdiff.criteria import find_method
 from obsdiff.costs import BACKWARD
+from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.conditioning import encode_prompts
