@@ -13,6 +13,8 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
+from obsdiff.pruning import reconstruct as reconstructing
+from obsdiff.pruning.finished import remove_finished
 from obsdiff.pruning.options import CalibrationOptions, PruningOptions, ReconstructionOptions
 from obsdiff.pruning.reconstruct import Call, _example, reconstruct
 from tests.conftest import make_pipe
@@ -157,3 +159,90 @@ def test_zeros_of_an_earlier_prune_stay_and_are_counted():
     weights = [pipe.transformer.get_parameter(f"{layer}.weight") for layer in layers]
     assert weights and all(int((weight == 0).sum()) >= weight.numel() // 2 for weight in weights)
     assert report.parameters["nonzero"] == sum(int(p.count_nonzero()) for p in pipe.transformer.parameters())
+
+
+class Killed(Exception):
+    """In the place of a signal."""
+
+
+def prune_to(store, monkeypatch, dies_at=None, options=None):
+    """Weights, report and how many stages were trained by a run that keeps what it finishes, and may die."""
+    options = options or PruningOptions(
+        pattern="structured:0.25+rank:4",
+        allocation="uniform",
+        spare_blocks=[],
+        calibration=CalibrationOptions(num_prompts=6),
+        reconstruction=replace(HOW, lr=1e-3),
+    )
+    real, trained = reconstructing._train, []
+
+    def train(*args):
+        if len(trained) == dies_at:
+            raise Killed
+        trained.append(1)
+        return real(*args)
+
+    pipe = make_pipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstructing, "_train", train)
+        report = prune_stage(pipe, options, calibration_prompts(pipe, options), reconstruction=store)
+    return pipe.transformer.state_dict(), report, len(trained)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        return prune_to(tmp_path_factory.mktemp("whole") / "stages", patch)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_killed_run_goes_on_with_the_first_stage_that_is_not_finished(whole, tmp_path, monkeypatch, after):
+    weights, report, count = whole
+    with pytest.raises(Killed):
+        prune_to(tmp_path / "stages", monkeypatch, dies_at=after)
+    assert len(list((tmp_path / "stages").glob("*.safetensors"))) == after
+    (tmp_path / "stages" / f"{after:03d}.safetensors").write_bytes(b"torn")  # no write of ours leaves this
+    found, again, trained = prune_to(tmp_path / "stages", monkeypatch)
+    assert trained == count - after and found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert again.reconstruction == report.reconstruction and again.time_s["reconstruct"] > 0
+    remove_finished(tmp_path / "stages")
+    assert not (tmp_path / "stages").exists()
+
+
+def test_stages_of_other_settings_or_models_are_not_taken(whole, tmp_path, monkeypatch):
+    """Neither of another learning rate, nor of other weights, calls or masks."""
+    pipe, masks, dense = pruned_by_half()
+    stages = {stage: stage for stage in subject_of(pipe).graph.stages}
+    calls = [call_of(pipe, seed=seed) for seed in range(3)]
+    start, options = copy.deepcopy(pipe.transformer.state_dict()), ReconstructionOptions(2, 1e-3)
+
+    def trained(own=calls, covered=masks, changed=options, seed=0):
+        count, real = [], reconstructing._train
+        with monkeypatch.context() as patch:
+            patch.setattr(reconstructing, "_train", lambda *args: (count.append(1), real(*args))[1])
+            reconstruct(pipe.transformer, dense, stages, own, covered, changed, seed=seed, store=tmp_path / "stages")
+        pipe.transformer.load_state_dict(start)
+        return len(count)
+
+    everything = len(stages)
+    assert trained() == everything and trained() == 0
+    assert trained(changed=ReconstructionOptions(2, 2e-3)) == everything and trained() == everything
+    assert trained(own=[call_of(pipe, seed=9), *calls[1:]]) == everything
+    assert trained(own=[replace(calls[0], rows=1), *calls[1:]]) == everything
+    fewer = {name: mask for number, (name, mask) in enumerate(masks.items()) if number}
+    assert trained(covered=fewer) == everything and trained(seed=1) == everything and trained(seed=1) == 0
+    with torch.no_grad():
+        dense.proj_out.bias[0] += 1e-3
+    assert trained(seed=1) == everything
+    start["proj_out.bias"][0] += 1e-3
+    pipe.transformer.load_state_dict(start)
+    assert trained(seed=1) == everything
+
+
+def test_a_place_that_holds_something_else_is_refused_before_anything_is_pruned(tmp_path, monkeypatch):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        prune_to(tmp_path / "stages", monkeypatch)
+    assert (tmp_path / "stages" / "notes.txt").read_text() == "mine"

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,10 +20,12 @@ from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.fingerprint import Settings
+from obsdiff.pruning.finished import check_finished
 from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.reconstruct import HELD_OUT, Call, reconstruct
 from obsdiff.pruning.report import PruneReport, count_parameters
+from obsdiff.ranks import rank
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Whole:
         calls: Recorded on its way.
         recorded: Rows through the denoiser that recording took.
         flops: Of one row.
+        time_s: Seconds it took.
+        store: Folder to keep finished stages in, or None.
     """
 
     denoiser: nn.Module
@@ -42,14 +47,27 @@ class Whole:
     calls: list[Call]
     recorded: int
     flops: int
+    time_s: float
+    store: Path | None
 
 
-def before_reconstruction(subject: Subject, options: PruningOptions, prompts: Sequence[str]) -> Whole:
+def before_reconstruction(
+    subject: Subject, options: PruningOptions, prompts: Sequence[str], store: Path | None
+) -> Whole:
     """Copy the denoiser and record its calls.
 
+    Args:
+        subject: The pipeline, not pruned yet.
+        options: What is asked for.
+        prompts: The calibration's.
+        store: Folder to keep finished stages in, or None.
+
     Raises:
-        UserError: There are too few calls.
+        UserError: There are too few calls, or the folder cannot be used.
     """
+    if store is not None:
+        check_finished(store)
+    started = time.perf_counter()
     settings, asked = options.calibration, options.reconstruction
     call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
     weighting = settings.weighting or find_method(options.method).weighting
@@ -63,7 +81,10 @@ def before_reconstruction(subject: Subject, options: PruningOptions, prompts: Se
             "smaller --reconstruction.batch_size or more --reconstruction.triples"
         )
     flops = denoiser_flops(subject, call_arguments(subject.pipe))
-    return Whole(copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded * rows, flops)
+    spent = time.perf_counter() - started
+    return Whole(
+        copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded * rows, flops, spent, store
+    )
 
 
 def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, whole: Whole, quiet: bool) -> None:
@@ -76,7 +97,7 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         whole: The pipeline before.
         quiet: No progress bar.
     """
-    started, asked, subject = time.perf_counter(), options.reconstruction, subject_of(pipe)
+    asked, subject = options.reconstruction, subject_of(pipe)
     masks = {} if report.shrunk is not None else dict(report.masks)
     for layer in zeroed_layers(subject.graph).keys() - masks.keys():  # of an earlier prune: they stay zero too
         masks[layer] = subject.graph.weight(layer).detach().ne(0)
@@ -90,7 +111,8 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         masks,
         asked,
         seed=options.seed,
-        quiet=quiet,
+        store=whole.store,
+        quiet=quiet or rank() > 0,
     )
     report.reconstruction = {
         "steps": asked.steps,
@@ -100,7 +122,7 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         "denoiser_flops": _flops(whole, denoiser_flops(subject, call_arguments(pipe)), len(errors), asked.steps),
     }
     count_parameters(subject.denoiser, report)
-    report.time_s["reconstruct"] = time.perf_counter() - started
+    report.time_s["reconstruct"] = whole.time_s + sum(error.time_s for error in errors.values())
 
 
 def _flops(whole: Whole, pruned: int, stages: int, steps: int) -> float:

@@ -100,6 +100,7 @@ def prune_stage(
     *,
     statistics: Path | None = None,
     sensitivity: Path | None = None,
+    reconstruction: Path | None = None,
     prune_again: bool = False,
     quiet: bool = True,
 ) -> PruneReport:
@@ -111,6 +112,7 @@ def prune_stage(
         options: What is asked for.
         prompts: For the calibration.
         statistics, sensitivity: Folders to keep calibration and scan in, or to find them.
+        reconstruction: Folder to keep the stages in that a reconstruction has finished, or to find them.
         prune_again: Allow a pipeline that is pruned already.
         quiet: No progress bars.
 
@@ -132,7 +134,7 @@ def prune_stage(
             return _prune_layers(shorter, fitted, own, prompts, kept)
         return _prune_layers(*prepare(shorter, own, prune_again=True), own, prompts, kept)
 
-    whole = before_reconstruction(subject, options, prompts) if options.reconstruction.steps else None
+    whole = before_reconstruction(subject, options, prompts, reconstruction) if options.reconstruction.steps else None
     if plan.removed or depth_of(options) is not None:
         report = prune_depth(subject, plan, options, prompts, layers, quiet)
     else:
