@@ -11,12 +11,21 @@ from obsdiff.costs import calibration_cost
 from obsdiff.diffusion.distill import feature_loss
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.export.run import prune_run
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
+from obsdiff.paths import unfinished_stages
 from obsdiff.pruning import reconstruct as reconstructing
 from obsdiff.pruning.finished import remove_finished
-from obsdiff.pruning.options import CalibrationOptions, PruningOptions, ReconstructionOptions
-from obsdiff.pruning.reconstruct import Call, _example, reconstruct
+from obsdiff.pruning.folder import load_pipeline
+from obsdiff.pruning.options import (
+    CalibrationOptions,
+    EvaluationOptions,
+    PruneOptions,
+    PruningOptions,
+    ReconstructionOptions,
+)
+from obsdiff.pruning.reconstruct import Call, Pair, _example, reconstruct
 from tests.conftest import make_pipe
 
 HOW = ReconstructionOptions(steps=20, lr=1e-2, triples=24, batch_size=4)
@@ -73,7 +82,7 @@ def test_errors_fall_zeros_stay_and_what_is_said_is_what_is():
     calls = [call_of(pipe, seed=seed) for seed in range(10)]
     before = {name: parameter.clone() for name, parameter in pipe.transformer.named_parameters()}
     stages = {stage: stage for stage in graph.stages}
-    found = reconstruct(pipe.transformer, dense, stages, calls, masks, ReconstructionOptions(30, 1e-2))
+    found = reconstruct(Pair(pipe.transformer, dense, stages, masks), calls, ReconstructionOptions(30, 1e-2))
     assert list(found) == list(graph.stages) and all(error.after < error.before for error in found.values())
     for layer, mask in masks.items():
         assert not pipe.transformer.get_parameter(f"{layer}.weight")[~mask].any()
@@ -97,7 +106,7 @@ def test_a_stage_that_training_makes_worse_keeps_its_weights():
     before = copy.deepcopy(pipe.transformer.state_dict())
     stages = {stage: stage for stage in subject_of(pipe).graph.stages}
     calls = [call_of(pipe, seed=seed) for seed in range(4)]
-    found = reconstruct(pipe.transformer, dense, stages, calls, masks, ReconstructionOptions(5, 1e3))
+    found = reconstruct(Pair(pipe.transformer, dense, stages, masks), calls, ReconstructionOptions(5, 1e3))
     assert all(error.after == error.before for error in found.values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
 
@@ -221,7 +230,9 @@ def test_stages_of_other_settings_or_models_are_not_taken(whole, tmp_path, monke
         count, real = [], reconstructing._train
         with monkeypatch.context() as patch:
             patch.setattr(reconstructing, "_train", lambda *args: (count.append(1), real(*args))[1])
-            reconstruct(pipe.transformer, dense, stages, own, covered, changed, seed=seed, store=tmp_path / "stages")
+            reconstruct(
+                Pair(pipe.transformer, dense, stages, covered), own, changed, seed=seed, store=tmp_path / "stages"
+            )
         pipe.transformer.load_state_dict(start)
         return len(count)
 
@@ -246,3 +257,32 @@ def test_a_place_that_holds_something_else_is_refused_before_anything_is_pruned(
     with pytest.raises(UserError, match="holds something else"):
         prune_to(tmp_path / "stages", monkeypatch)
     assert (tmp_path / "stages" / "notes.txt").read_text() == "mine"
+
+
+def test_a_prune_run_keeps_its_stages_beside_the_output_until_it_is_written(pipe_folder, tmp_path, monkeypatch):
+    options = PruneOptions(
+        pipeline=str(pipe_folder),
+        output=str(tmp_path / "run"),
+        method="magnitude",
+        calibration=CalibrationOptions(num_prompts=6),
+        reconstruction=replace(HOW, lr=1e-3),
+        evaluation=EvaluationOptions(num_images=0),
+    )
+    real, trained = reconstructing._train, []
+
+    def train(*args):
+        if len(trained) == 1:
+            raise Killed
+        trained.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(reconstructing, "_train", train)
+        prune_run(load_pipeline(str(pipe_folder)), options, quiet=True)
+    stages = unfinished_stages(str(tmp_path / "run"))
+    assert [path.name for path in tmp_path.iterdir()] == [stages.name] and (stages / "000.safetensors").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstructing, "_train", lambda *args: (trained.append(1), real(*args))[1])
+        report = prune_run(load_pipeline(str(pipe_folder)), options, quiet=True)
+    assert len(trained) == len(report["reconstruction"]["stages"]) and not stages.exists()
+    assert (tmp_path / "run" / "pruning.json").exists()

@@ -9,6 +9,7 @@ from tests.training.common import arguments, assert_same, fit_elsewhere, result
 from tests.training.killed import MOMENTS
 
 LATE = ("later step", "checkpoint half written", "checkpoint written", "export half written")
+OWN = "reconstructing"  # has a test of its own
 USUAL = ("solving", "later step", "export half written")
 
 
@@ -32,11 +33,7 @@ EMA = ("--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5")
 
 @pytest.mark.parametrize(
     "moment",
-    [
-        pytest.param(name, marks=() if name in USUAL else pytest.mark.slow)
-        for name in MOMENTS
-        if name != "reconstructing"
-    ],
+    [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in MOMENTS if name != OWN],
 )
 def test_a_killed_run_goes_on_to_the_same_weights(pipe_folder, tmp_path, uninterrupted, moment):
     pattern = "structured:0.5" if moment == "later step" else "unstructured:0.5"
@@ -57,7 +54,7 @@ def test_a_reconstruction_that_was_killed_goes_on_with_the_next_stage(pipe_folde
     extra += ["--model.pruning.reconstruction.triples=12", "--model.pruning.reconstruction.batch_size=2"]
     whole, broken = (arguments(pipe_folder, tmp_path / name, *extra, steps=1) for name in ("whole", "broken"))
     fit_elsewhere("fit", *whole)
-    killed = fit_elsewhere("reconstructing", "fit", *broken, script=Path(__file__).with_name("killed.py"), check=False)
+    killed = fit_elsewhere(OWN, "fit", *broken, script=Path(__file__).with_name("killed.py"), check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     stages = tmp_path / "broken" / "reconstruction"
     assert sorted(path.name for path in stages.iterdir()) == ["000.safetensors", "reconstruction.json"]

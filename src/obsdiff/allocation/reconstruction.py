@@ -23,7 +23,7 @@ from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.finished import check_finished
 from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.reconstruct import HELD_OUT, Call, reconstruct
+from obsdiff.pruning.reconstruct import HELD_OUT, Call, Pair, reconstruct
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.ranks import rank
 
@@ -103,12 +103,10 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         masks[layer] = subject.graph.weight(layer).detach().ne(0)
     removed = set((report.depth or {}).get("removed", ()))
     before = [stage for stage in whole.stages if stage not in removed]
+    stages = dict(zip(subject.graph.stages, before, strict=True))
     errors = reconstruct(
-        subject.denoiser,
-        whole.denoiser,
-        dict(zip(subject.graph.stages, before, strict=True)),
+        Pair(subject.denoiser, whole.denoiser, stages, masks),
         whole.calls,
-        masks,
         asked,
         seed=options.seed,
         store=whole.store,

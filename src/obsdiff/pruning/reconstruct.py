@@ -35,6 +35,23 @@ HELD_OUT = 5  # every so many-th call is not trained on: it says whether trainin
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A pruned denoiser and the dense one.
+
+    Attributes:
+        pruned: Changed in place.
+        dense: The same model before pruning.
+        stages: Names of its blocks, in the order of execution, and what each was called in ``dense``.
+        masks: Bool by layer (True = kept) of weights that stay zero elsewhere.
+    """
+
+    pruned: nn.Module
+    dense: nn.Module
+    stages: Mapping[str, str]
+    masks: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Call:
     """A recorded call of some rows.
 
@@ -54,11 +71,8 @@ class _Stop(Exception):
 
 
 def reconstruct(
-    denoiser: nn.Module,
-    dense: nn.Module,
-    stages: Mapping[str, str],
+    models: Pair,
     calls: Sequence[Call],
-    masks: Mapping[str, Tensor],
     options: ReconstructionOptions,
     *,
     seed: int = 0,
@@ -70,14 +84,11 @@ def reconstruct(
     A stage whose error on held-out calls does not fall keeps its weights.
 
     Args:
-        denoiser: Pruned; changed in place.
-        dense: The same model before pruning.
-        stages: Names of its blocks, in the order of execution, and what each was called in ``dense``.
+        models: The pruned denoiser, and what it is to be like.
         calls: Recorded along the dense pipeline's way, at least two.
-        masks: Bool by layer (True = kept) of weights that stay zero elsewhere.
         options: Steps of Adam for each stage, one call each, and their learning rate.
         seed: Of the order of the calls.
-        store: Folder to keep finished stages in; those that it holds of the very same models, calls and settings are not
+        store: Folder to keep finished stages in; those that it holds of the same models, calls and settings are not
             trained again.
         quiet: No progress bar.
 
@@ -86,10 +97,9 @@ def reconstruct(
     """
     held = calls[::HELD_OUT]
     seen = [call for at, call in enumerate(calls) if at % HELD_OUT]
+    denoiser, dense, stages = models.pruned, models.dense, models.stages
+    finished = None if store is None else Finished(store, _key(models, calls, options, seed), list(stages))
     found = {}
-    finished = None
-    if store is not None:
-        finished = Finished(store, _key(denoiser, dense, stages, calls, masks, options, seed), list(stages))
     with eval_mode(denoiser), eval_mode(dense):
         for name, before in track(stages.items(), len(stages), "reconstructing", quiet):
             own, like = denoiser.get_submodule(name), dense.get_submodule(before)
@@ -102,7 +112,7 @@ def reconstruct(
                 for part in (seen, held)
             )
             if examples and checks:  # of two denoisers, a stage answers the calls of its own
-                inside = {layer: mask for layer, mask in masks.items() if f"{layer}.".startswith(f"{name}.")}
+                inside = {layer: mask for layer, mask in models.masks.items() if f"{layer}.".startswith(f"{name}.")}
                 error = _train(denoiser, own, examples, checks, inside, options, seed)
                 found[name] = replace(error, time_s=time.perf_counter() - started)
                 if finished is not None:
@@ -110,25 +120,17 @@ def reconstruct(
     return found
 
 
-def _key(
-    denoiser: nn.Module,
-    dense: nn.Module,
-    stages: Mapping[str, str],
-    calls: Sequence[Call],
-    masks: Mapping[str, Tensor],
-    options: ReconstructionOptions,
-    seed: int,
-) -> str:
+def _key(models: Pair, calls: Sequence[Call], options: ReconstructionOptions, seed: int) -> str:
     """SHA-256 of all that the stages' weights depend on."""
-    models = [[component_hash(part) for part in parts_of(model).values()] for model in (denoiser, dense)]
-    digest = hashlib.sha256(json.dumps([models, dict(stages), asdict(options), seed]).encode())
+    hashes = [[component_hash(part) for part in parts_of(model).values()] for model in (models.pruned, models.dense)]
+    digest = hashlib.sha256(json.dumps([hashes, dict(models.stages), asdict(options), seed]).encode())
 
     def add(tensor: Tensor) -> str:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
         return ""
 
-    for name, mask in sorted(masks.items()):
+    for name, mask in sorted(models.masks.items()):
         digest.update(name.encode())
         add(mask)
     for call in calls:  # what is no tensor in the arguments, and the names of all
