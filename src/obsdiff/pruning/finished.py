@@ -85,7 +85,7 @@ class Finished:
         """
         if rank() > 0:
             return
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in stage.state_dict().items()}
+        state = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in stage.state_dict().items()}
         said = {"key": self.key, "error": json.dumps([error.before, error.after, error.time_s])}
         with whole_file(self._files[name]) as temporary:
             save_file(state, temporary, said)
