@@ -32,6 +32,8 @@ from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Depth
+from obsdiff.paths import unfinished_stages
+from obsdiff.pruning.finished import remove_finished
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
@@ -72,6 +74,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     started = time.perf_counter()
     quiet = quiet or rank() > 0
     statistics, sensitivity = (None if p is None else Path(p) for p in (options.statistics, options.sensitivity))
+    stages = unfinished_stages(options.output)
     check_places(options)
     check_options(options, statistics, sensitivity)
     check_space(Path(options.output), pipeline_bytes(pipe))
@@ -102,6 +105,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         prompts,
         statistics=statistics,
         sensitivity=sensitivity,
+        reconstruction=stages,
         prune_again=options.prune_again,
         quiet=quiet,
     )
@@ -121,6 +125,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
             lambda folder: _write(pipe, folder, done, subject.graph, report, images),
             _kept(statistics, sensitivity),
         )
+        remove_finished(stages)
     wait_for_all()
     return report
 
