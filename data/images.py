@@ -187,19 +187,8 @@ class ImageCaptionDataModule(RecoveryData):
         """Open the data set and look at a few images, for training only."""
         if stage != "fit":
             return
-        from datasets import Image
-
-        table = _load(self.source, self.split)
-        for column in (self.image_column, self.caption_column):
-            if column not in table.column_names:
-                names = ", ".join(table.column_names)
-                raise UserError(f"{self.source} has no column {column!r}; its columns are {names}")
+        table = load_table(self.source, self.split, self.image_column, self.caption_column)
         schema = table.features.arrow_schema
-        kind = schema.field(self.image_column).type
-        try:
-            table = table.cast_column(self.image_column, Image(decode=False))
-        except Exception as error:  # datasets and arrow raise several kinds
-            raise UserError(f"column {self.image_column!r} of {self.source} holds {kind}, not images") from error
         check_text(schema.field(self.caption_column).type, self.caption_column, self.source)
         check_enough(len(table), self.batch_size, self.source)
         columns = (self.image_column, self.caption_column)
@@ -211,6 +200,32 @@ class ImageCaptionDataModule(RecoveryData):
         return ResumableLoader(
             self.train, self.batch_size, self.seed, batches_done(self.trainer), self.num_workers, self.source
         )
+
+
+def load_table(source: str, split: str, image_column: str, *columns: str) -> Any:
+    """A ``datasets.Dataset`` whose image column is not decoded.
+
+    Args:
+        source: A folder of images, a parquet file, or a Hugging Face dataset "owner/name".
+        split: Which split.
+        image_column: Column of the images.
+        columns: Others that must be there.
+
+    Raises:
+        UserError: It cannot be loaded, or lacks a column, or what should be images is not.
+    """
+    from datasets import Image
+
+    table = _load(source, split)
+    for column in (image_column, *columns):
+        if column not in table.column_names:
+            names = ", ".join(table.column_names)
+            raise UserError(f"{source} has no column {column!r}; its columns are {names}")
+    kind = table.features.arrow_schema.field(image_column).type
+    try:
+        return table.cast_column(image_column, Image(decode=False))
+    except Exception as error:  # datasets and arrow raise several kinds
+        raise UserError(f"column {image_column!r} of {source} holds {kind}, not images") from error
 
 
 def _load(source: str, split: str) -> Any:

@@ -63,8 +63,7 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
         "solving": cost("solve", 0),
     }
     if (reconstruction := manifest.get("reconstruction")) is not None:
-        rows = reconstruction["denoiser_rows"]
-        costs["reconstruction"] = replace(cost("reconstruct", 0), denoiser_flops=rows * flops)
+        costs["reconstruction"] = replace(cost("reconstruct", 0), denoiser_flops=reconstruction["denoiser_flops"])
     return costs
 
 

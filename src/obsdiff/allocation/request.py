@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from obsdiff.errors import UserError
-from obsdiff.names import ALLOCATIONS, DEAD, FUSIONS, METHODS, STRUCTURED_METHODS
+from obsdiff.names import ALLOCATIONS, DEAD, EXTRACTORS, FUSIONS, MEASURES, METHODS, STRUCTURED_METHODS
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import RANK, Depth, Hybrid, is_bare, of_layers, of_units, parse_request
 from obsdiff.obs.timesteps import timestep_weights
@@ -172,6 +172,17 @@ def check_evaluation(evaluation: EvaluationOptions) -> None:
     check_whole("evaluation.batch_size", evaluation.batch_size)
     check_seed("evaluation.seed", evaluation.seed)
     check_seed("evaluation.seed + num_images", evaluation.seed + evaluation.num_images)
+    for name in evaluation.measures:
+        kind, at, extractor = name.partition("@")
+        if kind not in MEASURES or (at and extractor not in EXTRACTORS):
+            raise UserError(
+                f"evaluation.measures names {name!r}; choose of {', '.join(MEASURES)}, with @ and one of "
+                f"{', '.join(EXTRACTORS)} where a named network measures"
+            )
+    if twice := [name for name in evaluation.measures if evaluation.measures.count(name) > 1]:
+        raise UserError(f"evaluation.measures names {twice[0]} twice")
+    if unknown := [name for name in evaluation.extractors if name not in EXTRACTORS]:
+        raise UserError(f"evaluation.extractors names {unknown[0]!r}; choose of {', '.join(EXTRACTORS)}")
 
 
 def _check_calibration(calibration: CalibrationOptions) -> None:

@@ -103,6 +103,7 @@ def prune_stage(
     *,
     statistics: Path | None = None,
     sensitivity: Path | None = None,
+    reconstruction: Path | None = None,
     prune_again: bool = False,
     quiet: bool = True,
 ) -> PruneReport:
@@ -114,6 +115,7 @@ def prune_stage(
         options: What is asked for.
         prompts: For the calibration.
         statistics, sensitivity: Folders to keep calibration and scan in, or to find them.
+        reconstruction: Folder to keep the stages in that a reconstruction has finished, or to find them.
         prune_again: Allow a pipeline that is pruned already.
         quiet: No progress bars.
 
@@ -135,7 +137,7 @@ def prune_stage(
             return _prune_layers(shorter, fitted, own, prompts, kept)
         return _prune_layers(*prepare(shorter, own, prune_again=True), own, prompts, kept)
 
-    whole = before_reconstruction(subject, options, prompts) if options.reconstruction.steps else None
+    whole = before_reconstruction(subject, options, prompts, reconstruction) if options.reconstruction.steps else None
     if depth is not None and options.budget is not None:
         report = _prune_numbered(subject, depth, options, prompts, kept)
     elif plan.removed or depth is not None:

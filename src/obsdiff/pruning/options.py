@@ -50,6 +50,16 @@ class EvaluationOptions:
         column: Caption column of a table or dataset.
         seed: Noise seed of the first image; the others count up.
         batch_size: Images per pipeline call.
+        measures: What is measured: mse, ssim, lpips, distance, alignment, clip_score, frechet, kid, precision (and
+            recall), cmmd; with @EXTRACTOR, such as frechet@inception or distance@dinov2, by a named network. Default:
+            what the pipeline's own classifier of images gives, else mse and ssim.
+        extractors: Where the weights of named networks are (inception, inception-legacy, clip, dinov2, efficientnet):
+            a file, a folder or a hub id.
+        real: Real images for the measures with a named network: a folder, a parquet file, a Hugging Face dataset
+            (owner/name), or an .npz with statistics of clean-fid.
+        real_column: Image column of a table or dataset.
+        real_split: Which split.
+        real_cache: Folder to keep the features of real images in, by their content.
     """
 
     num_images: int = 64
@@ -57,6 +67,12 @@ class EvaluationOptions:
     column: str | None = None
     seed: int = 1000
     batch_size: int = 32
+    measures: list[str] = field(default_factory=list)
+    extractors: Mapping[str, str] = field(default_factory=dict)
+    real: str | None = None
+    real_column: str = "image"
+    real_split: str = "train"
+    real_cache: str | None = None
 
 
 @dataclass(frozen=True)
