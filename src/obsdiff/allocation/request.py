@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from obsdiff.errors import UserError
-from obsdiff.names import ALLOCATIONS, DEAD, FUSIONS, METHODS, STRUCTURED_METHODS
+from obsdiff.names import ALLOCATIONS, DEAD, FUSIONS, METHODS, STRUCTURED_METHODS, UNIT_METHODS
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import RANK, Depth, Structured, is_bare, of_layers, parse_request
 from obsdiff.obs.timesteps import timestep_weights
@@ -90,6 +90,11 @@ def check_values(options: PruningOptions) -> None:
             *some, last = STRUCTURED_METHODS
             other = f"{', '.join(some)} or {last}"
             raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {pattern}")
+        if options.method in UNIT_METHODS and pattern is not None and not isinstance(pattern, Structured):
+            raise UserError(
+                f"method {options.method} removes whole heads, neurons and channels, no single weights; use it with "
+                f"structured:RATIO, or another method with {pattern}"
+            )
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     if options.dead not in DEAD:

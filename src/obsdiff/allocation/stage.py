@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ from obsdiff.models.graph import Graph, Site
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
-from obsdiff.obs.observers import GRADIENTS, gradient_for
+from obsdiff.obs.observers import GATES, PASSES, gradient_for
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.defaults import departures
+from obsdiff.pruning.gates import STEPS, gated_groups
 from obsdiff.pruning.gradients import TIMES, layers_of
 from obsdiff.pruning.oneshot import prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
@@ -158,9 +159,9 @@ def _prune_layers(
     """Calibrate, allocate, prune what is there."""
     statistics, quiet = kept.statistics, kept.quiet
     graph, dead = subject.graph, [] if options.dead == "ignore" else subject.dead
-    settings = options.calibration
+    settings, wanted = options.calibration, needs_for(options, statistics)
 
-    def measure(sites: set[str] | None) -> Statistics:
+    def measure(sites: set[str] | None, store: Path | None = None, needs: Collection[str] = wanted) -> Statistics:
         return calibrate(
             subject,
             prompts,
@@ -170,16 +171,16 @@ def _prune_layers(
             tokens=settings.tokens,
             batch_size=settings.batch_size,
             seed=options.seed,
-            store=statistics,
+            store=store,
             sites=sites,
-            needs=needs_for(options, statistics),
+            needs=needs,
             quiet=quiet,
         )
 
     found: Any = measure if measures(options, statistics) else None
     ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
     if allocates(options) or statistics is not None or (ranked and packages_for(options, statistics) == 1):
-        found = measure(plan.sites(graph) if statistics is None else None)  # a store serves every pattern and method
+        found = _stored(measure, plan.sites(graph), statistics, wanted) if statistics else measure(plan.sites(graph))
     record, allocate_s = None, 0.0
     if allocates(options):
         started = time.perf_counter()
@@ -207,6 +208,17 @@ def _prune_layers(
     report.notes += _rank_notes(ranks)
     report.time_s["allocate"] = allocate_s
     return report
+
+
+def _stored(measure: Callable[..., Statistics], sites: set[str], store: Path, needs: frozenset[str]) -> Statistics:
+    """Layer inputs of all sites, since a store serves every pattern and method, and what it does not keep of those of
+    the plan alone."""
+    found = measure(None, store, needs - PASSES)
+    if not needs & PASSES:
+        return found
+    own = measure(sites, None, needs & PASSES)
+    spent = {**found.time_s, "calibrate": found.time_s["calibrate"] + own.time_s["calibrate"]}
+    return replace(found, gradients=own.gradients, gates=own.gates, time_s=spent)
 
 
 def _ranks(
@@ -264,12 +276,13 @@ def _memory(graph: Graph, sites: Sequence[Site], needs: Collection[str], passes:
     numbers = [weight_matrices(graph.layer(site.name)).shape for site in sites]
     whole = "gram" in needs
     hessians = sum(4 * groups * columns ** (2 if whole else 1) for groups, _, columns in numbers)
-    held = (
-        {} if needs and set(needs) <= GRADIENTS.keys() else {"Hessians" if whole else "diagonals of Hessians": hessians}
-    )
+    held = {} if needs and set(needs) <= PASSES else {"Hessians" if whole else "diagonals of Hessians": hessians}
     if gradient_for(needs) is not None:
         layers = layers_of(graph, [site for site in sites if site not in graph.vectors])
         held[f"gradients of the loss at {TIMES} times"] = 4 * sum(graph.weight(layer).numel() for layer in layers)
+    if GATES in needs:
+        units = sum(group.count for group in gated_groups(graph, sites))
+        held[f"gates, learned in {STEPS} steps,"] = 16 * units  # λ, its gradient and the optimizer's two moments
     return ", ".join(f"{what} take {size / passes / 2**20:,.0f} MiB" for what, size in held.items())
 
 

@@ -76,7 +76,8 @@ def prune(
         method: One of :data:`obsdiff.criteria.METHODS`.
         statistics: From :func:`obsdiff.calibrate`; or a function that calibrates the sites it is given, called once
             per package. Methods that look at weights alone (magnitude, l1, random) need none; with it their layer
-            errors are reported. Those that go by gradients (taylor, diff-pruning) need a calibration made for them.
+            errors are reported. Those that go by gradients (taylor, diff-pruning) or gates (ecodiff) need a calibration
+            made for them.
         refit: Least squares on what is kept; None takes the method's default (on for obs and admm).
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`.
         packages: Calibration passes; later layers are calibrated with earlier ones pruned (OBS-Diff §4.2). Needs a
@@ -145,14 +146,13 @@ def prune(
             if found is not None:
                 check_serves(found, needed(pattern, options), f"method {method}")
                 if report.fingerprint is None:  # the first one's: of the dense model
-                    report.fingerprint = found.fingerprint
-                    if found.gradients is not None:
-                        more = found.gradients.to_json() | {"inputs": found.inputs}
-                        report.fingerprint = {**found.fingerprint, "gradients": more}
+                    report.fingerprint = found.described()
                 _add(report.time_s, found.time_s)
             solve_started = time.perf_counter()
-            slopes = None if found is None else found.slopes
-            (_shrink_modules if plan.structured else _mask_sites)(job, package, read, slopes)
+            if plan.structured:
+                _shrink_modules(job, package, read, found)
+            else:
+                _mask_sites(job, package, read, None if found is None else found.slopes)
             _add(report.time_s, {"solve": time.perf_counter() - solve_started})
         if plan.structured:
             report.shrunk = shrunk_config(graph, plan.entries)
@@ -205,6 +205,11 @@ def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) ->
         *some, last = (name for name, other in METHODS.items() if other.structured is not None)
         others = f"{', '.join(some)} or {last}"
         raise UserError(f"method {options.method} cannot prune heads and neurons; use {others} with {pattern}")
+    if not isinstance(pattern, Structured) and method.solve is None:
+        raise UserError(
+            f"method {options.method} removes whole heads, neurons and channels, no single weights; use it with "
+            f"structured:RATIO, or another method with {pattern}"
+        )
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     check_number("calibration.damping", options.damping, 0.0)
@@ -227,8 +232,9 @@ def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Cal
 
 def needed(pattern: Pattern, options: SolveOptions) -> frozenset[str]:
     """What of a calibration; ranks go by whole covariances, whatever the method."""
-    rank = isinstance(pattern, Structured) and pattern.rank is not None
-    return options.needs | ({"gram"} if rank else set())
+    if not isinstance(pattern, Structured) or pattern.rank is None:
+        return options.needs
+    return frozenset({"gram"}) | (options.needs if pattern.kinds != (RANK,) else set())
 
 
 def _add(times: dict[str, float], more: Mapping[str, float]) -> None:
@@ -281,9 +287,10 @@ def _whole(group: Group, pattern: Pattern) -> bool:
     return group.basis is not None and isinstance(pattern, Structured) and kept_units(group, pattern) == group.count
 
 
-def _shrink_modules(job: _Job, package: list[str], read: Read | None, slopes: Mapping[str, Tensor] | None) -> None:
+def _shrink_modules(job: _Job, package: list[str], read: Read | None, measured: Statistics | None) -> None:
     """Choose the units that stay of a package's groups and cut the others out."""
     graph, entries, report = job.graph, job.plan.entries, job.report
+    slopes, gates = (None, None) if measured is None else (measured.slopes, measured.openness)
     changed = [name for name, pattern in entries.items() if not _whole(graph.group_of[name], pattern)]
     chosen = [
         bundle for bundle in graph.bundles(changed) if graph.site_of[bundle[0].consumers[0].layer].name in package
@@ -297,7 +304,7 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None, slopes: Ma
             sites = {graph.site_of[layer].name: graph.weight(layer).device for layer in consumers}
             known = {site: read(site, device) for site, device in sites.items()}  # each once: it is let go
             found = {layer: known[graph.site_of[layer].name] for layer in consumers}
-        kept, results = solve_groups(graph, patterns, found, job.options, slopes)  # type: ignore[arg-type]  # all structured
+        kept, results = solve_groups(graph, patterns, found, job.options, slopes, gates)  # type: ignore[arg-type]  # all structured
         return {name: units.cpu() for name, units in kept.items()}, portable(results)
 
     for _, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
