@@ -77,5 +77,7 @@ def test_a_choice_is_compensated_exactly(method, monkeypatch):
         found = weight_matrices(new)[0].detach().double()
         torch.testing.assert_close(found, least, rtol=1e-3, atol=1e-4)
         shift = weight @ mean - found @ mean[columns]
-        torch.testing.assert_close(new.bias.detach().double(), layer.bias.detach().double() + shift, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            new.bias.detach().double(), layer.bias.detach().double() + shift, rtol=1e-3, atol=1e-4
+        )
         assert torch.equal(weight_matrices(plain.unet.get_submodule(s.layer))[0], weight.float()[:, columns])
