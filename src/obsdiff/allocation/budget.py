@@ -56,6 +56,9 @@ def costs_of(subject: Subject, units: Sequence[Unit], budget: Budget, call: Mapp
         total = denoiser_flops(subject, call)
         per_unit, whole = {}, {}
         for name, group in groups.items():
+            if group.count == 1:  # a single head cannot go, so it belongs to what is fixed
+                per_unit[name] = whole[name] = 0.0
+                continue
             half = group.count // 2
             fewer = flops(name, half)
             per_unit[name] = (total - fewer) / (group.count - half)
