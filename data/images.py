@@ -235,8 +235,8 @@ class ImageDataModule(ImageCaptionDataModule):
     """Batches of ``image`` (b, channels, size, size) in [-1, 1], for pipelines that are told nothing (DDPM).
 
     Args:
-        source: A folder of images, a parquet file, or a Hugging Face dataset "owner/name" or "owner/name:split" (default
-            split: train).
+        source: A folder of images, a parquet file, or a Hugging Face dataset "owner/name" or "owner/name:split"
+            (default split: train).
         image_column: Column of the images; default: image or img, whichever is there.
         size: Pixels per side: the shorter side is resized to it, then the middle is cut out.
         batch_size: Images per optimizer step and process.

@@ -1,5 +1,5 @@
-"""The CIFAR-10 comparison at toy size: its own configs through the real command, on a small random DDPM and a parquet of
-images laid out like the data set."""
+"""The CIFAR-10 comparison at toy size: its own configs through the real command, on a small random DDPM and a parquet
+of images laid out like the data set."""
 
 import json
 import re

@@ -92,5 +92,5 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="has no column 'caption'"):
         ImageCaptionDataModule(source, batch_size=4).setup("fit")
     broken = parquet(tmp_path, images=[{"bytes": b"nothing", "path": None}] * 3 + [picture()])
-    with pytest.raises(UserError, match="3 of 4 images .* cannot be used .3 with no image that can be decoded"):
+    with pytest.raises(UserError, match=r"3 of 4 images .* cannot be used .3 with no image that can be decoded"):
         ImageDataModule(broken, size=8, batch_size=4).setup("fit")
