@@ -290,7 +290,8 @@ def _whole(group: Group, pattern: Pattern) -> bool:
 def _shrink_modules(job: _Job, package: list[str], read: Read | None, measured: Statistics | None) -> None:
     """Choose the units that stay of a package's groups and cut the others out."""
     graph, entries, report = job.graph, job.plan.entries, job.report
-    slopes, gates = (None, None) if measured is None else (measured.slopes, measured.openness)
+    slopes = dict(measured.slopes or {}) if measured is not None else {}
+    gates = None if measured is None else measured.openness
     changed = [name for name, pattern in entries.items() if not _whole(graph.group_of[name], pattern)]
     chosen = [
         bundle for bundle in graph.bundles(changed) if graph.site_of[bundle[0].consumers[0].layer].name in package
@@ -304,7 +305,7 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None, measured: 
             sites = {graph.site_of[layer].name: graph.weight(layer).device for layer in consumers}
             known = {site: read(site, device) for site, device in sites.items()}  # each once: it is let go
             found = {layer: known[graph.site_of[layer].name] for layer in consumers}
-        kept, results = solve_groups(graph, patterns, found, job.options, slopes, gates)  # type: ignore[arg-type]  # all structured
+        kept, results = solve_groups(graph, patterns, found, job.options, slopes or None, gates)  # type: ignore[arg-type]  # all structured
         return {name: units.cpu() for name, units in kept.items()}, portable(results)
 
     for _, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
@@ -313,6 +314,8 @@ def _shrink_modules(job: _Job, package: list[str], read: Read | None, measured: 
                 basis = results[group.layers[0]].basis
                 assert basis is not None
                 project(job.edits, graph, group, basis)
+                for layer in set(group.layers) & slopes.keys():
+                    slopes[layer] = slopes[layer] @ basis.to(slopes[layer]).T  # dL/dW' where the layer is W' E x
         cut(job.edits, graph, kept, {name: (result.weight, result.bias_shift) for name, result in results.items()})
         report.masks |= kept
         report.sparsity_per_layer |= {name: 1 - float(units.sum()) / len(units) for name, units in kept.items()}
