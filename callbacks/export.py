@@ -37,7 +37,7 @@ class Export(lightning.Callback):
         if rank() == 0:
             last, spent = None if loss is None else float(loss), None if budget is None else budget.report()
             report = write_recovered(pl_module, state, images, trainer.global_step, last, spent)
-            if images is not None and report["fidelity"]["mse"] is None:
+            if images is not None and "not_finite" in report["evaluation"]["recovered"]:
                 rank_zero_warn("images are not finite, so the report has no figures of them; the weights are written")
         wait_for_all()
 

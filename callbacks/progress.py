@@ -14,7 +14,7 @@ from obsdiff.callbacks.budget import Budget
 from obsdiff.callbacks.find import find
 from obsdiff.progress import Progress, duration
 
-MEASURED = {"fidelity_mse": "MSE to dense {:.3g}", "alignment": "alignment {:.1%}", "frechet": "Fréchet {:.2f}"}
+MEASURED = {"mse": "MSE to dense {:.3g}", "alignment": "alignment {:.1%}", "frechet": "Fréchet {:.2f}"}
 REFRESH_S = 0.5  # reading the loss waits for the device, so not at every step
 
 

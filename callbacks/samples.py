@@ -34,10 +34,11 @@ class SampleGrid(lightning.Callback):
         check_writable(Path(pl_module.output) / SAMPLES)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        now, refs = pl_module.last_measured.get("images"), pl_module.frozen.refs
-        if now is None or refs is None or trainer.sanity_checking or is_trial(trainer) or not trainer.is_global_zero:
+        validation = pl_module.validation
+        now = None if validation is None else validation.shown
+        if now is None or trainer.sanity_checking or is_trial(trainer) or not trainer.is_global_zero:
             return
-        grid = image_grid([refs.dense.guided, refs.pruned.guided, now], self.shown)
+        grid = image_grid([validation.refs.dense.guided, validation.refs.pruned.guided, now], self.shown)
         save_images(grid[None], [Path(pl_module.output) / SAMPLES / f"step-{trainer.global_step:07d}.png"])
         for logger in trainer.loggers:
             if isinstance(logger, lightning.pytorch.loggers.TensorBoardLogger):

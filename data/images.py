@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,23 +202,11 @@ class ImageCaptionDataModule(RecoveryData):
         """Open the data set and look at a few images, for training only."""
         if stage != "fit":
             return
-        from datasets import Image
-
-        table = _load(self.source, self.split)
-        usual = next((name for name in IMAGE_COLUMNS if name in table.column_names), IMAGE_COLUMNS[0])
-        images, captions = self.image_column or usual, self.caption_column
-        for column in (images, *([] if captions is None else [captions])):
-            if column not in table.column_names:
-                names = ", ".join(table.column_names)
-                raise UserError(f"{self.source} has no column {column!r}; its columns are {names}")
-        schema = table.features.arrow_schema
-        kind = schema.field(images).type
-        try:
-            table = table.cast_column(images, Image(decode=False))
-        except Exception as error:  # datasets and arrow raise several kinds
-            raise UserError(f"column {images!r} of {self.source} holds {kind}, not images") from error
+        others = () if self.caption_column is None else (self.caption_column,)
+        table = load_table(self.source, self.split, self.image_column, *others)
+        images, captions = image_column_of(table.column_names, self.image_column), self.caption_column
         if captions is not None:
-            check_text(schema.field(captions).type, captions, self.source)
+            check_text(table.features.arrow_schema.field(captions).type, captions, self.source)
         check_enough(len(table), self.batch_size, self.source)
         assert self.image_shape is not None
         self.train = CaptionedImages(
@@ -261,6 +250,38 @@ class ImageDataModule(ImageCaptionDataModule):
         loading: Any = {"size": size, "batch_size": batch_size, "num_workers": num_workers, "seed": seed}
         super().__init__(name, image_column, split=split, channels=channels, **loading)
         self.caption_column, self.flip = None, flip
+
+
+def image_column_of(columns: Sequence[str], named: str | None) -> str:
+    """The column of the images: the one that was named, else image or img, whichever is there."""
+    return named or next((name for name in IMAGE_COLUMNS if name in columns), IMAGE_COLUMNS[0])
+
+
+def load_table(source: str, split: str, image_column: str | None, *columns: str) -> Any:
+    """A ``datasets.Dataset`` whose image column is not decoded.
+
+    Args:
+        source: A folder of images, a parquet file, or a Hugging Face dataset "owner/name".
+        split: Which split.
+        image_column: Column of the images; None: image or img, whichever is there.
+        columns: Others that must be there.
+
+    Raises:
+        UserError: It cannot be loaded, or lacks a column, or what should be images is not.
+    """
+    from datasets import Image
+
+    table = _load(source, split)
+    image_column = image_column_of(table.column_names, image_column)
+    for column in (image_column, *columns):
+        if column not in table.column_names:
+            names = ", ".join(table.column_names)
+            raise UserError(f"{source} has no column {column!r}; its columns are {names}")
+    kind = table.features.arrow_schema.field(image_column).type
+    try:
+        return table.cast_column(image_column, Image(decode=False))
+    except Exception as error:  # datasets and arrow raise several kinds
+        raise UserError(f"column {image_column!r} of {source} holds {kind}, not images") from error
 
 
 def _load(source: str, split: str) -> Any:

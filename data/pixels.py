@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -31,24 +32,43 @@ def decode(content: Any, size: int, channels: int) -> Tensor:
     Raises:
         Undecodable: It cannot be.
     """
-    from PIL import Image, ImageOps
     from torchvision.transforms import v2
 
     prepare = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+
+    def cut(upright: Any) -> Tensor:
+        shorter, longer = sorted(upright.size)
+        if longer * size * size > MAX_PIXELS * shorter:
+            raise Undecodable(f"{shorter} by {longer} pixels is too long a strip")
+        return prepare(upright.convert("RGB" if channels == 3 else "L"))
+
+    return _opened(content, cut).float() / 127.5 - 1
+
+
+def pixels_of(content: Any) -> Tensor:
+    """All pixels of an image, uint8 (3, h, w), read as :func:`decode` does but neither resized nor cut.
+
+    Raises:
+        Undecodable: It cannot be decoded.
+    """
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return _opened(content, lambda upright: pil_to_tensor(upright.convert("RGB")))
+
+
+def _opened(content: Any, pixels: Callable[[Any], Tensor]) -> Tensor:
+    """``pixels`` of the upright image in modes of 8 bits."""
+    from PIL import Image, ImageOps
+
     try:
         Image.init()
         formats = [name for name in Image.ID if name not in STARTS_PROGRAMS]
         with Image.open(_file(content), formats=formats) as image:
-            upright = _on_white(_in_8_bits(ImageOps.exif_transpose(image)))
-            shorter, longer = sorted(upright.size)
-            if longer * size * size > MAX_PIXELS * shorter:
-                raise Undecodable(f"{shorter} by {longer} pixels is too long a strip")
-            pixels: Tensor = prepare(upright.convert("RGB" if channels == 3 else "L"))
+            return pixels(_on_white(_in_8_bits(ImageOps.exif_transpose(image))))
     except Undecodable:
         raise
     except Exception as error:  # Pillow raises a dozen kinds for damaged files and bombs
         raise Undecodable(f"{type(error).__name__}: {error}") from error
-    return pixels.float() / 127.5 - 1
 
 
 def _file(content: Any) -> Any:

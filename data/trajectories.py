@@ -11,6 +11,7 @@ from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.models.calling import WHICH
 from obsdiff.models.conditioning import told_nothing
+from obsdiff.models.rows import NEGATIVE
 from obsdiff.numbers import check_whole
 from obsdiff.paths import user_path
 from obsdiff.pruning.folder import load_pipeline
@@ -39,11 +40,15 @@ class TrajectoryDataset(Dataset[dict[str, Any]]):
         embeds = {name: tensor[prompt] for name, tensor in found.embeds.items()}
         if found.denoisers is not None:
             embeds[WHICH] = found.denoisers[call]
-        return {"latents": found.latents[prompt, call], "time": found.times[call], "embeds": embeds}
+        answers = {"answer": found.answers[prompt, call]}
+        if found.negative_answers is not None:
+            answers[f"{NEGATIVE}answer"] = found.negative_answers[prompt, call]
+        return {"latents": found.latents[prompt, call], "time": found.times[call], "embeds": embeds, **answers}
 
 
 class TrajectoryDataModule(RecoveryData):
-    """Batches of ``latents`` (b, ...), ``time`` (b,) and ``embeds`` (by name, (b, ...), negative ones included).
+    """Batches of ``latents`` (b, ...), ``time`` (b,), ``embeds`` (by name, (b, ...), negative ones included), and the
+    dense denoiser's ``answer`` (b, ...) to them, with guidance also the ``negative_answer``.
 
     The trajectories are recorded once, by the first process, and kept in ``folder``.
 

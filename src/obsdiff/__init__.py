@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from obsdiff.data.prompts import load_prompts
     from obsdiff.errors import UserError
     from obsdiff.evaluation.sampling import sample
+    from obsdiff.export.evaluate import evaluate
     from obsdiff.obs.pattern import NM, Structured, Unstructured, parse_pattern
     from obsdiff.pruning.calibrate import calibrate
     from obsdiff.pruning.folder import load_pipeline, save_pipeline
@@ -34,6 +35,7 @@ _HOME = {
     "UserError": "obsdiff.errors",
     "allocate": "obsdiff.allocation.allocate",
     "calibrate": "obsdiff.pruning.calibrate",
+    "evaluate": "obsdiff.export.evaluate",
     "load_lora": "obsdiff.pruning.lora",
     "load_pipeline": "obsdiff.pruning.folder",
     "load_prompts": "obsdiff.data.prompts",
@@ -51,6 +53,7 @@ __all__ = [
     "UserError",
     "allocate",
     "calibrate",
+    "evaluate",
     "load_lora",
     "load_pipeline",
     "load_prompts",

@@ -47,7 +47,8 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
     halves = 2 if (settings.get("guidance_scale") or 0) > 1 else 1
     calls = manifest.get("packages", 1) * settings.get("num_prompts", 0) * (settings.get("steps") or 0)
     depth = manifest.get("depth") or {}
-    scan = (manifest.get("allocation") or {}).get("scan", {})
+    allocation = manifest.get("allocation") or {}
+    scan, stages = allocation.get("scan", {}), allocation.get("stages", {})
     own = settings.get("gradients") or settings.get("gates") or {}
     passes = calls if own.get("inputs", True) else 0
     rows = manifest.get("packages", 1) * own.get("rows", 0)
@@ -58,12 +59,11 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
 
     costs = {
         "calibration": cost("calibrate", passes + rows / halves),
-        "allocation": cost("allocate", scan.get("denoiser_calls", 0) + depth.get("denoiser_calls", 0)),
+        "allocation": cost("allocate", sum(of.get("denoiser_calls", 0) for of in (scan, stages, depth))),
         "solving": cost("solve", 0),
     }
     if (reconstruction := manifest.get("reconstruction")) is not None:
-        rows = reconstruction["denoiser_rows"]
-        costs["reconstruction"] = replace(cost("reconstruct", 0), denoiser_flops=rows * flops)
+        costs["reconstruction"] = replace(cost("reconstruct", 0), denoiser_flops=reconstruction["denoiser_flops"])
     return costs
 
 

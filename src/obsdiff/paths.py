@@ -44,3 +44,9 @@ def new_folder(path: str | Path, option: str) -> Path:
     if whole == here or whole in here.parents:
         raise UserError(f"{option} is {path}, which holds the current folder; give a folder of its own")
     return found
+
+
+def unfinished_stages(output: str) -> Path:
+    """Where a prune run keeps the stages that its reconstruction has finished, until the run is written: beside it."""
+    target = Path(os.path.realpath(output))
+    return target.with_name(f".{target.name}.reconstruction")

@@ -2,16 +2,20 @@
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import obsdiff
 from obsdiff.allocation.allocate import allocate
+from obsdiff.allocation.budget import costs_of
 from obsdiff.allocation.request import Budget, parse_budget
-from obsdiff.allocation.units import removed
+from obsdiff.allocation.units import make_units, removed
 from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.models.graph import shapes_with
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
+from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
-from obsdiff.pruning.plan import make_plan
+from obsdiff.pruning.plan import kept_units, make_plan
 from tests.conftest import make_pipe
 
 QUICK = ScanOptions(levels=[0.5, 0.9], triples=4)
@@ -67,7 +71,7 @@ def test_parameters_budgets_count_what_is_not_zero(statistics, scanned):
 
 
 @pytest.mark.parametrize("rule", ["measured", "owl", "uniform"])
-@pytest.mark.parametrize("kind", ["parameters", "flops"])
+@pytest.mark.parametrize("kind", ["parameters", "bytes", "flops"])
 @pytest.mark.parametrize("share", [0.8, 0.65])
 def test_structured_budgets_are_met_and_never_exceeded(statistics, scanned, rule, kind, share):
     """One FFN neuron at a time is 0.2 % of this model, so that within 1 % is possible."""
@@ -75,6 +79,7 @@ def test_structured_budgets_are_met_and_never_exceeded(statistics, scanned, rule
     call = call_arguments(pipe)
     dense = {
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
+        "bytes": stored(pipe),
         "flops": denoiser_flops(subject_of(pipe), call),
     }
     found = made(
@@ -82,9 +87,46 @@ def test_structured_budgets_are_met_and_never_exceeded(statistics, scanned, rule
         store=scanned["structured"], spare_blocks=(),
     )  # fmt: skip
     report = obsdiff.prune(pipe, found.plan, statistics=statistics)
-    now = {"parameters": report.parameters["pruned"], "flops": denoiser_flops(subject_of(pipe), call)}
+    now = {
+        "parameters": report.parameters["pruned"],
+        "bytes": stored(pipe),
+        "flops": denoiser_flops(subject_of(pipe), call),
+    }
     assert 0.99 * share * dense[kind] <= now[kind] <= share * dense[kind]
     assert found.record["achieved"] == pytest.approx(now[kind] / dense[kind], abs=1e-9)
+
+
+def stored(pipe):
+    """Bytes of the denoiser's weights in a safetensors file: all but its header."""
+    content = save(dict(pipe.transformer.state_dict()))
+    return len(content) - 8 - int.from_bytes(content[:8], "little")
+
+
+def test_bytes_are_counted_by_the_dtype_that_is_stored():
+    """Some tensors in bfloat16 beside float32 ones, with ranks; against the shapes that would be written."""
+    pipe = make_pipe()
+    subject = subject_of(pipe)
+    graph, call = subject.graph, call_arguments(pipe)
+    for block in pipe.transformer.transformer_blocks:
+        block.ff.bfloat16()
+    plan = make_plan(graph, parse_pattern("structured:heads=0.5,ffn=0.5,multiple_of=1+rank:0.5"), spare_blocks=[])
+    units = make_units(graph, plan, Limits())
+    costs = costs_of(subject, units, Budget("bytes", 0.7), call)
+    assert costs.dense == stored(pipe) < 4 * sum(t.numel() for t in pipe.transformer.state_dict().values())
+    chosen = [unit.options[len(unit.options) // 2] for unit in units]
+    kept = {u.name: kept_units(graph.group_of[u.name], p) for u, p in zip(units, chosen, strict=True)}
+    shapes = shapes_with(graph, kept)["tensors"]
+    tensors = {name: tensor for name, tensor in pipe.transformer.state_dict().items() if name not in shapes}
+    for name, shape in shapes.items():
+        like = pipe.transformer.get_parameter(name) if "bases" not in name else torch.empty(0)
+        tensors[name] = torch.empty(shape, dtype=like.dtype)
+    counted = costs.fixed + sum(of[len(of) // 2] for of in costs.options)
+    assert counted == sum(t.numel() * t.element_size() for t in tensors.values()) < costs.dense
+
+
+def test_zeros_take_no_bytes_off(statistics):
+    with pytest.raises(obsdiff.UserError, match="in bytes needs a structured pattern: zeros are stored"):
+        made("2:4", statistics, budget="bytes:0.7")
 
 
 def test_nm_layers_get_different_n_or_stay_dense(statistics, scanned):

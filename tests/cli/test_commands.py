@@ -65,8 +65,8 @@ def test_report_has_the_schema(pipe_folder, tmp_path):
     assert set(report["layer_error"]["per_layer"]) == set(report["sparsity"]["per_layer"])
     assert {"calibrate", "forward_only", "solve", "total"} <= report["time_s"].keys()
     assert 0 < report["time_s"]["forward_only"] <= report["time_s"]["calibrate"] <= report["time_s"]["total"]
-    assert report["peak_memory_bytes"] > 2**20 and report["fidelity"]["mse"] > 0
-    assert {"dense", "pruned", "n"} <= report["alignment"].keys()
+    assert report["peak_memory_bytes"] > 2**20 and report["evaluation"]["pruned"]["mse"] > 0
+    assert all("alignment" in report["evaluation"][name] for name in ("dense", "pruned"))
     page = (tmp_path / "out" / "report.md").read_text()
     assert "fidelity to dense, n = 4" in page and "samples.png" in page
     assert (tmp_path / "out" / "samples.png").read_bytes().startswith(b"\x89PNG")
@@ -137,9 +137,10 @@ def test_options_have_effects(pipe_folder, tmp_path):
     ]
     assert all(report["parameters"]["pruned"] < report["parameters"]["dense"] for report in ranked)
     seeded = prune(pipe_folder, tmp_path / "e", "--evaluation.seed", "7", "--evaluation.prompts", "digits-train")
-    assert seeded["fidelity"]["seed"] == 7 and seeded["fidelity"]["mse"] != plain["fidelity"]["mse"]
+    assert seeded["evaluation"]["first_seed"] == 7
+    assert seeded["evaluation"]["pruned"]["mse"] != plain["evaluation"]["pruned"]["mse"]
     none = prune(pipe_folder, tmp_path / "none", "--evaluation.num_images", "0")
-    assert none["fidelity"] is None and not (tmp_path / "none" / "samples.png").exists()
+    assert none["evaluation"] is None and not (tmp_path / "none" / "samples.png").exists()
 
 
 def test_yaml_and_overrides(pipe_folder, tmp_path):

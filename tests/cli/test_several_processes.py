@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from safetensors.torch import load_file
 
 from obsdiff.cli.main import main
@@ -23,4 +24,5 @@ def test_two_processes_write_one_result(pipe_folder, tmp_path):
     masks = [load_file(tmp_path / name / "masks.safetensors") for name in ("one", "two")]
     assert masks[0].keys() == masks[1].keys()
     assert all(bool((masks[0][name] == masks[1][name]).all()) for name in masks[0])
-    assert abs(two["fidelity"]["mse"] - one["fidelity"]["mse"]) < 1e-3 * one["fidelity"]["mse"]
+    before, after = (found["evaluation"]["pruned"]["mse"] for found in (one, two))
+    assert after == pytest.approx(before, rel=1e-3)

@@ -138,7 +138,7 @@ def test_a_file_that_a_recipe_names_counts_by_its_content(tmp_path):
 
 
 def test_what_is_measured_alike_is_kept_in_one_place_and_nothing_else(tmp_path):
-    dense = Dense("digits-sd3", "cpu", tmp_path)
+    dense = Dense("digits-sd3", "cpu", tmp_path, EvaluationOptions())
     dense.__dict__["content"] = {"transformer": "a"}
 
     def places(pattern, allocation="measured", method="obs", prompts=("one",), **changes):

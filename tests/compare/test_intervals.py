@@ -53,7 +53,7 @@ def test_no_ratio_to_nothing():
 def row(method, seed, mse, hits=(1.0, 0.0), frechet=2.0, error=None, **more):
     return {
         "method": method, "pattern": "2:4", "allocation": "uniform", "recipe": "one shot", "seed": seed, "error": error,
-        "per_image": {"mse": mse, "alignment": list(hits)}, "figures": {"fidelity": {}, "frechet": frechet},
+        "per_image": {"mse": mse, "alignment": list(hits)}, "evaluation": {"pruned": {"frechet": frechet}},
         "costs": {
             "solving": {"denoiser_flops": 5.0, "wall_s": 1.0}, "calibration": {"denoiser_flops": 1.0, "wall_s": 2.0},
         },

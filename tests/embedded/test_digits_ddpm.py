@@ -11,13 +11,18 @@ from PIL import Image
 import obsdiff
 from obsdiff.cli.main import main
 from obsdiff.data.digits import DigitsWithHeldOut
+from obsdiff.diffusion.frechet import frechet_distance
 from obsdiff.embedded.classifier import load_classifier
 from obsdiff.embedded.pretrain_ddpm import DigitsDDPMPretraining
 from obsdiff.embedded.tiny_ddpm import TinyDDPM, build_tiny_ddpm
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import READERS, check_measurable
-from obsdiff.evaluation.references import References, draw, measure
+from obsdiff.evaluation.evaluate import evaluation_of
+from obsdiff.evaluation.references import draw
+from obsdiff.evaluation.suite import load_suite
+from obsdiff.export.figures import named
 from obsdiff.models.info import PipelineInfo, attach_info, call_arguments, info_of
+from obsdiff.pruning.options import EvaluationOptions
 
 ASSET = Path(__file__).parents[2] / "data" / "assets" / "digits-ddpm"
 TINY = TinyDDPM(channels=(8, 16), groups=4, head_dim=8)
@@ -59,7 +64,7 @@ def test_its_images_look_like_digits(pipe):
     assert set(reader.read(images).tolist()) == set(range(10))
     sure = load_classifier()(images * 2 - 1).softmax(1).amax(1)
     assert float(sure.mean()) > 0.85  # noise: 0.34; held-out scans: 0.94
-    distance = reader.frechet(images)
+    distance = frechet_distance(reader.features(images), reader.real())
     assert distance is not None and distance < 10  # noise: 66; the training scans: 2.5
 
 
@@ -81,8 +86,9 @@ def test_it_is_measured_without_alignment(tiny):
     check_measurable(prompts, "digits")
     dense = draw(tiny, prompts, seeds, 4, "digits")
     assert len(dense.guided) == 4 and not len(dense.unguided)
-    found = measure(References(prompts, seeds, dense, dense, "digits"), dense)
-    assert list(found) == ["fidelity", "frechet"] and found["fidelity"]["mse"] == 0 and found["frechet"] > 0
+    found = evaluation_of(load_suite("digits", EvaluationOptions()), prompts, seeds, {"dense": dense, "pruned": dense})
+    assert set(named(found["pruned"])) == {"mse", "psnr", "ssim", "frechet", "kid", "precision", "recall"}
+    assert found["pruned"]["mse"] == 0 and found["pruned"]["frechet"] == found["dense"]["frechet"] > 0
 
 
 def test_its_pretraining_makes_a_pipeline_of_averaged_weights(tmp_path):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from obsdiff.embedded.emoji import HELD_OUT_WORDINGS, caption, load_emoji
-from obsdiff.embedded.emoji_encoder import EmojiEncoder, emoji_features, load_encoder
+from obsdiff.embedded.emoji_encoder import EmojiEncoder, load_encoder
 from obsdiff.embedded.train_emoji_encoder import EmojiEncoderTraining, changed, held_out
 from obsdiff.errors import UserError
-from obsdiff.evaluation.alignment import READERS, check_measurable, compare_alignment, in_known_words
-from obsdiff.evaluation.references import Images, References, measure
+from obsdiff.evaluation.alignment import READERS, check_measurable, in_known_words
+from obsdiff.evaluation.suite import load_suite
+from obsdiff.pruning.options import EvaluationOptions
 
 EMOJI = READERS["emoji"]
 CHOSEN = list(range(0, 1880, 40))
@@ -52,31 +53,21 @@ def test_near_hits_are_the_five_likeliest(pictures, prompts):
     assert found.tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
 
 
-def test_groups_are_counted_apart(pictures, prompts):
-    shuffled = pictures.clone()
-    shuffled[0] = pictures[1]
-    groups = [load_emoji().groups[place] for place in CHOSEN]
-    found = EMOJI.by_group(shuffled, prompts)
-    assert list(found) == sorted(set(groups))
-    for group, (share, n) in found.items():
-        assert n == groups.count(group)
-        assert share == pytest.approx(1 - (group == groups[0]) / n)
+def test_distances_are_nothing_to_itself_and_grow_with_damage(pictures, prompts):
+    suite = load_suite("emoji", EvaluationOptions(measures=["distance", "frechet"]))
 
+    def distance(images):
+        return suite.measure(images, prompts, pictures)["distance"]
 
-def test_distances_are_nothing_to_itself_and_grow_with_damage(pictures):
-    assert EMOJI.perceptual(pictures, pictures) == pytest.approx(0, abs=1e-6)
+    assert distance(pictures) == pytest.approx(0, abs=1e-6)
     little, much = (
-        EMOJI.perceptual(pictures, (pictures + strength * torch.randn_like(pictures)).clamp(0, 1))
-        for strength in (0.05, 0.5)
+        distance((pictures + strength * torch.randn_like(pictures)).clamp(0, 1)) for strength in (0.05, 0.5)
     )
     assert 0 < little < much
-    one, two = (emoji_features(part) for part in (pictures[:3], pictures[3:6]))
-    wanted = 1 - ((one * two).sum(1) / (one.norm(dim=1) * two.norm(dim=1))).mean()
-    assert EMOJI.perceptual(pictures[:3], pictures[3:6]) == pytest.approx(float(wanted), abs=1e-5)
-    assert EMOJI.perceptual(pictures, pictures * torch.nan) is None
     everything = (load_emoji().images() + 1) / 2
-    assert EMOJI.frechet(everything) == pytest.approx(0, abs=0.01)
-    assert EMOJI.frechet(everything.flip(-2)) > 1
+    asked = [""] * len(everything)
+    assert suite.measure(everything, asked)["frechet"] == pytest.approx(0, abs=0.01)
+    assert suite.measure(everything.flip(-2), asked)["frechet"] > 1
 
 
 def test_what_names_no_emoji_cannot_be_judged():
@@ -95,26 +86,8 @@ def test_unknown_words_are_said_once_and_left_out():
         assert in_known_words(["zeppelin"], "digits") == in_known_words(["zeppelin"], None) == ["zeppelin"]
 
 
-def test_reports_hold_near_misses_and_groups(pictures, prompts):
-    found = compare_alignment(EMOJI, pictures, pictures.flip(0), prompts)
-    assert found["dense"] == found["dense_top5"] == 1 and found["pruned"] < 0.1
-    assert sum(part["n"] for part in found["groups"].values()) == len(prompts)
-    assert all(part["dense"] == 1 and part["pruned"] <= 1 for part in found["groups"].values())
-    nothing = pictures[:0]
-    refs = References(
-        prompts, list(range(len(prompts))), Images(pictures, pictures), Images(pictures, nothing), "emoji"
-    )
-    measured = measure(refs, Images(pictures, pictures.flip(0)))
-    assert measured["fidelity"]["perceptual"] == pytest.approx(0, abs=1e-6)
-    assert measured["alignment"] == measured["alignment_top5"] == 1 and measured["alignment_unguided"] < 0.1
-
-
-def test_digits_are_read_as_before():
-    images, prompts = torch.rand(2, 1, 16, 16), ["a one", "a two"]
-    digits = READERS["digits"]
-    assert digits.near_hits(images, prompts) is digits.by_group(images, prompts) is None
-    assert digits.perceptual(images, images) is None
-    assert list(compare_alignment(digits, images, images, prompts)) == ["measure", "dense", "pruned"]
+def test_digits_have_no_near_misses():
+    assert READERS["digits"].near_hits(torch.rand(2, 1, 16, 16), ["a one", "a two"]) is None
 
 
 def test_augmented_pictures_stay_pictures():

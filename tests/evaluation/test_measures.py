@@ -13,7 +13,7 @@ from obsdiff.embedded.digits import load_digits
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import READERS
 from obsdiff.evaluation.flops import denoiser_flops
-from obsdiff.evaluation.measures import bootstrap_interval, fidelity
+from obsdiff.evaluation.intervals import bootstrap_interval
 from obsdiff.evaluation.sampling import cycle_prompts, sample
 from obsdiff.models.subject import subject_of
 from tests.conftest import CALL, make_pipe
@@ -31,19 +31,6 @@ def test_frechet_distance_equals_the_textbook_formula():
     assert frechet_distance(torch.tensor(a), torch.tensor(a)) == pytest.approx(0.0, abs=1e-8)
     few = torch.tensor(a[:3])  # fewer samples than dimensions
     assert math.isfinite(frechet_distance(few, torch.tensor(b)))
-
-
-def test_fidelity_is_plain_mse_and_its_psnr():
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.rand(20, 1, 16, 16, generator=generator)
-    pruned = (dense + 0.1).clamp(0, 1)
-    found = fidelity(dense, pruned)
-    assert found["mse"] == pytest.approx(float((dense - pruned).square().mean()), rel=1e-6)
-    assert found["psnr"] == pytest.approx(-10 * math.log10(found["mse"]))
-    assert found["mse_interval"][0] <= found["mse"] <= found["mse_interval"][1] and 0 < found["ssim"] < 1
-    same = fidelity(dense, dense)
-    assert same["mse"] == 0 and same["psnr"] is None and same["ssim"] == pytest.approx(1)
-    assert fidelity(dense[..., :8, :8], pruned[..., :8, :8])["ssim"] is None
 
 
 def test_bootstrap_interval_covers_the_mean_at_its_rate():
@@ -69,7 +56,8 @@ def test_digit_hits_and_frechet():
     unit = (images + 1) / 2
     assert float(READERS["digits"].hits(unit, prompts).mean()) >= 0.97
     assert float(READERS["digits"].hits(unit, prompts[1:] + prompts[:1]).mean()) < 0.3
-    assert READERS["digits"].frechet(unit) < 1e-6 < READERS["digits"].frechet(torch.rand_like(unit))
+    features, real = READERS["digits"].features, READERS["digits"].real()
+    assert frechet_distance(features(unit), real) < 1e-6 < frechet_distance(features(torch.rand_like(unit)), real)
     with pytest.raises(UserError, match="names no digit"):
         READERS["digits"].hits(unit[:1], ["a horse"])
 

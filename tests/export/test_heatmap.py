@@ -2,7 +2,7 @@
 
 import obsdiff
 from obsdiff.export.heatmap import draw_ratios, ratio_table
-from obsdiff.models.subject import subject_of
+from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.pattern import Structured
 from obsdiff.pruning.plan import Plan
 
@@ -25,3 +25,13 @@ def test_structured_rows_are_modules_before_and_after_pruning(pipe):
     names, table = ratio_table(subject_of(pipe).graph, removed)
     assert names == ["attn", "ff", "ff_context"]
     assert table == [[None, None, 0.5], [0.25, None, None], [None, None, None]]
+
+
+def test_directions_that_all_blocks_read_are_left_out_of_a_cut_denoiser_too(pipe, prompts):
+    """Looked at without its pipeline, as the export of a recovery does, their layers are like any others."""
+    found = obsdiff.calibrate(pipe, prompts[:2])
+    removed = obsdiff.prune(pipe, "structured:0.25+rank:4", statistics=found, spare_blocks=[]).sparsity_per_layer
+    assert "transformer_blocks.0.norm1.linear" in removed
+    names, table = ratio_table(graph_of(pipe.transformer), removed)
+    assert names == ["attn", "ff", "ff_context"]
+    assert table[0] == [removed[f"transformer_blocks.{block}.attn"] for block in range(3)]

@@ -130,9 +130,12 @@ def test_a_prune_whose_images_are_not_finite_is_kept_all_the_same(pipe, tmp_path
     monkeypatch.setattr(run, "sample_shared", sample_shared)
     with pytest.warns(UserWarning, match="not finite"):
         report = prune_run(pipe, options(tmp_path, evaluation=EvaluationOptions(num_images=2)), quiet=True)
-    assert report["fidelity"]["mse"] is None
+    assert report["evaluation"]["pruned"]["mse"] is None
     written = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert written["fidelity"]["mse"] is None and written["alignment"]["pruned"] == 0
+    pruned = written["evaluation"]["pruned"]
+    assert (
+        pruned["alignment"] is None and pruned["not_finite"] == 2 and written["evaluation"]["dense"]["alignment"] >= 0
+    )
     assert "not finite" in (tmp_path / "out" / "report.md").read_text()
     obsdiff.load_pipeline(tmp_path / "out")
     prune_summary(written, tmp_path / "out")

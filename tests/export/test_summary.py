@@ -17,21 +17,25 @@ REPORT = {
     "sparsity": {"achieved": 0.4012},
     "parameters": {"dense": 2_084_553_792, "pruned": 1_250_000_000, "nonzero": 1_250_000_000},
     "flops": {"dense": 6_012_000_000_000, "pruned": 4_200_000_000_000},
-    "fidelity": {**INTERVAL, "n": 200},
-    "alignment": {"dense": 1.0, "pruned": 0.995, "n": 200},
-    "frechet": {"dense": 4.951, "pruned": 4.836},
+    "evaluation": {
+        "n": 200,
+        "dense": {"alignment": 1.0, "frechet": 4.951},
+        "pruned": {**INTERVAL, "alignment": 0.995, "frechet": 4.836},
+        "remarks": ["frechet falls"],
+    },
     "time_s": {"calibrate": 61.0, "forward_only": 30.0, "allocate": 0.0, "solve": 7.25, "total": 75.2},
     "peak_memory_bytes": 1_440_000_000,
 }
 
 
-def test_a_prune_in_six_lines():
+def test_a_prune_in_a_few_lines():
     assert prune_summary(REPORT, "out").splitlines() == [
         "pruned      digits-sd3: structured:0.5 by obs, sparsity 40.12%",
         "parameters  2.08 G -> 1.25 G (60.0%), FLOPs per call 6.01 T -> 4.2 T",
         "allocation  measured, budget flops:0.7 (met: 69.87%)",
         "quality     MSE to dense 0.00036 (95% 0.00032 to 0.00042), alignment 100.0% -> 99.5%, Fréchet 4.95 -> 4.84; "
         "200 images",
+        "note        frechet falls",
         "time        1 min 15 s (calibrating 1 min 1 s, solving 7.2 s), peak memory 1.44 GB",
         "result      out ()",
     ]
@@ -45,7 +49,7 @@ def test_notes_are_lines_of_their_own():
 
 def test_a_prune_without_evaluation_says_so(tmp_path):
     (tmp_path / "report.md").touch()
-    report = {**REPORT, "rule": "uniform", "budget": None, "fidelity": None, "alignment": None, "frechet": None}
+    report = {**REPORT, "rule": "uniform", "budget": None, "evaluation": None}
     report["parameters"] = {"dense": 1_520_000, "pruned": 1_520_000, "nonzero": 766_000}
     lines = prune_summary(report, tmp_path).splitlines()
     assert lines[1:3] == ["parameters  1.52 M, of them 766 K not zero", "quality     not measured"]
@@ -64,13 +68,17 @@ def test_a_recovery_compares_pruned_and_recovered():
             },
         },
         "recovery": {
-            "steps": 480, "loss": 0.1, "fidelity_before": {**INTERVAL, "mse": 0.02281}, "fidelity_after": INTERVAL,
-            "alignment_before": 0.837, "alignment_after": 0.998, "alignment_unguided_before": 0.525,
-            "alignment_unguided_after": 0.907,
+            "steps": 480,
+            "loss": 0.1,
         },
-        "dense": {"alignment": 1.0, "alignment_unguided": 0.992},
-        "evaluation": {"n": 200},
-    }  # fmt: skip
+        "evaluation": {
+            "n": 200,
+            "dense": {"alignment": 1.0, "alignment_unguided": 0.992},
+            "pruned": {**INTERVAL, "mse": 0.02281, "alignment": 0.837, "alignment_unguided": 0.525},
+            "recovered": {**INTERVAL, "alignment": 0.998, "alignment_unguided": 0.907},
+            "remarks": [],
+        },
+    }
     assert recovery_summary(report, "out", 200.0).splitlines() == [
         "recovered     digits-sd3: structured:0.5 by obs, sparsity 40.12%, 480 steps",
         "parameters    2.08 G -> 1.25 G (60.0%), FLOPs per call 6.01 T -> 4.2 T",
@@ -80,7 +88,7 @@ def test_a_recovery_compares_pruned_and_recovered():
         "time          3 min 20 s (calibrating 20 s, training 1 min 40 s), peak memory 1.44 GB",
         "result        out ()",
     ]
-    bare = {**report, "pattern": None, "sparsity": {"achieved": None}, "budget": None}
+    bare = {**report, "pattern": None, "sparsity": {"achieved": None}, "budget": None, "evaluation": None}
     bare["recovery"] = {"steps": 1, "loss": 0.1}
     assert recovery_summary(bare, "out", 3.0).splitlines()[0] == "recovered   digits-sd3: not pruned, 1 step"
 

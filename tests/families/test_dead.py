@@ -13,8 +13,9 @@ from obsdiff.models.info import PipelineInfo, attach_info
 from obsdiff.models.subject import subject_of
 from obsdiff.models.tracing import dead_layers
 from obsdiff.obs.pattern import Unstructured
+from obsdiff.pruning.dead import without_dead
 from obsdiff.pruning.options import CalibrationOptions, PruningOptions
-from obsdiff.pruning.plan import make_plan, without_dead
+from obsdiff.pruning.plan import make_plan
 from obsdiff.pruning.planfile import read_plan, write_plan
 from tests.families.pipelines import PIPELINES, PROMPTS
 from tests.families.test_bad_input import make, told

@@ -104,6 +104,8 @@ def test_a_replay_answers_what_the_pipeline_heard(saved, tmp_path):
     own, negative = heard.split([2, 1], guided)
     recording = open_trajectories(tmp_path / "recording")
     assert recording.latents.shape[:2] == own.shape[:2]
+    assert torch.equal(recording.answers, own)
+    assert torch.equal(recording.negative_answers, negative) if guided else recording.negative_answers is None
     family = find_family(*denoisers_of(pipe).values())
     assert (family.sign < 0) is (row.output == "negated")
     assert family.learned_sigma is (row.output == "first half of the channels")
@@ -228,7 +230,7 @@ def test_two_steps_of_distillation(saved, tmp_path, pattern):
     assert set(checkpoint["state_dict"]) == {f"denoiser.{key}" for key in module.denoiser.state_dict()}
     report = json.loads((result / "report.json").read_text())
     assert report["flops"]["pruned"] <= report["flops"]["dense"] and report["flops"]["dense"] > 0
-    assert report["recovery"]["fidelity_after"]["mse"] > 0
+    assert report["evaluation"]["recovered"]["mse"] > 0
     assert module.batch_flops > 3 * report["flops"]["pruned"]
     plain = DiffusionPipeline.from_pretrained(
         result / "pipeline", **absent(result / "pipeline"), trust_remote_code=True

@@ -13,6 +13,7 @@ from obsdiff.models.loading import absent
 from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.pattern import Depth
+from obsdiff.pruning.masks import weight_masks
 from obsdiff.pruning.options import PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan
 from tests.families.pipelines import PIPELINES
@@ -189,6 +190,55 @@ def test_ranks_and_units_at_once(case):
         report = obsdiff.prune(pipe, pattern, statistics=case.statistics, spare_blocks=())
         assert report.masks.keys() == case.graph.group_of.keys()
         assert torch.isfinite(case.sample(pipe)).all()
+
+
+def test_units_then_weights(case, tmp_path):
+    """What is left of a layer is pruned in its place: the dense pipeline with all of it zeroed gives the same."""
+    pipe = case.traced()
+    odd = [name for name in case.graph.layers if weight_matrices(case.graph.layer(name)).shape[-1] % 4]
+    report = obsdiff.prune(pipe, f"{case.structured}+2:4", statistics=case.statistics, exclude=odd, spare_blocks=())
+    denoiser, weights = subject_of(pipe).denoiser, weight_masks(report.masks, True)
+    assert weights.keys() == case.graph.layers.keys() - set(odd)
+    whole = [layer for layer, mask in weights.items() if bool(mask.all())]
+    assert len(whole) < len(weights) / 2
+    for layer, mask in weights.items():
+        weight = denoiser.get_submodule(layer).weight
+        assert weight.shape == mask.shape and bool((weight[~mask] == 0).all())
+        if layer not in whole:
+            assert bool((mask.flatten(1).unflatten(1, (-1, 4)).sum(-1) == 2).all())
+    drawn = case.sample(pipe)
+    assert torch.isfinite(drawn).all()
+    close(drawn, case.sample(both_like(case, pipe, report)))
+    obsdiff.save_pipeline(pipe, tmp_path / "out", report)
+    assert torch.equal(case.sample(obsdiff.load_pipeline(tmp_path / "out")), drawn)
+    assert torch.equal(case.sample(plainly(tmp_path / "out" / "pipeline", trust_remote_code=True)), drawn)
+
+
+def both_like(case, pipe, report):
+    """The dense pipeline with the kept rows and columns as they came out, and the other columns zero."""
+    masked = case.fresh()
+    denoiser, cut = subject_of(masked).denoiser, subject_of(pipe).denoiser
+    lost = {}
+    for name in report.plan.modules:
+        group = case.graph.group_of[name]
+        for axis, all_slices in ((0, group.producers), (1, group.consumers)):
+            for s in all_slices:
+                lost.setdefault((s.layer, axis), []).append(s.entries(~report.masks[name]))
+    with torch.no_grad():
+        for layer in {*report.plan.weights, *(layer for layer, _ in lost)}:
+            old, new = denoiser.get_submodule(layer), cut.get_submodule(layer)
+            rows, columns = (
+                [i for i in range(old.weight.shape[axis]) if i not in set(torch.cat(lost[layer, axis]).tolist())]
+                if (layer, axis) in lost
+                else list(range(old.weight.shape[axis]))
+                for axis in (0, 1)
+            )
+            gone = [i for i in range(old.weight.shape[1]) if i not in set(columns)]
+            old.weight[:, gone] = 0
+            old.weight[torch.tensor(rows)[:, None], torch.tensor(columns)] = new.weight
+            if old.bias is not None:
+                old.bias[rows] = new.bias
+    return masked
 
 
 UNCOUNTED = {"sd15", "sd21", "sdxl", "ddpm", "chroma"}  # no count in the config, or blocks told by their number

@@ -7,11 +7,25 @@ import pytest
 import torch
 
 from obsdiff.allocation.stage import calibration_prompts, prune_stage
+from obsdiff.costs import calibration_cost
 from obsdiff.diffusion.distill import feature_loss
 from obsdiff.errors import UserError
+from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.export.run import prune_run
+from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
-from obsdiff.pruning.options import CalibrationOptions, PruningOptions, ReconstructionOptions
-from obsdiff.pruning.reconstruct import Call, _example, reconstruct
+from obsdiff.paths import unfinished_stages
+from obsdiff.pruning import reconstruct as reconstructing
+from obsdiff.pruning.finished import remove_finished
+from obsdiff.pruning.folder import load_pipeline
+from obsdiff.pruning.options import (
+    CalibrationOptions,
+    EvaluationOptions,
+    PruneOptions,
+    PruningOptions,
+    ReconstructionOptions,
+)
+from obsdiff.pruning.reconstruct import Call, Pair, _example, reconstruct
 from tests.conftest import make_pipe
 
 HOW = ReconstructionOptions(steps=20, lr=1e-2, triples=24, batch_size=4)
@@ -68,7 +82,7 @@ def test_errors_fall_zeros_stay_and_what_is_said_is_what_is():
     calls = [call_of(pipe, seed=seed) for seed in range(10)]
     before = {name: parameter.clone() for name, parameter in pipe.transformer.named_parameters()}
     stages = {stage: stage for stage in graph.stages}
-    found = reconstruct(pipe.transformer, dense, stages, calls, masks, ReconstructionOptions(30, 1e-2))
+    found = reconstruct(Pair(pipe.transformer, dense, stages, masks), calls, ReconstructionOptions(30, 1e-2))
     assert list(found) == list(graph.stages) and all(error.after < error.before for error in found.values())
     for layer, mask in masks.items():
         assert not pipe.transformer.get_parameter(f"{layer}.weight")[~mask].any()
@@ -92,7 +106,7 @@ def test_a_stage_that_training_makes_worse_keeps_its_weights():
     before = copy.deepcopy(pipe.transformer.state_dict())
     stages = {stage: stage for stage in subject_of(pipe).graph.stages}
     calls = [call_of(pipe, seed=seed) for seed in range(4)]
-    found = reconstruct(pipe.transformer, dense, stages, calls, masks, ReconstructionOptions(5, 1e3))
+    found = reconstruct(Pair(pipe.transformer, dense, stages, masks), calls, ReconstructionOptions(5, 1e3))
     assert all(error.after == error.before for error in found.values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
 
@@ -116,8 +130,16 @@ def test_through_the_stage_with_what_it_cost(pattern):
     stages = subject_of(pipe).graph.stages
     assert list(found["stages"]) == list(stages) and all(after <= before for before, after in found["stages"].values())
     assert any(after < before for before, after in found["stages"].values())
-    # 6 prompts x 3 steps recorded; 18 triples of two rows in 5 calls, through both models; 20 steps of three passes
-    assert found["calls"] == 5 and found["denoiser_rows"] == 36 + 36 * (len(stages) + 1) + 3 * 20 * 36 / 5
+    # 6 prompts x 3 steps recorded; 18 triples of two rows in 5 calls, to each stage of both models; 20 steps of three
+    # passes; the call held out before and after
+    call = call_arguments(pipe)
+    dense, pruned = (denoiser_flops(subject_of(each), call) for each in (make_pipe(), pipe))
+    to_stages = sum(36 * (i + 1) / len(stages) for i in range(len(stages)))
+    held = 8
+    wanted = dense * (36 + to_stages) + pruned * (to_stages + 3 * 20 * 36 / 5 + 2 * held)
+    assert found["calls"] == 5 and found["denoiser_flops"] == pytest.approx(wanted)
+    counted = calibration_cost({"reconstruction": found, "time_s": report.time_s}, 1, 2)["reconstruction"]
+    assert counted.denoiser_flops == found["denoiser_flops"] and counted.device_s == 2 * report.time_s["reconstruct"]
     assert report.time_s["reconstruct"] > 0
 
 
@@ -146,3 +168,121 @@ def test_zeros_of_an_earlier_prune_stay_and_are_counted():
     weights = [pipe.transformer.get_parameter(f"{layer}.weight") for layer in layers]
     assert weights and all(int((weight == 0).sum()) >= weight.numel() // 2 for weight in weights)
     assert report.parameters["nonzero"] == sum(int(p.count_nonzero()) for p in pipe.transformer.parameters())
+
+
+class Killed(Exception):
+    """In the place of a signal."""
+
+
+def prune_to(store, monkeypatch, dies_at=None, options=None):
+    """Weights, report and how many stages were trained by a run that keeps what it finishes, and may die."""
+    options = options or PruningOptions(
+        pattern="structured:0.25+rank:4",
+        allocation="uniform",
+        spare_blocks=[],
+        calibration=CalibrationOptions(num_prompts=6),
+        reconstruction=replace(HOW, lr=1e-3),
+    )
+    real, trained = reconstructing._train, []
+
+    def train(*args):
+        if len(trained) == dies_at:
+            raise Killed
+        trained.append(1)
+        return real(*args)
+
+    pipe = make_pipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstructing, "_train", train)
+        report = prune_stage(pipe, options, calibration_prompts(pipe, options), reconstruction=store)
+    return pipe.transformer.state_dict(), report, len(trained)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        return prune_to(tmp_path_factory.mktemp("whole") / "stages", patch)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_killed_run_goes_on_with_the_first_stage_that_is_not_finished(whole, tmp_path, monkeypatch, after):
+    weights, report, count = whole
+    with pytest.raises(Killed):
+        prune_to(tmp_path / "stages", monkeypatch, dies_at=after)
+    assert len(list((tmp_path / "stages").glob("*.safetensors"))) == after
+    (tmp_path / "stages" / f"{after:03d}.safetensors").write_bytes(b"torn")  # no write of ours leaves this
+    found, again, trained = prune_to(tmp_path / "stages", monkeypatch)
+    assert trained == count - after and found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert again.reconstruction == report.reconstruction and again.time_s["reconstruct"] > 0
+    remove_finished(tmp_path / "stages")
+    assert not (tmp_path / "stages").exists()
+
+
+def test_stages_of_other_settings_or_models_are_not_taken(whole, tmp_path, monkeypatch):
+    """Neither of another learning rate, nor of other weights, calls or masks."""
+    pipe, masks, dense = pruned_by_half()
+    stages = {stage: stage for stage in subject_of(pipe).graph.stages}
+    calls = [call_of(pipe, seed=seed) for seed in range(3)]
+    start, options = copy.deepcopy(pipe.transformer.state_dict()), ReconstructionOptions(2, 1e-3)
+
+    def trained(own=calls, covered=masks, changed=options, seed=0):
+        count, real = [], reconstructing._train
+        with monkeypatch.context() as patch:
+            patch.setattr(reconstructing, "_train", lambda *args: (count.append(1), real(*args))[1])
+            reconstruct(
+                Pair(pipe.transformer, dense, stages, covered), own, changed, seed=seed, store=tmp_path / "stages"
+            )
+        pipe.transformer.load_state_dict(start)
+        return len(count)
+
+    everything = len(stages)
+    assert trained() == everything and trained() == 0
+    assert trained(changed=ReconstructionOptions(2, 2e-3)) == everything and trained() == everything
+    assert trained(own=[call_of(pipe, seed=9), *calls[1:]]) == everything
+    assert trained(own=[replace(calls[0], rows=1), *calls[1:]]) == everything
+    fewer = {name: mask for number, (name, mask) in enumerate(masks.items()) if number}
+    assert trained(covered=fewer) == everything and trained(seed=1) == everything and trained(seed=1) == 0
+    with torch.no_grad():
+        dense.proj_out.bias[0] += 1e-3
+    assert trained(seed=1) == everything
+    start["proj_out.bias"][0] += 1e-3
+    pipe.transformer.load_state_dict(start)
+    assert trained(seed=1) == everything
+
+
+def test_a_place_that_holds_something_else_is_refused_before_anything_is_pruned(tmp_path, monkeypatch):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        prune_to(tmp_path / "stages", monkeypatch)
+    assert (tmp_path / "stages" / "notes.txt").read_text() == "mine"
+
+
+def test_a_prune_run_keeps_its_stages_beside_the_output_until_it_is_written(pipe_folder, tmp_path, monkeypatch):
+    options = PruneOptions(
+        pipeline=str(pipe_folder),
+        output=str(tmp_path / "run"),
+        method="magnitude",
+        calibration=CalibrationOptions(num_prompts=6),
+        reconstruction=replace(HOW, lr=1e-3),
+        evaluation=EvaluationOptions(num_images=0),
+    )
+    real, trained = reconstructing._train, []
+
+    def train(*args):
+        if len(trained) == 1:
+            raise Killed
+        trained.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(reconstructing, "_train", train)
+        prune_run(load_pipeline(str(pipe_folder)), options, quiet=True)
+    stages = unfinished_stages(str(tmp_path / "run"))
+    assert [path.name for path in tmp_path.iterdir()] == [stages.name] and (stages / "000.safetensors").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstructing, "_train", lambda *args: (trained.append(1), real(*args))[1])
+        report = prune_run(load_pipeline(str(pipe_folder)), options, quiet=True)
+    assert len(trained) == len(report["reconstruction"]["stages"]) and not stages.exists()
+    assert (tmp_path / "run" / "pruning.json").exists()

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 from obsdiff.cli.train import main
+from obsdiff.embedded.digits import DIGIT_WORDS, load_digits
+from obsdiff.evaluation.suite import Suite, load_suite
+from obsdiff.pruning.options import EvaluationOptions
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("unstructured:0.5", "2:4", "structured:0.5")
@@ -89,3 +92,12 @@ def assert_zero(output):
         assert bool((weight[~kept] == 0).all())
     unchanged = [layer for layer in masks if torch.equal(after[f"{layer}.weight"], before[f"{layer}.weight"])]
     assert len(unchanged) <= 1  # the last block's text queries reach no output, so nothing but weight decay moves them
+
+
+def measurable() -> tuple[Suite, torch.Tensor, torch.Tensor, list[str]]:
+    """A suite, seven images, the dense ones and their prompts, the same in every process."""
+    images, labels = load_digits("test")
+    dense = (images[:7] + 1) / 2
+    noise = torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
+    prompts = [f"the digit {DIGIT_WORDS[label]}" for label in labels[:7]]
+    return load_suite("digits", EvaluationOptions()), (dense + 0.1 * noise).clamp(0, 1), dense, prompts

@@ -11,6 +11,7 @@ MOMENTS = {
     "statistics written": ("obsdiff.pruning.calibrate", "save_statistics", 1, True),
     "scanning": ("obsdiff.allocation.scan", "_measure", 20, False),
     "solving": ("obsdiff.pruning.oneshot", "solve_site", 3, False),
+    "reconstructing": ("obsdiff.pruning.reconstruct", "_train", 2, False),
     "pruned pipeline half written": ("obsdiff.training.stage", "write_pipeline", 1, True),
     "references": ("obsdiff.evaluation.references", "sample", 2, False),
     "first step": ("obsdiff.training.recovery", "loss_terms", 2, False),

@@ -57,9 +57,9 @@ def test_figures_that_are_not_finite_do_not_lose_the_recovery(pipe_folder, tmp_p
     with pytest.warns(UserWarning, match="not finite"):
         runner.fit(recovery(pipe_folder, tmp_path / "run", evaluation=ONE), datamodule=DigitsDataModule(4))
     folder = tmp_path / "run" / "recovered"
-    figures = json.loads((folder / "report.json").read_text())["recovery"]
-    assert figures["fidelity_after"]["mse"] is None and figures["frechet_after"] is None
-    assert figures["fidelity_before"]["mse"] > 0
+    figures = json.loads((folder / "report.json").read_text())["evaluation"]
+    assert figures["recovered"]["mse"] is None and figures["recovered"]["frechet"] is None
+    assert figures["pruned"]["mse"] > 0 and figures["recovered"]["not_finite"] > 0
     assert "not finite" in (folder / "report.md").read_text()
     assert bool(torch.isfinite(obsdiff.sample(obsdiff.load_pipeline(folder), ["a two"], [0])).all())
 

@@ -9,6 +9,7 @@ from tests.training.common import arguments, assert_same, fit_elsewhere, result
 from tests.training.killed import MOMENTS
 
 LATE = ("later step", "checkpoint half written", "checkpoint written", "export half written")
+OWN = "reconstructing"  # has a test of its own
 USUAL = ("solving", "later step", "export half written")
 
 
@@ -31,7 +32,8 @@ EMA = ("--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5")
 
 
 @pytest.mark.parametrize(
-    "moment", [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in MOMENTS]
+    "moment",
+    [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in MOMENTS if name != OWN],
 )
 def test_a_killed_run_goes_on_to_the_same_weights(pipe_folder, tmp_path, uninterrupted, moment):
     pattern = "structured:0.5" if moment == "later step" else "unstructured:0.5"
@@ -43,3 +45,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(pipe_folder, tmp_path, uninter
     assert bool(resume) == (moment in LATE)  # before the first checkpoint, the same command goes on by itself
     fit_elsewhere("fit", *args, *resume)  # on as many threads as the uninterrupted run
     assert_same(result(tmp_path / "run"), uninterrupted(pattern))
+
+
+@pytest.mark.slow
+def test_a_reconstruction_that_was_killed_goes_on_with_the_next_stage(pipe_folder, tmp_path):
+    """Four processes; what was finished is gone with the run that it was for."""
+    extra = ["--model.pruning.method=magnitude", "--model.pruning.reconstruction.steps=5"]
+    extra += ["--model.pruning.reconstruction.triples=12", "--model.pruning.reconstruction.batch_size=2"]
+    whole, broken = (arguments(pipe_folder, tmp_path / name, *extra, steps=1) for name in ("whole", "broken"))
+    fit_elsewhere("fit", *whole)
+    killed = fit_elsewhere(OWN, "fit", *broken, script=Path(__file__).with_name("killed.py"), check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    stages = tmp_path / "broken" / "reconstruction"
+    assert sorted(path.name for path in stages.iterdir()) == ["000.safetensors", "reconstruction.json"]
+    fit_elsewhere("fit", *broken)
+    assert not stages.exists()
+    assert_same(result(tmp_path / "broken"), result(tmp_path / "whole"))

@@ -36,7 +36,7 @@ def test_a_run_in_another_dtype(pipe_folder, tmp_path, precision, monkeypatch):
     if precision != "64-true":  # stored exactly as trained
         assert all(torch.equal(tensor, tensor.to(TRUE[precision]).float()) for tensor in kept.values())
     report = json.loads((tmp_path / "run" / "recovered" / "report.json").read_text())
-    assert report["recovery"]["fidelity_after"]["mse"] is not None and report["recovery"]["loss"] > 0
+    assert report["evaluation"]["recovered"]["mse"] is not None and report["recovery"]["loss"] > 0
     if precision == "16-true":
         assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
 

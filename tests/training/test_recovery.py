@@ -28,8 +28,8 @@ def test_a_run_leaves_a_pipeline_that_loads_and_a_whole_report(pipe_folder, tmp_
     assert {path.name for path in folder.iterdir()} == expected
     report = json.loads((folder / "report.json").read_text())
     assert report["recovery"]["steps"] == 6
-    for key in ("fidelity", "alignment", "frechet"):
-        assert f"{key}_before" in report["recovery"] and f"{key}_after" in report["recovery"]
+    for key in ("mse", "alignment", "frechet"):
+        assert key in report["evaluation"]["pruned"] and key in report["evaluation"]["recovered"]
     assert report["budget"]["limit"] == {"steps": 6}
     assert set(report["budget"]["used"]) == {"calibration", "allocation", "solving", "recovery"}
     assert (report["allocation"] is not None) is measured

@@ -1,5 +1,6 @@
 """Two gloo processes on the CPU: the same masks as one, and zeros that stay zeros under DDP and FSDP2."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import obsdiff
-from tests.training.common import ROOT, arguments, assert_zero
+from tests.training.common import ROOT, arguments, assert_zero, measurable
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 
@@ -19,7 +20,7 @@ def run_two(*args):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_one_and_two_processes_prune_alike(pipe_folder, tmp_path):
+def test_one_and_two_processes_prune_and_measure_alike(pipe_folder, tmp_path):
     run_two(ROOT / "tests" / "training" / "several.py", pipe_folder, tmp_path)
     prompts = obsdiff.load_prompts("digits-train", num=4)
     for pattern in ("unstructured:0.5", "structured:0.5"):
@@ -33,6 +34,13 @@ def test_one_and_two_processes_prune_alike(pipe_folder, tmp_path):
             assert all(torch.equal(masks[name], report.masks[name]) for name in masks)
             for name, tensor in pipe.transformer.state_dict().items():
                 torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
+    measured, images, dense, prompts = measurable()
+    alone = measured.measure(images, prompts, dense)
+    for rank in range(2):
+        together = json.loads((tmp_path / f"figures-{rank}.json").read_text())
+        assert together.keys() == alone.keys() >= {"mse", "alignment", "frechet", "kid", "recall"}
+        for name, value in alone.items():
+            assert together[name] == pytest.approx(value, rel=1e-9), name
 
 
 FSDP = (

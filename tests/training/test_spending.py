@@ -80,7 +80,7 @@ def test_a_recording_is_charged_also_when_it_is_used_again(pipe_folder, tmp_path
     assert first["recording"] == second["recording"]
     assert first["recording"]["denoiser_flops"] == 4 * 3 * 2 * nominal  # prompts, steps, rows with guidance
     assert 0 < first["recording"]["wall_s"] == first["recording"]["device_s"]
-    assert first["recovery"]["denoiser_flops"] == 2 * 4 * (3 + 1) * nominal  # steps, batch, student and teacher
+    assert first["recovery"]["denoiser_flops"] == 2 * 4 * 3 * nominal  # steps, batch, the student's passes
 
 
 def test_images_of_another_size_than_the_models_own_are_charged_as_they_are(tmp_path):

@@ -44,8 +44,9 @@ def test_a_run_says_first_what_it_will_do(said, pipe_folder):
 def test_training_is_counted_in_steps_of_the_budget(said):
     _, _, err = said
     lines = [line for line in err.splitlines() if line.startswith("training ")]
-    form = re.compile(r"training (\d)/6 steps, (\d+)%, loss [\d.e-]+, [\d.]+ s(, about .* left)?")
+    form = re.compile(r"training (\d)/6 steps, (\d+)%(?:, loss [\d.e-]+)?, [\d.]+ s(, about .* left)?")
     found = [form.fullmatch(line) for line in lines]
+    assert all(found), lines
     steps = [int(match[1]) for match in found]
     assert steps == sorted(steps) and steps[-1] == 6 and {2, 3, 4} <= set(steps)
     assert all(int(match[2]) == round(100 * int(match[1]) / 6) for match in found)
@@ -62,10 +63,10 @@ def test_each_validation_is_one_line(said):
 def test_the_end_sums_it_up(said):
     output, out, _ = said
     report = json.loads((output / "recovered" / "report.json").read_text())
-    recovery, rows = report["recovery"], dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
     assert list(rows) == ["recovered", "parameters", "MSE to dense", "alignment", "Fréchet", "budget", "time", "result"]
     assert rows["recovered"].endswith("unstructured:0.5 by obs, sparsity 50.00%, 6 steps")
-    before, after = (recovery[f"fidelity_{when}"]["mse"] for when in ("before", "after"))
+    before, after = (report["evaluation"][stage]["mse"] for stage in ("pruned", "recovered"))
     assert rows["MSE to dense"].startswith(f"{before:.3g} -> {after:.3g} (95% ") and "2 images" in rows["MSE to dense"]
     assert rows["budget"] == "6 of 6 steps"
     assert rows["result"].startswith(str(output / "recovered"))

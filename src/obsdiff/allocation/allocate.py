@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.allocation.assemble import achieved_share, plan_of, settle
-from obsdiff.allocation.budget import Costs, costs_of, table_cost
+from obsdiff.allocation.budget import Costs, Unmet, costs_of, table_cost
 from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.depth import choose_stages
@@ -28,10 +28,10 @@ from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.graph import Graph, group_parameters
 from obsdiff.models.subject import Subject, subject_of
-from obsdiff.obs.pattern import Depth, Pattern, Structured, Unstructured, parse_pattern
+from obsdiff.obs.pattern import Depth, Pattern, Unstructured, of_layers, parse_request
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
-from obsdiff.pruning.plan import Plan, kept_units, make_plan
+from obsdiff.pruning.plan import Plan, kept_units, make_plan, parted, with_weights
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 
 CHECKS = 3  # passes of the probe that compare the plan and the uniform one with the dense outputs
@@ -65,6 +65,7 @@ def allocate(
     prompts: Sequence[str] | Conditioning,
     *,
     store: str | Path | None = None,
+    whole: float | None = None,
     quiet: bool = True,
 ) -> Allocation:
     """Give each layer (structured: each attention and feed-forward module) its own pattern under one budget.
@@ -79,6 +80,8 @@ def allocate(
         prompts: The calibration's prompts; the scan draws its triples from them.
         store: Folder to keep the scan in, and what was timed; what it holds of the same settings (and, of times, the
             same machine) is not measured again.
+        whole: What a budget in parameters, bytes or FLOPs is a share of, where stages went before; None: of this
+            denoiser.
         quiet: No progress bar.
 
     Raises:
@@ -92,8 +95,14 @@ def allocate(
     check_prompts(prompts)
     subject, rule, folder = subject_of(pipe, prompts), rule_of(options), None if store is None else Path(store)
     graph = subject.graph
-    budget, base = _asked(graph, options)
-    subject.check(base.layers(graph))
+    budget, asked = _asked(graph, options)
+    subject.check(asked.layers(graph))
+    base, weights = parted(asked)  # what is allocated, and what then becomes of single weights
+
+    def completed(patterns: Sequence[Pattern], rule: str) -> Plan:
+        cut = plan_of(graph, base, units, patterns, rule, budget)
+        return cut if weights is None else with_weights(graph, cut, weights)
+
     if statistics is None:
         raise UserError(f"allocating {options.pattern} needs statistics; calibrate")
     check_measured_on(statistics, graph.denoiser)
@@ -102,7 +111,7 @@ def allocate(
     units = make_units(graph, base, options.limits)
     timing = timing_of(subject.pipe, graph, settings.call, folder) if budget.kind == "latency" else None
     if timing is None:
-        costs = costs_of(subject, units, budget, settings.call)
+        costs = costs_of(subject, units, budget, settings.call, whole)
     else:
         costs = latency_costs(graph, units, budget, timing)
     _check_feasible(costs, budget)
@@ -125,12 +134,12 @@ def allocate(
         patterns, (share, *interval) = meet_latency(graph, units, budget, costs, timing, solve, quiet)
         record |= {"achieved": share, "achieved_interval": interval}
         limit = table_cost(units, patterns, costs) + 1e-9 * costs.dense  # compared at what the choice costs
-    plan = plan_of(graph, base, units, patterns, rule, budget)
+    plan = completed(patterns, rule)
     if scanned is None:
         return Allocation(plan, record)
     sensitivity, probe = scanned.sensitivity, scanned.probe
     found = choose(errors, costs.options, limit)
-    even = plan_of(graph, base, units, meet_with_offsets(units, [0.0] * len(units), costs, limit), "uniform", budget)
+    even = completed(meet_with_offsets(units, [0.0] * len(units), costs, limit), "uniform")
     joint, uniform = joint_errors(Solver(graph, statistics, solve_options(options)), [plan, even], probe)
     record |= {
         "predicted_error": found.error,
@@ -151,7 +160,9 @@ def _stages(
     subject: Subject, depth: Depth, options: PruningOptions, prompts: Sequence[str] | Conditioning, quiet: bool
 ) -> Allocation:
     """The plan that removes the stages that cost least."""
-    if depth.then is not None:
+    if depth.then is not None or depth.amount is None:
+        if depth.amount is None:
+            raise UserError(f"{depth}: how many stages go is chosen as it prunes (obsdiff prune); give a number here")
         raise UserError(
             f"{depth}: allocate {replace(depth, then=None)}, prune by its plan, and allocate {depth.then} on the "
             "pipeline that is left"
@@ -162,7 +173,8 @@ def _stages(
 
 def _asked(graph: Graph, options: PruningOptions) -> tuple[Budget, Plan]:
     """The budget, and the uniform plan of what may be pruned; the measured rule spares no stage unless told to."""
-    pattern, spared = parse_pattern(options.pattern), options.spare_blocks
+    pattern, spared = of_layers(parse_request(options.pattern)), options.spare_blocks
+    assert pattern is not None  # depth alone is answered before
     chosen = options.include, options.exclude
     if options.budget is None:
         budget = default_budget(graph, make_plan(graph, pattern, *chosen, spared))
@@ -237,9 +249,7 @@ def default_budget(graph: Graph, uniform: Plan) -> Budget:
     total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
     gone = 0
     for group in uniform.groups(graph):
-        pattern = uniform.entries[group.name]
-        assert isinstance(pattern, Structured)
-        kept = kept_units(group, pattern)
+        kept = kept_units(group, uniform.modules[group.name])
         gone += group_parameters(graph, group, group.count) - group_parameters(graph, group, kept)
     return Budget("parameters", (total - gone) / total)
 
@@ -249,7 +259,7 @@ def _check_feasible(costs: Costs, budget: Budget) -> None:
     if least > costs.limit:
         share = (least + costs.fixed) / costs.dense
         best = f"sparsity:{math.floor((1 - share) * 1e4) / 1e4:g}" if budget.kind == "sparsity" else f"{share:.2%}"
-        raise UserError(
+        raise Unmet(
             f"budget {budget} cannot be met: with these layers, floors and ceilings the least is {best}; "
             "loosen the budget or the ceilings, or spare fewer layers and blocks"
         )

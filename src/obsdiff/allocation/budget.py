@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
+from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops, shrunk_flops
-from obsdiff.models.graph import group_parameters, shapes_with, units_parameters
+from obsdiff.models.graph import Size, group_parameters, shapes_with, stored_bytes, units_parameters
 from obsdiff.models.subject import Subject
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.pruning.plan import kept_units
@@ -32,11 +35,34 @@ class Costs:
     limit: float
 
 
-def costs_of(subject: Subject, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any]) -> Costs:
-    """Cost tables under a budget in sparsity, parameters or FLOPs."""
+class Unmet(UserError):
+    """A budget that the cheapest options exceed."""
+
+
+def dense_cost(subject: Subject, kind: str, call: Mapping[str, Any]) -> int:
+    """What a denoiser costs as it is: its FLOPs, its bytes as stored, or for other kinds its parameters."""
+    if kind == "flops":
+        return denoiser_flops(subject, call)
+    if kind == "bytes":
+        return sum(map(stored_bytes, subject.denoiser.state_dict().values()))
+    return sum(parameter.numel() for parameter in subject.denoiser.parameters())
+
+
+def costs_of(
+    subject: Subject, units: Sequence[Unit], budget: Budget, call: Mapping[str, Any], whole: float | None = None
+) -> Costs:
+    """Cost tables under a budget in sparsity, parameters, bytes or FLOPs.
+
+    Args:
+        subject: The pipeline as it is.
+        units: What there is to choose.
+        budget: What may stay.
+        call: Of which FLOPs are counted.
+        whole: What the budget's share is of; None: of the denoiser as it is.
+    """
     graph = subject.graph
     members = [member for unit in units for member in unit.members]
-    total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
+    total = dense_cost(subject, budget.kind, call)
     stays = 1 - budget.share if budget.kind == "sparsity" else budget.share
     if not isinstance(units[0].options[0], Structured):
         sizes = {name: graph.weight(name).numel() for name in members}
@@ -53,27 +79,27 @@ def costs_of(subject: Subject, units: Sequence[Unit], budget: Budget, call: Mapp
         def flops(name: str, kept: int) -> int:
             return shrunk_flops(subject, call, shapes_with(graph, {name: kept}))
 
-        total = denoiser_flops(subject, call)
-        per_unit, whole = {}, {}
+        per_unit, every = {}, {}
         for name, group in groups.items():
             if group.count == 1:  # a single head cannot go, so it belongs to what is fixed
-                per_unit[name] = whole[name] = 0.0
+                per_unit[name] = every[name] = 0.0
                 continue
             half = group.count // 2
             fewer = flops(name, half)
             per_unit[name] = (total - fewer) / (group.count - half)
             if group.basis is not None:  # the whole has none, so that its two counts are below
                 per_unit[name] = (fewer - flops(name, half // 2)) / (half - half // 2)
-            whole[name] = total - fewer + per_unit[name] * half
+            every[name] = total - fewer + per_unit[name] * half
     else:
-        per_unit = {name: float(units_parameters(graph, group)) for name, group in groups.items()}
-        whole = {name: float(group_parameters(graph, group, group.count)) for name, group in groups.items()}
+        size: Size = stored_bytes if budget.kind == "bytes" else Tensor.numel
+        per_unit = {name: float(units_parameters(graph, group, size=size)) for name, group in groups.items()}
+        every = {name: float(group_parameters(graph, group, group.count, size)) for name, group in groups.items()}
 
     def cost(name: str, pattern: Pattern) -> float:
         kept = kept_units(groups[name], pattern)  # type: ignore[arg-type]  # all structured
-        return whole[name] if kept == groups[name].count else per_unit[name] * kept
+        return every[name] if kept == groups[name].count else per_unit[name] * kept
 
-    return costs_from(units, cost, total - sum(whole.values()), total, stays)
+    return costs_from(units, cost, total - sum(every.values()), whole or total, stays)
 
 
 def costs_from(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from obsdiff.allocation.planning import depth_of
-from obsdiff.allocation.probe import record_probe
+from obsdiff.allocation.probe import Probe, record_probe
 from obsdiff.allocation.restart import Restart
 from obsdiff.allocation.scan import BROKEN, MOST_PASSES, TRIPLES
 from obsdiff.criteria import find_method
@@ -64,12 +65,24 @@ def runs_needed(candidates: int, count: int, stages: int) -> float:
 
 def triples_for(subject: Subject, depth: Depth, options: PruningOptions, calls: int) -> tuple[int, float]:
     """Triples to record where a calibration pass makes ``calls`` calls, and how many bare passes over them it takes."""
-    count = stages_to_remove(subject, depth, options.spare_blocks)
+    count = 1 if depth.amount is None else stages_to_remove(subject, depth, options.spare_blocks)
     candidates = sum(reason is None for reason in removable(subject, options.spare_blocks).values())
     runs = runs_needed(candidates, count, len(subject.graph.stages))
     if options.scan.triples is not None:
         return min(options.scan.triples, calls), runs
     return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / runs))), runs
+
+
+def probe_of(subject: Subject, depth: Depth, options: PruningOptions, prompts: Sequence[str] | Conditioning) -> Probe:
+    """Calls of the whole pipeline to measure the removal of stages on."""
+    given = options.calibration
+    call = call_arguments(subject.pipe, num_inference_steps=given.steps, guidance_scale=given.guidance_scale)
+    weighting = given.weighting or find_method(options.method).weighting
+    settings = Settings(call, options.seed, weighting, batch_size=given.batch_size)
+    calls = len(prompts) * int(call.get("num_inference_steps") or 1)
+    triples, _ = triples_for(subject, depth, options, calls)
+    conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
+    return record_probe(subject, conditioning, settings, triples)
 
 
 def choose_stages(
@@ -95,19 +108,43 @@ def choose_stages(
     """
     started = time.perf_counter()
     count = stages_to_remove(subject, depth, options.spare_blocks)
-    given = options.calibration
-    call = call_arguments(subject.pipe, num_inference_steps=given.steps, guidance_scale=given.guidance_scale)
-    weighting = given.weighting or find_method(options.method).weighting
-    settings = Settings(call, options.seed, weighting, batch_size=given.batch_size)
-    calls = len(prompts) * int(call.get("num_inference_steps") or 1)
-    triples, _ = triples_for(subject, depth, options, calls)
-    conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
-    probe = record_probe(subject, conditioning, settings, triples)
-    restart = Restart(subject.graph, probe)
-    candidates = [name for name, reason in removable(subject, options.spare_blocks).items() if reason is None]
+    probe = probe_of(subject, depth, options, prompts)
+    steps = list(islice(removals(subject, Restart(subject.graph, probe), options.spare_blocks, quiet), count))
+    stages = tuple(step.stage for step in steps)
+    if len(steps) < count:
+        raise UserError(f"depth:{depth.amount:g} cannot be met: after {', '.join(stages)} no other stage can go")
+    runs = 1 + sum(len(step.measured) for step in steps)
+    calls_made = probe.recorded + runs * len(probe)
+    errors = tuple(step.measured[step.stage] for step in steps)
+    return Choice(stages, errors, dict(steps[0].measured), len(probe), calls_made, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One more stage that goes.
+
+    Attributes:
+        stage: The one that changes the output least.
+        measured: The error with each that could go, beside those that went before.
+    """
+
+    stage: str
+    measured: dict[str, float]
+
+
+def removals(
+    subject: Subject, restart: Restart, spare_blocks: Sequence[int] | None = None, quiet: bool = True
+) -> Iterator[Removal]:
+    """Stage after stage, each time the one without which the output of what is left changes least, while any can go.
+
+    Args:
+        subject: The pipeline, whole whenever the next is asked for.
+        restart: Measures on its calls.
+        spare_blocks: Stages that stay.
+        quiet: No progress bar.
+    """
+    candidates = [name for name, reason in removable(subject, spare_blocks).items() if reason is None]
     chosen: list[str] = []
-    errors: list[float] = []
-    alone: dict[str, float] = {}
 
     def measure(name: str) -> float | None:
         edits = Edits()
@@ -119,21 +156,14 @@ def choose_stages(
         finally:
             edits.undo()
 
-    runs = 1
-    for step in range(count):
-        left = [name for name in candidates if name not in chosen]
-        what = f"leaving out stage {step + 1} of {count}"
+    while left := [name for name in candidates if name not in chosen]:
+        what = f"leaving out stage {len(chosen) + 1}"
         measured = track(solved_in_turn(left, measure), len(left), what, quiet or rank() > 0)
         found = {name: error for name, error in measured if error is not None}
         if not found:
-            raise UserError(f"depth:{depth.amount:g} cannot be met: after {', '.join(chosen)} no other stage can go")
-        runs += len(found)
-        if step == 0:
-            alone = found
+            return
         chosen.append(min(found, key=lambda name: found[name]))
-        errors.append(found[chosen[-1]])
-    calls_made = probe.recorded + runs * len(probe)
-    return Choice(tuple(chosen), tuple(errors), alone, len(probe), calls_made, time.perf_counter() - started)
+        yield Removal(chosen[-1], found)
 
 
 def prune_depth(
@@ -161,7 +191,7 @@ def prune_depth(
     if depth is not None:
         choice = choose_stages(subject, depth, options, prompts, quiet)
         plan = replace(plan, pattern=depth, removed=choice.stages)
-    own = replace(options, spare_blocks=_still_spared(subject, plan, options))
+    own = replace(options, spare_blocks=still_spared(subject, plan.removed, options))
     if depth is not None and depth.then is not None:
         own = replace(own, pattern=str(depth.then))
     rest = (lambda shorter: layers(shorter, own)) if plan.entries else None
@@ -173,13 +203,13 @@ def prune_depth(
     return report
 
 
-def _still_spared(subject: Subject, plan: Plan, options: PruningOptions) -> list[int] | None:
+def still_spared(subject: Subject, removed: Sequence[str], options: PruningOptions) -> list[int] | None:
     """The numbers that spared stages have in the shorter denoiser."""
     if options.spare_blocks is None:
         return None
     stages = subject.graph.stages
     spared = spared_stages(stages, options.spare_blocks)
-    left = [stage for stage in stages if stage not in plan.removed]
+    left = [stage for stage in stages if stage not in removed]
     return [i for i, stage in enumerate(left) if stage in spared]
 
 
@@ -192,6 +222,11 @@ def describe_depth(subject: Subject, plan: Plan, options: PruningOptions, num_pr
     call = call_arguments(subject.pipe, num_inference_steps=given.steps, guidance_scale=given.guidance_scale)
     calls = num_prompts * int(call.get("num_inference_steps") or 1)
     triples, runs = triples_for(subject, depth, options, calls)
+    if options.budget is not None:
+        return (
+            f"{describe(depth)} under {options.budget}: each number is calibrated and allocated in turn, until the "
+            f"output error on {triples} recorded calls rises"
+        )
     return (
         f"{describe(depth)}; which of {len(removable(subject))} go is measured on {triples} recorded calls, "
         f"{runs * triples / calls:.1f} times the denoiser calls of a calibration pass"

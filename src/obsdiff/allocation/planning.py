@@ -13,12 +13,12 @@ from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph
 from obsdiff.obs.observers import PASSES
-from obsdiff.obs.pattern import NM, RANK, Depth, Request, Structured, of_layers, parse_request
+from obsdiff.obs.pattern import NM, RANK, Depth, Hybrid, Request, of_layers, of_units, parse_request
 from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.oneshot import check_solving, needed
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
-from obsdiff.pruning.plan import Plan, make_plan
+from obsdiff.pruning.plan import Plan, make_plan, parted
 from obsdiff.pruning.planfile import parse_plan, read_plan
 from obsdiff.pruning.statistics import INDEX
 
@@ -34,10 +34,11 @@ def rule_of(options: PruningOptions) -> str:
     passes = options.calibration.packages or 1
     if options.plan is not None or passes > 1:
         return "uniform"
-    pattern = of_layers(parse_request(options.pattern))
+    request = parse_request(options.pattern)
+    pattern, units = of_layers(request), of_units(request)
     if pattern is None:
         return "uniform"
-    ranks = isinstance(pattern, Structured) and pattern.kinds == (RANK,) and options.budget is None
+    ranks = units is not None and units.kinds == (RANK,) and options.budget is None
     if ranks or isinstance(pattern, NM):
         return "uniform"
     return find_method(options.method).allocation
@@ -57,7 +58,8 @@ def packages_for(options: PruningOptions, statistics: Path | None) -> int:
     """Calibration passes: as asked, else the method's own where it can be calibrated anew, else one."""
     if options.calibration.packages is not None:
         return options.calibration.packages
-    return 1 if statistics is not None or allocates(options) else find_method(options.method).packages
+    once = statistics is not None or allocates(options) or isinstance(of_layers(pattern_of(options)), Hybrid)
+    return 1 if once else find_method(options.method).packages
 
 
 def pattern_of(options: PruningOptions) -> Request:
@@ -144,7 +146,7 @@ def first_plan(graph: Graph, options: PruningOptions) -> Plan:
 
 def describe_scan(graph: Graph, plan: Plan, options: PruningOptions, prompts: int, steps: int) -> str:
     """For people: what a sensitivity scan is about to run, unless its folder holds it already."""
-    units = make_units(graph, plan, Limits(share=options.limits.share))
+    units = make_units(graph, parted(plan)[0], Limits(share=options.limits.share))
     triples = triples_of(graph, units, options.scan, prompts * steps)
     passes = passes_needed(graph, units, options.scan.levels) * triples / (prompts * steps)
     return (

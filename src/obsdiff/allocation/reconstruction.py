@@ -6,21 +6,27 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from obsdiff.allocation.probe import record_probe
+from obsdiff.costs import BACKWARD
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
+from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.fingerprint import Settings
+from obsdiff.pruning.finished import check_finished
+from obsdiff.pruning.masks import weight_masks
 from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.reconstruct import Call, reconstruct
+from obsdiff.pruning.reconstruct import HELD_OUT, Call, Pair, reconstruct
 from obsdiff.pruning.report import PruneReport, count_parameters
+from obsdiff.ranks import rank
 
 
 @dataclass(frozen=True)
@@ -32,20 +38,37 @@ class Whole:
         stages: In the order of execution.
         calls: Recorded on its way.
         recorded: Rows through the denoiser that recording took.
+        flops: Of one row.
+        time_s: Seconds it took.
+        store: Folder to keep finished stages in, or None.
     """
 
     denoiser: nn.Module
     stages: tuple[str, ...]
     calls: list[Call]
     recorded: int
+    flops: int
+    time_s: float
+    store: Path | None
 
 
-def before_reconstruction(subject: Subject, options: PruningOptions, prompts: Sequence[str]) -> Whole:
+def before_reconstruction(
+    subject: Subject, options: PruningOptions, prompts: Sequence[str], store: Path | None
+) -> Whole:
     """Copy the denoiser and record its calls.
 
+    Args:
+        subject: The pipeline, not pruned yet.
+        options: What is asked for.
+        prompts: The calibration's.
+        store: Folder to keep finished stages in, or None.
+
     Raises:
-        UserError: There are too few calls.
+        UserError: There are too few calls, or the folder cannot be used.
     """
+    if store is not None:
+        check_finished(store)
+    started = time.perf_counter()
     settings, asked = options.calibration, options.reconstruction
     call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
     weighting = settings.weighting or find_method(options.method).weighting
@@ -58,7 +81,11 @@ def before_reconstruction(subject: Subject, options: PruningOptions, prompts: Se
             f"a reconstruction needs two batches at least, and {len(probe)} recorded triples make {len(calls)}; use a "
             "smaller --reconstruction.batch_size or more --reconstruction.triples"
         )
-    return Whole(copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded * rows)
+    flops = denoiser_flops(subject, call_arguments(subject.pipe))
+    spent = time.perf_counter() - started
+    return Whole(
+        copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded * rows, flops, spent, store
+    )
 
 
 def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, whole: Whole, quiet: bool) -> None:
@@ -71,30 +98,41 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         whole: The pipeline before.
         quiet: No progress bar.
     """
-    started, asked, subject = time.perf_counter(), options.reconstruction, subject_of(pipe)
-    masks = {} if report.shrunk is not None else dict(report.masks)
+    asked, subject = options.reconstruction, subject_of(pipe)
+    masks = weight_masks(report.masks, report.shrunk is not None)
     for layer in zeroed_layers(subject.graph).keys() - masks.keys():  # of an earlier prune: they stay zero too
         masks[layer] = subject.graph.weight(layer).detach().ne(0)
     removed = set((report.depth or {}).get("removed", ()))
     before = [stage for stage in whole.stages if stage not in removed]
+    stages = dict(zip(subject.graph.stages, before, strict=True))
     errors = reconstruct(
-        subject.denoiser,
-        whole.denoiser,
-        dict(zip(subject.graph.stages, before, strict=True)),
+        Pair(subject.denoiser, whole.denoiser, stages, masks),
         whole.calls,
-        masks,
         asked,
         seed=options.seed,
-        quiet=quiet,
+        store=whole.store,
+        quiet=quiet or rank() > 0,
     )
-    stages, rows = len(errors), sum(call.rows for call in whole.calls)
     report.reconstruction = {
         "steps": asked.steps,
         "lr": asked.lr,
         "calls": len(whole.calls),
         "stages": {name: [error.before, error.after] for name, error in errors.items()},
-        # rows through a whole denoiser: each stage is reached in both models, then trained at three passes a step
-        "denoiser_rows": whole.recorded + rows * (stages + 1) + 3 * asked.steps * rows / len(whole.calls),
+        "denoiser_flops": _flops(whole, denoiser_flops(subject, call_arguments(pipe)), len(errors), asked.steps),
     }
     count_parameters(subject.denoiser, report)
-    report.time_s["reconstruct"] = time.perf_counter() - started
+    report.time_s["reconstruct"] = whole.time_s + sum(error.time_s for error in errors.values())
+
+
+def _flops(whole: Whole, pruned: int, stages: int, steps: int) -> float:
+    """In both models: recording; reaching each stage in turn, on average half a pass; the stages' steps; their errors.
+
+    Args:
+        whole: The dense denoiser and its calls.
+        pruned: FLOPs of one row through the pruned one.
+        stages: How many were trained.
+        steps: Of each.
+    """
+    rows, held = (sum(call.rows for call in calls) for calls in (whole.calls, whole.calls[::HELD_OUT]))
+    reached, trained = rows * (stages + 1) / 2, (1 + BACKWARD) * steps * rows / len(whole.calls)
+    return whole.flops * (whole.recorded + reached) + pruned * (reached + trained + 2 * held)

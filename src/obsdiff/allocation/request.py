@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 
 from obsdiff.errors import UserError
-from obsdiff.names import ALLOCATIONS, DEAD, FUSIONS, METHODS, STRUCTURED_METHODS, UNIT_METHODS
+from obsdiff.names import ALLOCATIONS, DEAD, EXTRACTORS, FUSIONS, MEASURES, METHODS, STRUCTURED_METHODS, UNIT_METHODS
 from obsdiff.numbers import check_number, check_seed, check_whole
-from obsdiff.obs.pattern import RANK, Depth, Structured, is_bare, of_layers, parse_request
+from obsdiff.obs.pattern import RANK, Depth, Hybrid, is_bare, of_layers, of_units, parse_request
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.options import (
     CalibrationOptions,
@@ -20,8 +20,8 @@ from obsdiff.pruning.options import (
 )
 from obsdiff.yamlfiles import read_yaml
 
-KINDS = ("sparsity", "parameters", "flops", "latency")
-_SYNTAX = "use sparsity:0.5 (share removed), parameters:0.7, flops:0.7 or latency:0.7 (share that stays)"
+KINDS = ("sparsity", "parameters", "bytes", "flops", "latency")
+_SYNTAX = "use sparsity:0.5 (share removed), parameters:0.7, bytes:0.7, flops:0.7 or latency:0.7 (share that stays)"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Budget:
     """What may stay.
 
     Attributes:
-        kind: "sparsity", "parameters", "flops" or "latency".
+        kind: "sparsity", "parameters", "bytes" (of the denoiser's tensors as stored), "flops" or "latency".
         share: Of the dense denoiser, in (0, 1]: for "sparsity" the share of the planned layers' weights (structured:
             of the denoiser's parameters) that goes, for the others the share that stays.
     """
@@ -75,25 +75,30 @@ def check_values(options: PruningOptions) -> None:
         read_yaml(options.plan, "plan")
     else:
         request = parse_request(options.pattern)
-        pattern = of_layers(request)
+        units = of_units(request)
         if isinstance(request, Depth):
             _check_depth(request, options)
         if is_bare(options.pattern) and options.budget is None:
             raise UserError(f"pattern {options.pattern!r} has no number; give one, or --budget, by which it is chosen")
-        ranks = isinstance(pattern, Structured) and pattern.rank is not None
+        ranks = units is not None and units.rank is not None
         if ranks and options.allocation == "owl":
             raise UserError("owl does not say how ranks share a budget; use --allocation measured")
         if ranks and (options.budget or "").startswith("latency:"):
             raise UserError("ranks hardly change latency; use a budget in parameters or flops, or leave rank out")
-        cuts = isinstance(pattern, Structured) and pattern.kinds != (RANK,)
-        if cuts and options.method not in STRUCTURED_METHODS:
+        if units is not None and units.kinds != (RANK,) and options.method not in STRUCTURED_METHODS:
             *some, last = STRUCTURED_METHODS
             other = f"{', '.join(some)} or {last}"
-            raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {pattern}")
-        if options.method in UNIT_METHODS and pattern is not None and not isinstance(pattern, Structured):
+            raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {units}")
+        single = of_layers(request) is not None and of_layers(request) != units
+        if single and options.method in UNIT_METHODS:
             raise UserError(
                 f"method {options.method} removes whole heads, neurons and channels, no single weights; use it with "
-                f"structured:RATIO, or another method with {pattern}"
+                f"structured:RATIO, or another method with {options.pattern}"
+            )
+        if isinstance(of_layers(request), Hybrid) and (options.budget or "").startswith("sparsity:"):
+            raise UserError(
+                f"a budget in sparsity does not say how {options.pattern} shares it between units and single weights; "
+                "use parameters:SHARE, which counts what is stored dense"
             )
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
@@ -103,8 +108,10 @@ def check_values(options: PruningOptions) -> None:
         raise UserError(f"unknown allocation {options.allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
     if options.budget is not None:
         kind = parse_budget(options.budget).kind
-        if kind in ("flops", "latency") and options.plan is None and not isinstance(pattern, Structured):
-            raise UserError(f"a budget in {kind} needs a structured pattern: dense kernels do not skip zeros")
+        unfit = options.plan is None and units is None and not isinstance(request, Depth)
+        if unfit and kind in ("bytes", "flops", "latency"):
+            why = "zeros are stored like other weights" if kind == "bytes" else "dense kernels do not skip zeros"
+            raise UserError(f"a budget in {kind} needs a structured pattern: {why}")
     check_seed("seed", options.seed)
     _check_calibration(options.calibration)
     check_scan(options.scan)
@@ -115,7 +122,7 @@ def check_values(options: PruningOptions) -> None:
 def _check_depth(depth: Depth, options: PruningOptions) -> None:
     """Refuse what a number of stages leaves without effect."""
     if options.budget is not None:
-        raise UserError(f"a budget does not choose stages yet; give {depth} its numbers and leave out --budget")
+        _check_depth_under(depth, parse_budget(options.budget))
     if depth.then is not None:
         return
     default, calibration = PruningOptions(), CalibrationOptions()
@@ -129,6 +136,21 @@ def _check_depth(depth: Depth, options: PruningOptions) -> None:
     told += ["dead remove"] if options.dead == "remove" else []
     if told:
         raise UserError(f"{depth} alone prunes no layers, so --{told[0]} has no effect; leave it out, or add a pattern")
+
+
+def _check_depth_under(depth: Depth, budget: Budget) -> None:
+    """Refuse budgets that say nothing of stages."""
+    if budget.kind in ("sparsity", "latency"):
+        raise UserError(
+            f"a budget in {budget.kind} does not choose stages; use parameters:SHARE, bytes:SHARE or flops:SHARE"
+        )
+    if depth.then is None and depth.amount is not None:
+        raise UserError(f"{depth} says how many stages go; leave out --budget, or use depth or {depth}+structured")
+    if depth.then is not None and of_units(depth) is None:
+        raise UserError(
+            f"a budget chooses stages together with heads, neurons and ranks, not with {depth.then} alone; use "
+            f"depth+structured+{depth.then}"
+        )
 
 
 def check_scan(scan: ScanOptions) -> None:
@@ -156,6 +178,17 @@ def check_evaluation(evaluation: EvaluationOptions) -> None:
     check_whole("evaluation.batch_size", evaluation.batch_size)
     check_seed("evaluation.seed", evaluation.seed)
     check_seed("evaluation.seed + num_images", evaluation.seed + evaluation.num_images)
+    for name in evaluation.measures:
+        kind, at, extractor = name.partition("@")
+        if kind not in MEASURES or (at and extractor not in EXTRACTORS):
+            raise UserError(
+                f"evaluation.measures names {name!r}; choose of {', '.join(MEASURES)}, with @ and one of "
+                f"{', '.join(EXTRACTORS)} where a named network measures"
+            )
+    if twice := [name for name in evaluation.measures if evaluation.measures.count(name) > 1]:
+        raise UserError(f"evaluation.measures names {twice[0]} twice")
+    if unknown := [name for name in evaluation.extractors if name not in EXTRACTORS]:
+        raise UserError(f"evaluation.extractors names {unknown[0]!r}; choose of {', '.join(EXTRACTORS)}")
 
 
 def _check_calibration(calibration: CalibrationOptions) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from obsdiff.allocation.allocate import allocate
+from obsdiff.allocation.allocate import Allocation, allocate
 from obsdiff.allocation.clock import PROCESS_S
 from obsdiff.allocation.depth import describe_depth, prune_depth
+from obsdiff.allocation.number import choose_number, number_note
 from obsdiff.allocation.planning import (
     allocates,
     check_options,
@@ -33,16 +34,18 @@ from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.observers import GATES, PASSES, gradient_for
+from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.calibrate import calibrate
+from obsdiff.pruning.dead import fate_of_dead, without_dead
 from obsdiff.pruning.defaults import departures
 from obsdiff.pruning.gates import STEPS, gated_groups
 from obsdiff.pruning.gradients import TIMES, layers_of
 from obsdiff.pruning.oneshot import prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, describe, fate_of_dead, kept_units, packages_of, remarks, without_dead
+from obsdiff.pruning.plan import Plan, describe, kept_units, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan, kinds_of
 from obsdiff.pruning.report import PruneReport
-from obsdiff.pruning.shorten import stages_to_remove
+from obsdiff.pruning.shorten import prune_shorter, stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 from obsdiff.pruning.vectors import checked_rank
 
@@ -101,6 +104,7 @@ def prune_stage(
     *,
     statistics: Path | None = None,
     sensitivity: Path | None = None,
+    reconstruction: Path | None = None,
     prune_again: bool = False,
     quiet: bool = True,
 ) -> PruneReport:
@@ -112,6 +116,7 @@ def prune_stage(
         options: What is asked for.
         prompts: For the calibration.
         statistics, sensitivity: Folders to keep calibration and scan in, or to find them.
+        reconstruction: Folder to keep the stages in that a reconstruction has finished, or to find them.
         prune_again: Allow a pipeline that is pruned already.
         quiet: No progress bars.
 
@@ -123,7 +128,7 @@ def prune_stage(
     """
     check_options(options, statistics, sensitivity)
     subject, plan = prepare(pipe, options, prune_again)
-    kept = _Kept(statistics, sensitivity, prune_again, quiet)
+    kept, depth = _Kept(statistics, sensitivity, prune_again, quiet), depth_of(options)
 
     def layers(shorter: Subject, own: PruningOptions) -> PruneReport:
         if plan.removed:
@@ -133,8 +138,10 @@ def prune_stage(
             return _prune_layers(shorter, fitted, own, prompts, kept)
         return _prune_layers(*prepare(shorter, own, prune_again=True), own, prompts, kept)
 
-    whole = before_reconstruction(subject, options, prompts) if options.reconstruction.steps else None
-    if plan.removed or depth_of(options) is not None:
+    whole = before_reconstruction(subject, options, prompts, reconstruction) if options.reconstruction.steps else None
+    if depth is not None and options.budget is not None:
+        report = _prune_numbered(subject, depth, options, prompts, kept)
+    elif plan.removed or depth is not None:
         report = prune_depth(subject, plan, options, prompts, layers, quiet)
     else:
         report = _prune_layers(subject, plan, options, prompts, kept)
@@ -152,6 +159,80 @@ class _Kept:
     prune_again: bool
     quiet: bool
 
+    def without(self, stages: int) -> _Kept:
+        """Beside the whole denoiser's folders those of what is left where so many stages went."""
+
+        def beside(folder: Path | None) -> Path | None:
+            return folder if folder is None or not stages else folder.with_name(f"{folder.name}-without-{stages}")
+
+        return replace(self, statistics=beside(self.statistics), sensitivity=beside(self.sensitivity))
+
+
+def _prune_numbered(
+    subject: Subject, depth: Depth, options: PruningOptions, prompts: Sequence[str], kept: _Kept
+) -> PruneReport:
+    """Choose under a budget how many stages go, then prune by the plan that came of it."""
+    started = time.perf_counter()
+
+    def allocated(shorter: Subject, own: PruningOptions, gone: int, whole: float) -> tuple[Allocation, Statistics]:
+        at = kept.without(gone)
+        found = _calibrated(shorter, own, prompts, at, None)
+        return allocate(shorter, own, found, prompts, store=at.sensitivity, whole=whole, quiet=kept.quiet), found
+
+    best, stages = choose_number(subject, depth, options, prompts, allocated, kept.quiet)
+    plan, took = best.plan, time.perf_counter() - started
+    given = replace(options.calibration, packages=1)
+    own = replace(options, pattern=str(depth.then or depth), budget=None, allocation="uniform", calibration=given)
+
+    def layers(shorter: Subject) -> PruneReport:
+        fitted = replace(plan, removed=())
+        if own.dead == "remove":
+            fitted = without_dead(shorter.graph, fitted, shorter.dead, own.exclude)
+        return _prune_layers(shorter, fitted, own, prompts, kept.without(len(plan.removed)))
+
+    if plan.removed:
+        measured = {"alone": stages["alone"], "triples": stages["triples"]}
+        report = prune_shorter(subject, plan, layers if plan.entries else None, measured)
+    else:
+        report = layers(subject)
+    report.allocation = {"rule": plan.rule, "budget": options.budget, **best.record, "stages": stages}
+    report.notes.append(number_note(stages, sum(stack.count for stack in subject.stacks)))
+    report.time_s["allocate"] = report.time_s.get("allocate", 0.0) + took
+    return report
+
+
+def _calibrated(
+    subject: Subject, options: PruningOptions, prompts: Sequence[str], kept: _Kept, sites: set[str] | None
+) -> Statistics:
+    """The statistics that the options ask for, at some sites (None: all). A folder keeps the inputs of all, since it
+    serves every pattern and method; what it does not keep is measured for these alone."""
+    settings, wanted = options.calibration, needs_for(options, kept.statistics)
+
+    def measure(sites: set[str] | None, store: Path | None, needs: Collection[str]) -> Statistics:
+        return calibrate(
+            subject,
+            prompts,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            weighting=weighting_of(options, kept.statistics),
+            tokens=settings.tokens,
+            batch_size=settings.batch_size,
+            seed=options.seed,
+            store=store,
+            sites=sites,
+            needs=needs,
+            quiet=kept.quiet,
+        )
+
+    if kept.statistics is None:
+        return measure(sites, None, wanted)
+    found = measure(None, kept.statistics, wanted - PASSES)
+    if not wanted & PASSES:
+        return found
+    own = measure(sites, None, wanted & PASSES)
+    spent = {**found.time_s, "calibrate": found.time_s["calibrate"] + own.time_s["calibrate"]}
+    return replace(found, gradients=own.gradients, gates=own.gates, time_s=spent)
+
 
 def _prune_layers(
     subject: Subject, plan: Plan, options: PruningOptions, prompts: Sequence[str], kept: _Kept
@@ -159,28 +240,14 @@ def _prune_layers(
     """Calibrate, allocate, prune what is there."""
     statistics, quiet = kept.statistics, kept.quiet
     graph, dead = subject.graph, [] if options.dead == "ignore" else subject.dead
-    settings, wanted = options.calibration, needs_for(options, statistics)
 
-    def measure(sites: set[str] | None, store: Path | None = None, needs: Collection[str] = wanted) -> Statistics:
-        return calibrate(
-            subject,
-            prompts,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            weighting=weighting_of(options, statistics),
-            tokens=settings.tokens,
-            batch_size=settings.batch_size,
-            seed=options.seed,
-            store=store,
-            sites=sites,
-            needs=needs,
-            quiet=quiet,
-        )
+    def measure(sites: set[str] | None) -> Statistics:
+        return _calibrated(subject, options, prompts, kept, sites)
 
     found: Any = measure if measures(options, statistics) else None
     ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
     if allocates(options) or statistics is not None or (ranked and packages_for(options, statistics) == 1):
-        found = _stored(measure, plan.sites(graph), statistics, wanted) if statistics else measure(plan.sites(graph))
+        found = measure(plan.sites(graph))
     record, allocate_s = None, 0.0
     if allocates(options):
         started = time.perf_counter()
@@ -198,7 +265,7 @@ def _prune_layers(
         refit=options.refit,
         packages=packages_for(options, statistics),
         seed=options.seed,
-        damping=settings.damping,
+        damping=options.calibration.damping,
         fusion=options.fusion,
         prune_again=kept.prune_again,
         quiet=quiet,
@@ -208,17 +275,6 @@ def _prune_layers(
     report.notes += _rank_notes(ranks)
     report.time_s["allocate"] = allocate_s
     return report
-
-
-def _stored(measure: Callable[..., Statistics], sites: set[str], store: Path, needs: frozenset[str]) -> Statistics:
-    """Layer inputs of all sites, since a store serves every pattern and method, and what it does not keep of those of
-    the plan alone."""
-    found = measure(None, store, needs - PASSES)
-    if not needs & PASSES:
-        return found
-    own = measure(sites, None, needs & PASSES)
-    spent = {**found.time_s, "calibrate": found.time_s["calibrate"] + own.time_s["calibrate"]}
-    return replace(found, gradients=own.gradients, gates=own.gates, time_s=spent)
 
 
 def _ranks(

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph, Group, group_parameters
-from obsdiff.obs.pattern import NM, RANK, Depth, Pattern, Structured, Unstructured
+from obsdiff.obs.pattern import NM, RANK, Depth, Hybrid, Pattern, Structured, Unstructured
 from obsdiff.pruning.options import Limits
 from obsdiff.pruning.plan import Plan, kept_units
 
@@ -61,7 +61,7 @@ def make_units(graph: Graph, plan: Plan, limits: Limits) -> list[Unit]:
         for rule in rules:
             if not any(fnmatchcase(name, rule) for name in blocks):
                 raise UserError(f"--limits.{option}: {rule!r} matches none of the {len(blocks)} names in the plan")
-    assert not isinstance(plan.pattern, Depth)  # such a plan has no entries
+    assert not isinstance(plan.pattern, Depth | Hybrid)  # such a plan has no entries, or is parted before
     units = []
     kinds = {groups[name].kind for name in plan.entries} if plan.structured else set()
     for members in _shared(list(plan.entries), limits.share):

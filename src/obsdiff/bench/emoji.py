@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from obsdiff.data.prompts import load_prompts
+from obsdiff.diffusion.frechet import frechet_distance
 from obsdiff.embedded.emoji import load_emoji
 from obsdiff.embedded.pictures import nearest_pictures, save_grid
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import READERS
-from obsdiff.evaluation.measures import bootstrap_interval
+from obsdiff.evaluation.intervals import bootstrap_interval
 from obsdiff.evaluation.sampling import sample
 from obsdiff.files import check_writable, write_json
 from obsdiff.models.info import call_arguments
@@ -60,7 +61,7 @@ def measure_emoji(pipe: Any, prompts: list[str], seed: int = 0) -> tuple[dict[st
         by_group[group] = {"n": int(chosen.sum()), **{key: float(hit[chosen].mean()) for key, hit in hits.items()}}
     measured = {
         **{key: {"share": float(hit.mean()), "interval": list(bootstrap_interval(hit))} for key, hit in hits.items()},
-        "frechet": reader.frechet(images),
+        "frechet": frechet_distance(reader.features(images), reader.real()),
         "groups": by_group,
         "n": len(prompts),
         "seed": seed,

@@ -86,7 +86,7 @@ def _report(options: CompareOptions, units: Sequence[Unit], left_out: Sequence[L
     from obsdiff.export.summary import aligned
 
     output = Path(options.output)
-    rows, missing = collect(options, units, Dense(options.pipeline, "cpu", output))
+    rows, missing = collect(options, units, Dense(options.pipeline, "cpu", output, options.evaluation))
     failed = sum(row["error"] is not None for row in rows)
     if not rows:
         fail(PROGRAM, "no cell was finished; what was said above tells why", FAILED)

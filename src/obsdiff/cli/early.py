@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from obsdiff.allocation.request import check_evaluation, check_values
-from obsdiff.cli.options import BenchOptions, BenchScanOptions, InspectOptions, SampleOptions
+from obsdiff.cli.options import BenchOptions, BenchScanOptions, EvaluateOptions, InspectOptions, SampleOptions
 from obsdiff.compare.cells import check
 from obsdiff.compare.options import CompareOptions
 from obsdiff.errors import UserError
@@ -94,6 +94,29 @@ def checked_sample(options: SampleOptions) -> SampleOptions:
     prompts = prompts or [""] * (options.num_images or 0)
     source, denoiser = check_source(options.pipeline), _denoiser(options.denoiser)
     return replace(options, pipeline=source, denoiser=denoiser, prompt=prompts, output=str(output))
+
+
+def checked_evaluate(options: EvaluateOptions) -> EvaluateOptions:
+    """The options with ``~`` filled in.
+
+    Raises:
+        UserError: A value is wrong, or something is missing.
+    """
+    check_loading(options.dtype, options.device)
+    check_evaluation(options.evaluation)
+    check_whole("evaluation.num_images", options.evaluation.num_images, 1)
+    evaluation = replace(options.evaluation, prompts=_prompts(options.evaluation.prompts, "evaluation.prompts"))
+    against = options.against
+    if against not in (None, "none"):
+        against = check_source(against, "against")
+    output, images = (
+        None if place is None else str(new_folder(place, name))
+        for name, place in (("output", options.output), ("images", options.images))
+    )
+    if options.layout != "plain" and images is None:
+        raise UserError("layout says how images lie in a folder; name it with --images")
+    source = check_source(options.pipeline)
+    return replace(options, pipeline=source, against=against, output=output, images=images, evaluation=evaluation)
 
 
 def checked_inspect(options: InspectOptions) -> InspectOptions:

@@ -10,6 +10,7 @@ from obsdiff.cli.explain import nearest
 COMMANDS = {
     "prune": ("obsdiff.cli.prune", "prune a pipeline in one shot and measure the result"),
     "train": ("obsdiff.cli.train", "train with Lightning: fit, validate, test, predict"),
+    "evaluate": ("obsdiff.cli.evaluate", "measure a pipeline against the dense one, prompts and real images"),
     "compare": ("obsdiff.cli.compare", "compare methods at equal cost, and report with intervals"),
     "sample": ("obsdiff.cli.sample", "draw images from a pipeline, pruned or not"),
     "inspect": ("obsdiff.cli.inspect", "show what was done to a pruned pipeline, layer by layer"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from obsdiff.pruning.options import EvaluationOptions
 
 
 @dataclass
@@ -35,6 +38,40 @@ class SampleOptions:
     dtype: str | None = None
     variant: str | None = None
     denoiser: str | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class EvaluateOptions:
+    """Measure a pipeline: against the dense one, against its prompts, against real images.
+
+    Args:
+        pipeline: A prune run's or a recovery's folder, an embedded pipeline, any diffusers folder, or a hub id.
+        against: The dense pipeline, whose images of the same prompts and seeds are compared; default: the one that the
+            run was made of; none compares with none.
+        output: Folder for evaluation.json, evaluation.md and samples.png; default: only the figures are printed.
+        evaluation: What is measured, and on what.
+        scorers: Commands of other programs that score images, by the name of their figure. Each is called with a folder
+            of PNG files and metadata.jsonl (file_name, prompt) and prints a JSON list of numbers.
+        images: Folder for all images of the pipeline.
+        layout: How they lie there: plain (00000.png and metadata.jsonl), geneval or dpg, as these benchmarks want
+            them; for these evaluation.prompts names their evaluation_metadata.jsonl or dpg_bench.csv.
+        latency: Time one call of the denoisers, in turns.
+        device: cpu, cuda, cuda:NUMBER or mps; default: what is there, in the order cuda, mps, cpu.
+        dtype: float32, bfloat16 or float16; default: as saved.
+        overwrite: Replace an earlier evaluation in the output folder.
+    """
+
+    pipeline: str
+    against: str | None = None
+    output: str | None = None
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    scorers: Mapping[str, str] = field(default_factory=dict)
+    images: str | None = None
+    layout: str = "plain"
+    latency: bool = True
+    device: str | None = None
+    dtype: str | None = None
     overwrite: bool = False
 
 
@@ -117,7 +154,7 @@ class BenchScanOptions:
 
 @dataclass
 class BenchTrainOptions:
-    """Measure a training step with masks, without, and in a plain Lightning loop; prints one JSON line.
+    """Measure a training step with masks, without, with a teacher that runs, and in a plain loop; prints one JSON line.
 
     Args:
         pipeline: An embedded pipeline, a folder, or a hub id.
@@ -126,7 +163,7 @@ class BenchTrainOptions:
         num_prompts: Prompts to draw.
         batch_size: Latents per step.
         steps: Timed steps in each round.
-        rounds: Rounds of the three in turn.
+        rounds: Rounds of the four in turn.
     """
 
     pipeline: str = "digits-sd3"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from obsdiff.cli.early import checked_prune, kept
 from obsdiff.cli.parse import clear_errors, parse_options
+from obsdiff.paths import unfinished_stages
 from obsdiff.pruning.options import PruneOptions
 
 PROGRAM = "obsdiff prune"
@@ -19,7 +20,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Parse, prune, print where the result is. Under ``torchrun`` the processes share the work."""
     with clear_errors(PROGRAM) as session:
         options = checked_prune(parse_options(PruneOptions, PROGRAM, args, example=EXAMPLE))
-        session.kept = partial(kept, options.statistics, options.sensitivity, output=options.output)
+        stages = str(unfinished_stages(options.output))
+        session.kept = partial(kept, options.statistics, options.sensitivity, stages, output=options.output)
 
         from obsdiff.devices import choose_device
 

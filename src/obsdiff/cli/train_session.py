@@ -19,7 +19,6 @@ from obsdiff.callbacks.progress import BudgetProgress, RateAndBudget, ShortSumma
 from obsdiff.callbacks.samples import SampleWriter
 from obsdiff.costs import Cost, exhausted
 from obsdiff.errors import UserError
-from obsdiff.evaluation.references import measure
 from obsdiff.export.recovered import RESULT
 from obsdiff.export.summary import aligned, evaluation_summary, images_summary, limits_text, recovery_summary
 from obsdiff.files import read_json
@@ -103,10 +102,9 @@ class Run:
         writer = find(trainer, SampleWriter)
         if subcommand == "predict" and writer is not None:
             return images_summary(f"by {name}", [writer.file(number) for number in range(len(refs.prompts))], took)
-        if subcommand == "predict" or not module.last_measured:
+        if subcommand == "predict" or module.validation is None or not module.validation.figures:
             return ""
-        before = measure(refs, refs.pruned)
-        return evaluation_summary(name, before, module.last_measured, len(refs.prompts), took)
+        return evaluation_summary(name, module.validation.report(), took)
 
 
 def own_looks(trainer: Any, given: Sequence[Any]) -> None:

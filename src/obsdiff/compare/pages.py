@@ -50,7 +50,7 @@ def write_report(options: CompareOptions, rows: Sequence[Row], left_out: Sequenc
         "left_out": left_out,
         "one_shot": ONE_SHOT,
         "versions": versions_of(rows),
-        "dense": lines[0].rows[0]["dense"] if lines else None,
+        "dense": lines[0].rows[0]["evaluation"]["dense"] if lines else None,
         "n": sum(lines[0].rows[at]["evaluation"]["n"] for at in range(len(lines[0].rows))) if lines else 0,
     }
     environment = Environment(

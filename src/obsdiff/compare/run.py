@@ -27,9 +27,11 @@ from obsdiff.compare.options import CompareOptions
 from obsdiff.costs import calibration_cost
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import check_measurable
+from obsdiff.evaluation.evaluate import Images, evaluation_of, result_of
 from obsdiff.evaluation.flops import denoiser_flops
-from obsdiff.evaluation.references import Images, References, measure, per_image, sample_shared
+from obsdiff.evaluation.references import References, sample_shared
 from obsdiff.evaluation.sampling import save_images
+from obsdiff.evaluation.suite import Suite, load_suite
 from obsdiff.export.places import finite, pipeline_bytes
 from obsdiff.export.run import evaluation_prompts
 from obsdiff.files import read_json, remove_leftovers, whole_file, working_folder, write_json
@@ -40,6 +42,7 @@ from obsdiff.models.subject import subject_of
 from obsdiff.obs.observers import PASSES
 from obsdiff.pruning.folder import load_pipeline, write_pipeline
 from obsdiff.pruning.manifest import FILE
+from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.versions import versions
 
 CELLS, SHARED = "cells", "shared"
@@ -54,11 +57,13 @@ class Dense:
         pipeline: Its name.
         device: Where to work.
         shared: Folder of images, calibrations, scans and recordings that several cells use.
+        evaluation: What is measured.
     """
 
     pipeline: str
     device: str
     shared: Path
+    evaluation: EvaluationOptions
 
     def load(self) -> Any:
         """The dense pipeline, anew, to be pruned."""
@@ -73,6 +78,11 @@ class Dense:
     def content(self) -> dict[str, str]:
         """Hashes of its components."""
         return component_hashes(self.pipe)
+
+    @cached_property
+    def suite(self) -> Suite:
+        """The measures of every cell."""
+        return load_suite(info_of(self.pipe).alignment, self.evaluation, self.device)
 
     def references(self, unit: Unit) -> References:
         """The dense images of a unit's prompts and seeds, drawn once."""
@@ -108,7 +118,7 @@ def run_part(
         How many rows failed.
     """
     output = Path(options.output)
-    dense = Dense(options.pipeline, device, output / SHARED / (part or "0/1").replace("/", "-of-"))
+    dense = Dense(options.pipeline, device, output / SHARED / (part or "0/1").replace("/", "-of-"), options.evaluation)
     failed = 0
     for at, unit in enumerate(units):
         wanted = rows_of(options, unit, dense)
@@ -291,12 +301,12 @@ def _measured(dense: Dense, folder: Path, unit: Unit, refs: References) -> dict[
     images = sample_shared(pipe, refs.prompts, refs.seeds, unit.evaluation.batch_size, allow_nonfinite=True)
     drawn = Images(images, images[:0])
     weights = list(subject_of(pipe).denoiser.parameters())
+    result = "pruned" if folder.name == "pruned" else "recovered"
+    evaluation = evaluation_of(dense.suite, refs.prompts, refs.seeds, {"dense": refs.dense, result: drawn})
     return {
-        "figures": measure(refs, drawn),
-        "dense": {key: value for key, value in measure(refs, refs.dense).items() if key != "fidelity"},
-        "per_image": {name: values.tolist() for name, values in per_image(refs, drawn).items()},
+        "evaluation": evaluation,
+        "per_image": {name: values.tolist() for name, values in dense.suite.values().items()},
         "nonzero": sum(int(weight.count_nonzero()) for weight in weights),
-        "evaluation": {"n": len(refs.prompts), "seed": refs.seeds[0]},
         "sampling_s": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(pipe.device),
         "images": images,
@@ -320,7 +330,8 @@ def told(row: Mapping[str, Any]) -> str:
     """For people: how a row ended."""
     if row["error"] is not None:
         return f"failed: {row['error']}"
-    mse, hits = row["figures"]["fidelity"]["mse"], row["figures"].get("alignment")
+    figures = result_of(row["evaluation"])
+    mse, hits = figures.get("mse"), figures.get("alignment")
     shown = "images are not finite" if mse is None else f"MSE {mse:.3g}"
     return shown + ("" if hits is None else f", alignment {hits:.1%}")
 

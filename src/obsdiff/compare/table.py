@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.compare.intervals import Interval, mean_interval, ratio_interval
+from obsdiff.evaluation.evaluate import result_of
 
 Row = Mapping[str, Any]
 WHAT = ("pattern", "recipe", "allocation", "method")
@@ -77,8 +78,7 @@ def _line(what: tuple[str, ...], rows: list[Row], others: list[Row]) -> Line:
             ratio = ratio_interval(
                 [_values(own, "mse") for own, _ in shared], [_values(ref, "mse") for _, ref in shared]
             )
-    frechet = _mean(rows, "figures", "frechet")
-    other = _mean(others, "figures", "frechet")
+    frechet, other = _figure(rows, "frechet"), _figure(others, "frechet")
     remark = ""
     if ratio is not None and ratio.low > 1 and frechet is not None and other is not None and frechet < other:
         remark = "its Fréchet distance is lower although its images are further from the dense ones"
@@ -93,7 +93,7 @@ def _line(what: tuple[str, ...], rows: list[Row], others: list[Row]) -> Line:
         ratio,
         _interval(rows, "alignment"),
         _interval(rows, "alignment_top5"),
-        _mean(rows, "figures", "fidelity", "perceptual"),
+        _figure(rows, "distance"),
         frechet,
         sum(cost["denoiser_flops"] for cost in costs) / len(rows),
         sum(cost["wall_s"] for cost in costs) / len(rows),
@@ -110,6 +110,12 @@ def _interval(rows: Sequence[Row], measure: str) -> Interval | None:
     if any(measure not in row["per_image"] or None in row["per_image"][measure] for row in rows):
         return None
     return mean_interval([_values(row, measure) for row in rows])
+
+
+def _figure(rows: Sequence[Row], name: str) -> float | None:
+    """Of what came out, mean over seeds; None if one has none."""
+    values: list[Any] = [result_of(row["evaluation"]).get(name) for row in rows]
+    return sum(values) / len(values) if values and None not in values else None
 
 
 def _mean(rows: Sequence[Row], *path: str) -> float | None:

@@ -9,17 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from obsdiff.diffusion.frechet import frechet_distance
 from obsdiff.embedded.emoji import spell
 from obsdiff.embedded.emoji_encoder import emoji_features, ranked_emoji
 from obsdiff.embedded.emoji_reader import atlas_features, group_of_emoji, read_emoji, wanted_emoji
 from obsdiff.embedded.reader import digit_features, held_out_features, read_digits, wanted_digits
-from obsdiff.evaluation.measures import finite_images
+from obsdiff.evaluation.intervals import finite_images
 
 NEAR = 5  # what the near hits are called in reports says so too
 
@@ -68,53 +65,6 @@ class Reader:
             return None
         near = (self.ranked(images, k) == self.wanted(prompts)[:, None]).any(1)
         return (near & finite_images(images)).float()
-
-    def by_group(self, images: Tensor, prompts: Sequence[str]) -> dict[str, tuple[float, int]] | None:
-        """Share of hits and number of images for each group that prompts ask for, by name; None without groups."""
-        if self.groups is None:
-            return None
-        groups, hits = self.groups(), self.hits(images, prompts).tolist()
-        held: dict[str, list[float]] = {}
-        for wanted, hit in zip(self.wanted(prompts).tolist(), hits, strict=True):
-            held.setdefault(groups[wanted], []).append(hit)
-        return {group: (sum(held[group]) / len(held[group]), len(held[group])) for group in sorted(held)}
-
-    def perceptual(self, dense: Tensor, images: Tensor) -> float | None:
-        """Mean cosine distance of the features of images (n, c, h, w) in [0, 1] to those of the dense ones, in [0, 2].
-
-        None if there are no images, one has pixels that are not finite, or the features are too coarse for it.
-        """
-        if not self.perceives or not len(images) or not bool((finite_images(dense) & finite_images(images)).all()):
-            return None
-        return float(1 - cosine_similarity(self.features(dense), self.features(images)).mean())
-
-    def frechet(self, images: Tensor) -> float | None:
-        """Fréchet distance of images (n, c, h, w) in [0, 1] to real ones.
-
-        None if there are fewer than two images, or one has pixels that are not finite.
-        """
-        if len(images) < 2 or not bool(finite_images(images).all()):
-            return None
-        return frechet_distance(self.features(images), self.real())
-
-
-def compare_alignment(reader: Reader, dense: Tensor, pruned: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
-    """The alignment of dense and pruned images (n, c, h, w) in [0, 1] of the same prompts, as reports give it.
-
-    Returns:
-        ``measure``; ``dense`` and ``pruned``: shares of hits. Where the reader ranks classes, ``dense_top5`` and
-        ``pruned_top5`` as well; where it has groups, ``groups``: by name the same shares and ``n``.
-    """
-    found: dict[str, Any] = {"measure": reader.measure}
-    drawn = {"dense": dense, "pruned": pruned}
-    for name, images in drawn.items():
-        found[name] = float(reader.hits(images, prompts).mean())
-    for name, images in drawn.items():
-        if (near := reader.near_hits(images, prompts)) is not None:
-            found[f"{name}_top{NEAR}"] = float(near.mean())
-        for group, (share, n) in (reader.by_group(images, prompts) or {}).items():
-            found.setdefault("groups", {}).setdefault(group, {"n": n})[name] = share
-    return found
 
 
 READERS = {

@@ -14,27 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from obsdiff.evaluation.alignment import find_reader
-from obsdiff.evaluation.measures import fidelity
+from obsdiff.evaluation.evaluate import Images
 from obsdiff.evaluation.sampling import check_finite, sample
 from obsdiff.files import whole_file
 from obsdiff.models.info import call_arguments
 from obsdiff.ranks import from_all, rank, wait_for_all, world_size
 
 UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0}
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images (n, c, h, w) in [0, 1] of the evaluation's prompts and seeds.
-
-    Attributes:
-        guided: At the pipeline's own guidance.
-        unguided: Without, where the Fréchet distance shows a loss of quality that guidance hides; can be empty.
-    """
-
-    guided: Tensor
-    unguided: Tensor
 
 
 @dataclass(frozen=True)
@@ -140,37 +126,3 @@ def _read(file: Path, digest: str) -> dict[str, Tensor] | None:
             return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError):
         return None
-
-
-def measure(refs: References, images: Images) -> dict[str, Any]:
-    """Fidelity to the dense images; alignment and Fréchet distances where there is an extractor for them.
-
-    All are None if a pixel is not finite.
-    """
-    finite = all(bool(torch.isfinite(tensor).all()) for part in (refs.dense, images) for tensor in vars(part).values())
-    nothing = dict.fromkeys(("mse", "mse_interval", "psnr", "ssim"))
-    measured: dict[str, Any] = {"fidelity": fidelity(refs.dense.guided, images.guided) if finite else nothing}
-    reader, several = find_reader(refs.alignment), len(refs.prompts) > 1
-    if reader is not None:
-        if reader.perceives:
-            measured["fidelity"]["perceptual"] = reader.perceptual(refs.dense.guided, images.guided)
-        for suffix, drawn in {"": images.guided, **({"_unguided": images.unguided} if several else {})}.items():
-            if len(drawn) and any(refs.prompts):
-                measured[f"alignment{suffix}"] = float(reader.hits(drawn, refs.prompts).mean()) if finite else None
-                if (near := reader.near_hits(drawn, refs.prompts)) is not None:
-                    measured[f"alignment_top5{suffix}"] = float(near.mean()) if finite else None
-            if len(drawn) and several:
-                measured[f"frechet{suffix}"] = reader.frechet(drawn) if finite else None
-    return measured
-
-
-def per_image(refs: References, images: Images) -> dict[str, Tensor]:
-    """What intervals over prompts go by, (n,) each: ``mse`` to the dense images, and where there is a reader and a
-    prompt, ``alignment`` and ``alignment_top5`` as 1.0 or 0.0."""
-    found = {"mse": (refs.dense.guided.double() - images.guided.double()).square().flatten(1).mean(1)}
-    reader = find_reader(refs.alignment)
-    if reader is not None and any(refs.prompts):
-        found["alignment"] = reader.hits(images.guided, refs.prompts)
-        if (near := reader.near_hits(images.guided, refs.prompts)) is not None:
-            found["alignment_top5"] = near
-    return found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import in_known_words
-from obsdiff.evaluation.measures import finite_images
+from obsdiff.evaluation.intervals import finite_images
 from obsdiff.files import check_writable, whole_file
 from obsdiff.models.conditioning import asked_for
 from obsdiff.models.info import CALL_ARGUMENTS, MOST, call_arguments, info_of

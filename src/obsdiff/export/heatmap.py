@@ -19,9 +19,9 @@ def ratio_table(graph: Graph, removed: Mapping[str, float]) -> tuple[list[str], 
             directions of a vector that all of them read, is left out.
     """
     blocks: Mapping[str, int] = {group.name: group.stage for group in graph.groups if group.basis is None}
-    removed = {name: share for name, share in removed.items() if name in blocks or name in graph.layers}
-    if not removed.keys() <= blocks.keys():
+    if not removed.keys() & blocks.keys():
         blocks = graph.layers
+    removed = {name: share for name, share in removed.items() if name in blocks}
 
     def short(name: str) -> str:
         stage = graph.stages[blocks[name]]

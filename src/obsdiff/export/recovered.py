@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from obsdiff.errors import UserError
-from obsdiff.evaluation.references import Images, References, measure
+from obsdiff.evaluation.evaluate import Images, evaluation_of
+from obsdiff.evaluation.references import References
+from obsdiff.export.figures import evaluation_table
 from obsdiff.export.heatmap import draw_ratios
 from obsdiff.export.places import finite, write_or_rescue
-from obsdiff.export.report import draw_samples, mse_with_interval, steps_taken
+from obsdiff.export.report import draw_samples, steps_taken
 from obsdiff.export.summary import depth_rows
 from obsdiff.files import FILES, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
@@ -121,15 +123,11 @@ def recovered_report(
         "objective": module.weights,
         "recovery": {"steps": steps, "loss": loss},
         "budget": budget,
+        "evaluation": None,
     }
     if refs is not None and images is not None:
-        before, after = measure(refs, refs.pruned), measure(refs, images)
-        dense = measure(refs, refs.dense)
-        report["evaluation"] = {"n": len(refs.prompts), "seed": refs.seeds[0]}
-        report["dense"] = {key: value for key, value in dense.items() if key != "fidelity"}
-        report["fidelity"] = after["fidelity"]
-        for key in after:
-            report["recovery"] |= {f"{key}_before": before[key], f"{key}_after": after[key]}
+        drawn = {"dense": refs.dense, "pruned": refs.pruned, "recovered": images}
+        report["evaluation"] = evaluation_of(module.validation.suite, refs.prompts, refs.seeds, drawn)
     return report
 
 
@@ -166,23 +164,8 @@ def render_recovery(report: Mapping[str, Any]) -> str:
         *(f"| note | {note} |" for note in report["notes"]),
         f"| versions | {', '.join(f'{key} {value}' for key, value in report['versions'].items())} |",
     ]
-    if "fidelity_after" in recovery:
-        lines += ["", "| | dense | pruned | recovered |", "|---|---|---|---|"]
-        before, after = recovery["fidelity_before"], recovery["fidelity_after"]
-        lines.append(f"| MSE to dense (95 %) | 0 | {mse_with_interval(before)} | {mse_with_interval(after)} |")
-        for key, name in (
-            ("alignment", "alignment"),
-            ("alignment_top5", "alignment among the five likeliest"),
-            ("alignment_unguided", "alignment without guidance"),
-            ("alignment_top5_unguided", "alignment among the five likeliest, without guidance"),
-            ("frechet", "Fréchet distance (can fall while images get worse)"),
-            ("frechet_unguided", "Fréchet distance without guidance"),
-        ):
-            if f"{key}_after" in recovery:
-                values = (report["dense"].get(key), recovery[f"{key}_before"], recovery[f"{key}_after"])
-                shown = ["" if v is None else f"{v:.1%}" if key.startswith("alignment") else f"{v:.3f}" for v in values]
-                lines.append(f"| {name} | {' | '.join(shown)} |")
-        lines.append(f"\nn = {report['evaluation']['n']}, first noise seed {report['evaluation']['seed']}.")
+    if report["evaluation"] is not None:
+        lines += ["", *evaluation_table(report["evaluation"])]
     if budget is not None:
         limits = ", ".join(f"{limit:g} {name}" for name, limit in budget["limit"].items()) or "none"
         lines += [
@@ -199,6 +182,6 @@ def render_recovery(report: Mapping[str, Any]) -> str:
             )
     if report["rule"] not in EQUAL:
         lines += ["", f"Sparsity allocated: {report['rule']}.", "", "![share removed by layer and block](ratios.png)"]
-    if "fidelity_after" in recovery:
+    if report["evaluation"] is not None:
         lines += ["", "![dense, pruned and recovered, same prompts and seeds](samples.png)"]
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from obsdiff.export.figures import evaluation_table
 from obsdiff.export.summary import dead_rows, depth_rows, rank_rows, reconstruction_rows
 
 
@@ -30,36 +31,6 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         rows.append(("refit steps by layer", f"{steps['min']} to {steps['max']}, median {steps['median']:g}"))
     rows += [*depth_rows(report), *rank_rows(report), *reconstruction_rows(report), *dead_rows(report)]
     rows += [("note", note) for note in report["notes"]]
-    fidelity, alignment, frechet = report["fidelity"], report["alignment"], report["frechet"]
-    if fidelity is not None:
-        figures = mse_with_interval(fidelity, "95 % ")
-        if fidelity["mse"] is not None:
-            figures = f"MSE {figures}, PSNR {_number(fidelity['psnr'])} dB, SSIM {_number(fidelity['ssim'])}"
-        if fidelity.get("perceptual") is not None:
-            figures += f", perceptual {_number(fidelity['perceptual'])}"
-        rows.append((f"fidelity to dense, n = {fidelity['n']}", figures))
-    if alignment is not None:
-        rows.append(
-            (
-                f"alignment ({alignment['measure']}), n = {alignment['n']}",
-                f"{alignment['dense']:.1%} -> {alignment['pruned']:.1%}",
-            )
-        )
-        if "dense_top5" in alignment:
-            rows.append(
-                ("among the five likeliest", f"{alignment['dense_top5']:.1%} -> {alignment['pruned_top5']:.1%}")
-            )
-        rows += [
-            (f"alignment of {group}, n = {part['n']}", f"{part['dense']:.1%} -> {part['pruned']:.1%}")
-            for group, part in alignment.get("groups", {}).items()
-        ]
-    if frechet is not None:
-        rows.append(
-            (
-                f"Fréchet distance ({frechet['features']}), n = {frechet['n']}",
-                f"{_distance(frechet['dense'])} -> {_distance(frechet['pruned'])} (can fall while images get worse)",
-            )
-        )
     rows += _allocation_rows(report)
     rows += [
         ("time", ", ".join(f"{key} {value:.1f} s" for key, value in report["time_s"].items())),
@@ -68,6 +39,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     ]
     lines = [f"# {report['pipeline']} pruned to {report['pattern']}", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in rows]
+    if report["evaluation"] is not None:
+        lines += ["", "## Quality", "", *evaluation_table(report["evaluation"])]
     errors = report["layer_error"]["per_layer"]
     if errors:
         lines += ["", "## Layers that lost most", "", "| layer | relative output error |", "|---|---|"]
@@ -75,7 +48,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         lines += [f"| `{name}` | {error:.5f} |" for name, error in worst]
     if report["rule"] != "uniform":
         lines += ["", "![share removed by layer and block](ratios.png)"]
-    if fidelity is not None:
+    if report["evaluation"] is not None:
         lines += ["", "![dense and pruned, same prompts and seeds](samples.png)"]
     return "\n".join(lines) + "\n"
 
@@ -123,18 +96,6 @@ def _allocation_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.5g}"
-
-
-def _distance(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
-
-
-def mse_with_interval(fidelity: Mapping[str, Any], prefix: str = "") -> str:
-    """The error and its interval, or why there is none."""
-    if fidelity["mse"] is None:
-        return f"not measured: {fidelity.get('not_finite', 0)} images have pixels that are not finite"
-    low, high = fidelity["mse_interval"]
-    return f"{fidelity['mse']:.5f} ({prefix}{low:.5f} to {high:.5f})"
 
 
 def draw_samples(

@@ -15,11 +15,13 @@ from obsdiff.allocation.planning import check_options
 from obsdiff.allocation.stage import announce, calibration_prompts, prepare, prune_stage
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
-from obsdiff.evaluation.alignment import check_measurable, compare_alignment, find_reader
+from obsdiff.evaluation.alignment import check_measurable
+from obsdiff.evaluation.evaluate import Images, evaluation_of
 from obsdiff.evaluation.flops import denoiser_flops
-from obsdiff.evaluation.measures import fidelity, finite_images
+from obsdiff.evaluation.intervals import finite_images
 from obsdiff.evaluation.references import sample_shared
 from obsdiff.evaluation.sampling import cycle_prompts
+from obsdiff.evaluation.suite import Suite, load_suite
 from obsdiff.export.heatmap import draw_ratios
 from obsdiff.export.places import check_places, finite, pipeline_bytes, write_or_rescue
 from obsdiff.export.report import draw_samples, render_markdown, steps_taken
@@ -30,6 +32,8 @@ from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Depth
+from obsdiff.paths import unfinished_stages
+from obsdiff.pruning.finished import remove_finished
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
@@ -43,13 +47,14 @@ STAGES = ("calibrate", "forward_only", "allocate", "solve", "reconstruct")
 
 
 @dataclass(frozen=True)
-class Images:
-    """Samples of the evaluation, (n, c, h, w) in [0, 1]."""
+class Samples:
+    """Images of the evaluation, (n, c, h, w) in [0, 1]."""
 
     dense: Tensor
     pruned: Tensor
     prompts: list[str]
     seeds: list[int]
+    suite: Suite
 
 
 def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str, Any]:
@@ -69,6 +74,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     started = time.perf_counter()
     quiet = quiet or rank() > 0
     statistics, sensitivity = (None if p is None else Path(p) for p in (options.statistics, options.sensitivity))
+    stages = unfinished_stages(options.output)
     check_places(options)
     check_options(options, statistics, sensitivity)
     check_space(Path(options.output), pipeline_bytes(pipe))
@@ -85,6 +91,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         if evaluated:
             print(f"evaluation: {len(evaluated)} images each by the dense and the pruned pipeline", file=sys.stderr)
         print(f"the result will lie in {options.output}", file=sys.stderr)
+    suite = load_suite(info_of(pipe).alignment, options.evaluation, pipe.device) if evaluated else Suite({})
     flops_dense = denoiser_flops(subject, call_arguments(pipe))
 
     def draw(allow_nonfinite: bool) -> Tensor | None:
@@ -98,6 +105,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         prompts,
         statistics=statistics,
         sensitivity=sensitivity,
+        reconstruction=stages,
         prune_again=options.prune_again,
         quiet=quiet,
     )
@@ -105,7 +113,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     pruned = draw(allow_nonfinite=True)  # what was pruned is not lost because it cannot be measured
     if pruned is not None and not bool(finite_images(pruned).all()) and rank() == 0:
         warnings.warn("images of the pruned pipeline are not finite; the report has no figures of them", stacklevel=2)
-    images = None if dense is None or pruned is None else Images(dense, pruned, evaluated, seeds)
+    images = None if dense is None or pruned is None else Samples(dense, pruned, evaluated, seeds, suite)
     report = _report(subject, done, options, len(prompts), reused, flops_dense, images)
     report["time_s"]["total"] = time.perf_counter() - started
     report["peak_memory_bytes"] = peak_memory_bytes(pipe.device)
@@ -117,6 +125,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
             lambda folder: _write(pipe, folder, done, subject.graph, report, images),
             _kept(statistics, sensitivity),
         )
+        remove_finished(stages)
     wait_for_all()
     return report
 
@@ -152,7 +161,7 @@ def evaluation_prompts(pipe: Any, evaluation: EvaluationOptions, calibration: Ca
 
 
 def _write(
-    pipe: Any, folder: Path, done: PruneReport, graph: Graph, report: dict[str, Any], images: Images | None
+    pipe: Any, folder: Path, done: PruneReport, graph: Graph, report: dict[str, Any], images: Samples | None
 ) -> None:
     """The artifacts of a run."""
     write_pipeline(pipe, folder, done)
@@ -185,7 +194,7 @@ def _report(
     num_prompts: int,
     reused: bool,
     flops_dense: int,
-    images: Images | None,
+    images: Samples | None,
 ) -> dict[str, Any]:
     info, settings, measured = info_of(subject.pipe), options.calibration, done.fingerprint
     report: dict[str, Any] = {
@@ -226,24 +235,9 @@ def _report(
         "refit_steps": steps_taken(done.refit_steps),
         "layer_error": {"mean": done.mean_layer_error, "per_layer": done.layer_error},
         "time_s": {key: done.time_s.get(key, 0.0) for key in STAGES},
-        "fidelity": None,
-        "alignment": None,
-        "frechet": None,
+        "evaluation": None,
     }
     if images is not None:
-        sampled = {"n": len(images.prompts), "seed": options.evaluation.seed}
-        report["fidelity"] = {**fidelity(images.dense, images.pruned), **sampled}
-        if (reader := find_reader(info.alignment)) is not None:
-            if any(images.prompts):
-                hits = compare_alignment(reader, images.dense, images.pruned, images.prompts)
-                report["alignment"] = {**hits, **sampled}
-            if reader.perceives:
-                report["fidelity"]["perceptual"] = reader.perceptual(images.dense, images.pruned)
-            if len(images.prompts) > 1:
-                report["frechet"] = {
-                    "features": reader.space,
-                    "dense": reader.frechet(images.dense),
-                    "pruned": reader.frechet(images.pruned),
-                    **sampled,
-                }
+        drawn = {name: Images(made, made[:0]) for name, made in (("dense", images.dense), ("pruned", images.pruned))}
+        report["evaluation"] = evaluation_of(images.suite, images.prompts, images.seeds, drawn)
     return report

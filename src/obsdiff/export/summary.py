@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from obsdiff.evaluation.evaluate import UNGUIDED
+from obsdiff.evaluation.measures.base import Figures
+from obsdiff.export.figures import figure, named
+from obsdiff.export.figures import title as words
 from obsdiff.progress import duration
 
 STAGES = {
@@ -27,7 +31,9 @@ UNITS = {
     "wall_s": "",
 }
 SHOWN = ("pipeline", "report.md", "samples.png", "plan.yaml")  # what people open; the folder holds more
-FIGURES = (("alignment", "alignment", "{:.1%}"), ("frechet", "Fréchet", "{:.2f}"))
+FIGURES = {"mse": "MSE to dense", "alignment": "alignment", "frechet": "Fréchet"}  # those that a summary has room for
+SIZES = {"parameters": "parameters", "denoiser_bytes": "bytes of the denoiser", "flops": "FLOPs per call"}
+FORMS = {"alignment": "{:.1%}", "frechet": "{:.2f}"}
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
@@ -66,14 +72,8 @@ def prune_summary(report: Mapping[str, Any], output: str | Path) -> str:
         *_allocation(report),
         *(("note", note) for note in report.get("notes", ())),
     ]
-    figures = []
-    if (fidelity := report["fidelity"]) is not None:
-        figures.append(f"MSE to dense {_interval(fidelity)}")
-    if (alignment := report["alignment"]) is not None:
-        figures.append(f"alignment {_shown('{:.1%}', alignment['dense'])} -> {_shown('{:.1%}', alignment['pruned'])}")
-    if (frechet := report["frechet"]) is not None:
-        figures.append(f"Fréchet {_shown('{:.2f}', frechet['dense'])} -> {_shown('{:.2f}', frechet['pruned'])}")
-    rows.append(("quality", _counted(figures, fidelity)))
+    rows.append(("quality", _quality(report["evaluation"])))
+    rows += _remarks(report["evaluation"])
     rows.append(
         ("time", f"{duration(times['total'])}{_stages(times)}, peak memory {memory(report['peak_memory_bytes'])}")
     )
@@ -144,23 +144,13 @@ def recovery_summary(report: Mapping[str, Any], output: str | Path, total_s: flo
         output: The folder it lies in.
         total_s: How long the command took; default: what the stages took.
     """
-    recovery, dense = report["recovery"], report.get("dense", {})
+    recovery = report["recovery"]
     steps = f"{recovery['steps']:,} step{'s' * (recovery['steps'] != 1)}"
     rows = [("recovered", f"{report['pipeline']}: {_done(report)}, {steps}"), ("parameters", _parameters(report))]
     rows += depth_rows(report)
     rows += [("note", note) for note in report.get("notes", ())]
-    if "fidelity_after" in recovery:
-        before, after = recovery["fidelity_before"], recovery["fidelity_after"]
-        figures = f"{_shown('{:.3g}', before['mse'])} -> {_interval(after)}"
-        rows.append(("MSE to dense", _counted([figures], report["evaluation"])))
-    for key, name, form in FIGURES:
-        parts = []
-        for suffix, where in (("", ""), ("_unguided", "without guidance ")):
-            if (after := recovery.get(f"{key}{suffix}_after")) is not None:
-                change = f"{_shown(form, recovery.get(f'{key}{suffix}_before'))} -> {form.format(after)}"
-                parts.append(f"{where}{change} (dense {_shown(form, dense.get(key + suffix))})")
-        if parts:
-            rows.append((name, ", ".join(parts)))
+    if (evaluation := report["evaluation"]) is not None:
+        rows += _changes(evaluation, "pruned", "recovered") + _remarks(evaluation)
     if report["budget"] is not None:
         rows.append(("budget", _budget(report["budget"])))
     rows.append(("time", _time(report, total_s)))
@@ -168,24 +158,48 @@ def recovery_summary(report: Mapping[str, Any], output: str | Path, total_s: flo
     return aligned(rows)
 
 
-def evaluation_summary(
-    what: str, before: Mapping[str, Any], after: Mapping[str, Any], num_images: int, total_s: float
-) -> str:
+def evaluation_summary(what: str, evaluation: Mapping[str, Any], total_s: float) -> str:
     """What ``obsdiff train validate`` and ``test`` say.
 
     Args:
         what: What was evaluated.
-        before, after: Figures of the freshly pruned pipeline and of this one, as
-            :func:`obsdiff.evaluation.references.measure` gives them.
-        num_images: Images that were drawn.
+        evaluation: As :func:`obsdiff.evaluation.evaluate.evaluation_of` gives it.
         total_s: How long the command took.
     """
-    mse = f"{_shown('{:.3g}', before['fidelity']['mse'])} -> {_interval(after['fidelity'])}"
-    rows = [("evaluated", what), ("MSE to dense", _counted([mse], {"n": num_images}))]
-    for key, name, form in FIGURES:
-        if key in after:
-            rows.append((name, f"{_shown(form, before.get(key))} -> {_shown(form, after[key])}"))
+    rows = [("evaluated", what), *_changes(evaluation, "pruned", "recovered"), *_remarks(evaluation)]
     return aligned([*rows, ("time", duration(total_s))])
+
+
+def measured_summary(title: str, found: Mapping[str, Any], output: Path | None, total_s: float) -> str:
+    """What ``obsdiff evaluate`` says.
+
+    Args:
+        title: What was measured against what.
+        found: As :func:`obsdiff.export.evaluate.evaluate` gives it.
+        output: Where it was written to, or None.
+        total_s: How long the command took.
+    """
+    evaluation, sizes = found["evaluation"], found["size"]
+    what = next(reversed(sizes))
+    rows = [("evaluated", f"{title}; {evaluation['n']} images")]
+    for name in named(evaluation[what]):
+        beside = f" (dense {figure(evaluation['dense'], name)})" if name in evaluation.get("dense", {}) else ""
+        rows.append((words(name), figure(evaluation[what], name) + beside))
+    for key, text in (
+        ("parameters", "parameters"),
+        ("denoiser_bytes", "bytes of the denoiser"),
+        ("flops", "FLOPs per call"),
+    ):
+        rows.append((text, " -> ".join(amount(size[key]) for size in sizes.values())))
+    if (timed := found["latency"]) is not None:
+        rows.append(
+            ("latency", f"{timed['share']:.3f} ({timed['interval'][0]:.3f} to {timed['interval'][1]:.3f}) of dense")
+        )
+    rows += _remarks(evaluation)
+    rows.append(("time", f"{duration(total_s)}, peak memory {memory(found['peak_memory_bytes'])}"))
+    if output is not None:
+        rows.append(("result", f"{output} (evaluation.json, evaluation.md, samples.png)"))
+    return aligned(rows)
 
 
 def images_summary(what: str, files: Sequence[Path], total_s: float) -> str:
@@ -232,20 +246,48 @@ def _allocation(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("allocation", f"{report['rule']}{text}")]
 
 
-def _shown(form: str, value: float | None) -> str:
-    """A figure; images that are not finite have none."""
-    return "not finite" if value is None else form.format(value)
+def _short(figures: Figures, name: str) -> str:
+    """A figure in a line that holds several; images that are not finite have none."""
+    if figures.get(name) is None:
+        return "not finite" if "not_finite" in figures else "not measured"
+    text = FORMS.get(name.removesuffix(UNGUIDED), "{:.3g}").format(figures[name])
+    low, high = figures.get(f"{name}_interval") or (None, None)
+    return f"{text} (95% {low:.3g} to {high:.3g})" if name == "mse" and low is not None else text
 
 
-def _interval(fidelity: Mapping[str, Any]) -> str:
-    if fidelity["mse"] is None:
-        return "not finite"
-    low, high = fidelity["mse_interval"]
-    return f"{fidelity['mse']:.3g} (95% {low:.3g} to {high:.3g})"
+def _quality(evaluation: Mapping[str, Any] | None) -> str:
+    """The few figures that matter most of a prune."""
+    if evaluation is None:
+        return "not measured"
+    dense, pruned = evaluation["dense"], evaluation["pruned"]
+    figures = [f"{FIGURES[name]} {_short(pruned, name)}" for name in ("mse",) if name in pruned]
+    for name in FIGURES:
+        if name in dense and name in pruned:
+            figures.append(f"{FIGURES[name]} {_short(dense, name)} -> {_short(pruned, name)}")
+    return f"{', '.join(figures)}; {evaluation['n']} images"
 
 
-def _counted(figures: Sequence[str], sampled: Mapping[str, Any] | None) -> str:
-    return f"{', '.join(figures)}; {sampled['n']} images" if figures and sampled is not None else "not measured"
+def _changes(evaluation: Mapping[str, Any], before: str, after: str) -> list[tuple[str, str]]:
+    """What became of each figure, beside the dense one."""
+    rows, dense = [], evaluation.get("dense", {})
+    for name, what in FIGURES.items():
+        parts = []
+        for key, where in ((name, ""), (name + UNGUIDED, "without guidance ")):
+            if key in evaluation[after]:
+                old = (
+                    FORMS.get(name, "{:.3g}").format(evaluation[before][key])
+                    if evaluation[before].get(key) is not None
+                    else _short(evaluation[before], key)
+                )
+                beside = f" (dense {_short(dense, key)})" if key in dense else ""
+                parts.append(f"{where}{old} -> {_short(evaluation[after], key)}{beside}")
+        if parts:
+            rows.append((what, ", ".join(parts) + (f"; {evaluation['n']} images" if name == "mse" else "")))
+    return rows
+
+
+def _remarks(evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    return [("note", remark) for remark in (evaluation or {}).get("remarks", ())]
 
 
 def _stages(times: Mapping[str, float]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -197,25 +197,36 @@ def own_name(basis: str) -> str:
     return basis[basis.index("bases.") :]
 
 
-def group_parameters(graph: Graph, group: Group, kept: int) -> int:
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in a file, zeros included."""
+    return tensor.numel() * tensor.element_size()
+
+
+Size = Callable[[Tensor], int]  # of a tensor: its elements, or its bytes
+
+
+def group_parameters(graph: Graph, group: Group, kept: int, size: Size = Tensor.numel) -> int:
     """Parameters that a group owns if it keeps so many units; with a basis, its own among them unless all stay."""
-    return units_parameters(graph, group, kept < group.count) * kept
+    return units_parameters(graph, group, kept < group.count, size) * kept
 
 
-def units_parameters(graph: Graph, group: Group, reduced: bool = True) -> int:
-    """Parameters that each unit of a group owns: rows of its producers, columns of its consumers, entries of vectors,
-    and of a ``reduced`` one with a basis its row there.
+def units_parameters(graph: Graph, group: Group, reduced: bool = True, size: Size = Tensor.numel) -> int:
+    """Parameters (or their bytes) that each unit of a group owns: rows of its producers, columns of its consumers,
+    entries of vectors, and of a ``reduced`` one with a basis its row there.
 
     Where two groups share a layer, what both own (the product of a row and a column) is counted for each.
     """
     count = 0
     for s in (*group.producers, *group.followers):
         for parameter in graph.layer(s.layer).parameters(recurse=False):
-            count += s.size * len(s.starts) * (parameter.numel() // len(parameter))
+            count += s.size * len(s.starts) * (size(parameter) // len(parameter))
     for s in group.consumers:
         weight = graph.weight(s.layer)
-        count += s.size * len(s.starts) * (weight.numel() // weight.shape[1])
-    return count + (group.count if group.basis is not None and reduced else 0)
+        count += s.size * len(s.starts) * (size(weight) // weight.shape[1])
+    if group.basis is None or not reduced:
+        return count
+    like = graph.weight(group.layers[0])
+    return count + group.count * (size(like) // like.numel())
 
 
 def prunable(module: nn.Module) -> bool:

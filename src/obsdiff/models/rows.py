@@ -51,6 +51,12 @@ class CallRows:
         first = 0 if self.each == 1 or self.family.guidance == "last" else self.prompts
         return slice(first, first + self.prompts)
 
+    @property
+    def negative(self) -> slice:
+        """The rows of the negative prompts in the latest call, if it has two per prompt."""
+        first = self.prompts - self.own.start
+        return slice(first, first + self.prompts)
+
     def of_prompt(self, index: int) -> list[int]:
         """The rows of one prompt in the latest call: with guidance the negative one's first."""
         rows = list(range(index, self.each * self.prompts, self.prompts))

@@ -20,6 +20,7 @@ class Told:
         common: What all rows are told.
         guidance: Where the first half of the rows is told the negative prompts of the second, the guidance scale;
             else 1.
+        aim: What the dense denoiser answers, (n, ...), where that was kept.
     """
 
     latents: Tensor
@@ -27,3 +28,4 @@ class Told:
     embeds: Mapping[str, Tensor]
     common: Mapping[str, Any] = field(default_factory=dict)
     guidance: float = 1.0
+    aim: Tensor | None = None

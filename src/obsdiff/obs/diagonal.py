@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Self
+
 from torch import Tensor
 
 from obsdiff.obs.hessian import Centred
@@ -24,3 +27,7 @@ class Diagonal(Centred):
 
     def variances(self) -> Tensor:
         return self.comoment
+
+    def of_columns(self, columns: Tensor) -> Self:
+        kept = columns.to(self.comoment.device)
+        return replace(self, comoment=self.comoment[:, kept], centre=self.centre[:, kept], disposable=True)

@@ -105,6 +105,10 @@ class Centred(ABC):
     def variances(self) -> Tensor:
         """The diagonal of :attr:`comoment`, (groups, n)."""
 
+    @abstractmethod
+    def of_columns(self, columns: Tensor) -> Self:
+        """The moments of some of the inputs (int64, rising), new tensors."""
+
     @classmethod
     def empty(cls, columns: int, groups: int = 1, device: torch.device | str = "cpu") -> Self:
         """Moments of nothing yet."""
@@ -224,6 +228,11 @@ class Gram(Centred):
 
     def variances(self) -> Tensor:
         return self.comoment.diagonal(dim1=-2, dim2=-1)
+
+    def of_columns(self, columns: Tensor) -> Self:  # rising, so that the upper triangle stays the upper one
+        kept = columns.to(self.comoment.device)
+        comoment = self.comoment[:, kept][:, :, kept]
+        return replace(self, comoment=comoment, centre=self.centre[:, kept], disposable=True)
 
     def covariance(self, group: int = 0) -> Tensor:
         """``C = Σ α (x − μ)(x − μ)ᵀ / Σ α``, symmetric float32 (n, n)."""

@@ -56,6 +56,9 @@ class Observer(Protocol):
     def released(self) -> Self:
         """The same, which may be worked in: nobody else needs it."""
 
+    def of_columns(self, columns: Tensor) -> Self:
+        """Of some of the entries alone (int64, rising)."""
+
     def is_finite(self) -> bool:
         """Whether every row was."""
 

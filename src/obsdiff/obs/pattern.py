@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -178,18 +179,41 @@ Pattern = Unstructured | NM | Structured
 
 
 @dataclass(frozen=True)
+class Hybrid:
+    """Units and directions go first, then single weights of the layers that are left.
+
+    Attributes:
+        first: What is cut out.
+        then: What becomes zero in what is left of each layer.
+    """
+
+    first: Structured
+    then: Unstructured | NM
+
+    @property
+    def sparsity(self) -> float:
+        """The share that the units lose."""
+        return self.first.sparsity
+
+    def __str__(self) -> str:
+        return f"{self.first}+{self.then}"
+
+
+@dataclass(frozen=True)
 class Depth:
     """Whole stages (blocks) go; then the layers that are left may be pruned too.
 
     Attributes:
-        amount: Stages to remove: a whole number, or a share of them below 1.
+        amount: Stages to remove: a whole number, or a share of them below 1; None: as many as a budget chooses.
         then: What is done to the layers of the shorter model; None: nothing.
     """
 
-    amount: float
-    then: Pattern | None = None
+    amount: float | None
+    then: Pattern | Hybrid | None = None
 
     def __post_init__(self) -> None:
+        if self.amount is None:
+            return
         if not (0 < self.amount < 1 or (self.amount >= 1 and float(self.amount).is_integer())):
             raise UserError(
                 f"depth is {self.amount:g}; it must be a whole number of stages, or a share of them below 1"
@@ -198,47 +222,78 @@ class Depth:
     @property
     def sparsity(self) -> float:
         """The share of the stages that goes, 0 while only their number is known."""
-        return self.amount if self.amount < 1 else 0.0
+        return self.amount if self.amount is not None and self.amount < 1 else 0.0
 
     def gone(self, count: int) -> int:
         """Stages that go of ``count``; a share is rounded, half to even."""
+        assert self.amount is not None
         return round(self.amount * count) if self.amount < 1 else int(self.amount)
 
     def __str__(self) -> str:
-        return f"{DEPTH}:{self.amount:.10g}" + ("" if self.then is None else f"+{self.then}")
+        amount = DEPTH if self.amount is None else f"{DEPTH}:{self.amount:.10g}"
+        return amount + ("" if self.then is None else f"+{self.then}")
 
 
-Request = Pattern | Depth
+Request = Pattern | Hybrid | Depth
 
+_N_OF_M = r"([0-9]{1,9}):([0-9]{1,9})"
+_OF_WEIGHTS = rf"{_N_OF_M}|unstructured:.*"
 _SYNTAX = (
     "use unstructured:RATIO (unstructured:0.5), N:M (2:4), structured:RATIO (structured:0.3), "
     "structured:heads=RATIO,ffn=RATIO[,channels=RATIO][,multiple_of=WIDTH], rank:RANK (rank:64), rank:SHARE, "
-    "structured:RATIO+rank:RANK, depth:STAGES (depth:2), depth:SHARE, or depth:STAGES+any of the others"
+    "structured:RATIO+rank:RANK, depth:STAGES (depth:2), depth:SHARE, structured or rank+N:M or +unstructured:RATIO, "
+    "or depth:STAGES+any of the others; with a budget structured, rank and depth need no number"
 )
 
 
 def parse_request(text: str | Request) -> Request:
-    """The pattern that ``text`` names, or the depth, alone or joined with a pattern; an object passes through.
+    """The pattern that ``text`` names, alone or joined with what goes before or after it; an object passes through.
 
     Raises:
-        UserError: The text names none, or one out of range.
+        UserError: The text names none, one out of range, or what excludes one another.
     """
-    if isinstance(text, Depth):
+    if isinstance(text, Hybrid | Depth):
         return text
     parts = [] if not isinstance(text, str) else [part.strip() for part in text.split("+")]
     depths = [part for part in parts if part.partition(":")[0] == DEPTH]
     if not depths:
-        return parse_pattern(text)
+        return _layered(text, parts)
     rest = [part for part in parts if part not in depths]
-    value = depths[0].partition(":")[2]
-    if len(depths) > 1 or not value:
+    _, given, value = depths[0].partition(":")
+    if len(depths) > 1 or (given and not value):
         raise UserError(f"pattern {str(text)[:80]!r} needs one number of stages; {_SYNTAX}")
-    return Depth(_number(value, str(text)), parse_pattern("+".join(rest)) if rest else None)
+    amount = _number(value, str(text)) if value else None
+    return Depth(amount, _layered("+".join(rest), rest) if rest else None)
 
 
-def of_layers(request: Request) -> Pattern | None:
+def _layered(text: str | Pattern, parts: Sequence[str]) -> Pattern | Hybrid:
+    """What is done to layers: a pattern, or units and directions first and single weights then."""
+    weights = [part for part in parts if re.fullmatch(_OF_WEIGHTS, part)]
+    units = [part for part in parts if part not in weights]
+    if not weights or len(parts) == 1:
+        return parse_pattern(text)
+    if len(weights) > 1:
+        raise UserError(
+            f"pattern {str(text)[:80]!r} names {' and '.join(weights)}, which exclude each other: single weights go by "
+            "one pattern; leave one out"
+        )
+    first, then = parse_pattern("+".join(units)), parse_pattern(weights[0])
+    assert isinstance(first, Structured) and isinstance(then, Unstructured | NM)
+    if then.sparsity == 0:
+        raise UserError(f"pattern {str(text)[:80]!r} prunes no single weights; leave {then} out")
+    return Hybrid(first, then)
+
+
+def of_layers(request: Request) -> Pattern | Hybrid | None:
     """What a request does to single layers; None for depth alone."""
     return request.then if isinstance(request, Depth) else request
+
+
+def of_units(request: Request | None) -> Structured | None:
+    """What a request does to units and directions; None: nothing."""
+    layered = None if request is None else of_layers(request)
+    units = layered.first if isinstance(layered, Hybrid) else layered
+    return units if isinstance(units, Structured) else None
 
 
 def parse_pattern(text: str | Pattern) -> Pattern:
@@ -250,7 +305,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     if isinstance(text, Unstructured | NM | Structured):
         return text
     text = str(text).strip()
-    if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
+    if match := re.fullmatch(_N_OF_M, text):
         return NM(int(match[1]), int(match[2]))
     parts = text.split("+")
     if len(parts) > 1:
@@ -284,7 +339,7 @@ def _combined(parts: list[str], text: str) -> Structured:
 
 def is_bare(text: str) -> bool:
     """Whether a pattern names a kind without a number, which asks for a budget."""
-    return any(part.strip() in BARE for part in text.split("+"))
+    return any(part.strip() in (*BARE, DEPTH) for part in text.split("+"))
 
 
 def _parse_structured(value: str, text: str) -> Structured:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from obsdiff.criteria import find_method
 from obsdiff.obs.observers import PASSES
-from obsdiff.obs.pattern import KINDS, RANK, Pattern, Structured
+from obsdiff.obs.pattern import KINDS, RANK, Hybrid, Pattern, Structured
 
 
-def pattern_by(method: str, pattern: Pattern) -> Pattern:
+def pattern_by(method: str, pattern: Pattern | Hybrid) -> Pattern | Hybrid:
     """The pattern with the method's own rounding of FFN widths, unless it has one, and of ``structured:RATIO`` the
     kinds that the method removes."""
-    if not isinstance(pattern, Structured) or pattern.multiple_of is not None or pattern.kinds == (RANK,):
+    if isinstance(pattern, Hybrid):
+        return replace(pattern, first=_units_by(method, pattern.first))
+    return _units_by(method, pattern) if isinstance(pattern, Structured) else pattern
+
+
+def _units_by(method: str, pattern: Structured) -> Structured:
+    if pattern.multiple_of is not None or pattern.kinds == (RANK,):
         return pattern
     row = find_method(method)
     kinds = row.cuts if pattern.everything else KINDS

@@ -17,11 +17,12 @@ from obsdiff.models.info import info_of, write_info
 from obsdiff.models.loading import Weights, open_pipeline, split_source, to_device
 from obsdiff.models.register import LIBRARY
 from obsdiff.models.subject import graph_of, subject_of
-from obsdiff.obs.pattern import Structured, of_layers, parse_request
+from obsdiff.obs.pattern import of_units, parse_request
 from obsdiff.paths import user_path
 from obsdiff.pruning import planfile
 from obsdiff.pruning.manifest import FILE, manifest_of, read_manifest
-from obsdiff.pruning.masks import broken_masks, load_masks, save_masks
+from obsdiff.pruning.masks import broken_masks, load_masks, save_masks, weight_masks
+from obsdiff.pruning.plan import WEIGHT
 from obsdiff.pruning.planfile import write_plan
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.statistics import model_hash
@@ -159,7 +160,12 @@ def check_against_manifest(pipe: Any, folder: Path, manifest: dict[str, Any]) ->
             if abs(1 - float(mask.sum()) / max(mask.numel(), 1) - manifest["sparsity_per_layer"][name]) > 1e-9:
                 raise _Unlike(f"the mask of {name} keeps another share than the manifest says")
         _check_depth(denoiser, manifest.get("depth"))
-        (_check_zeros if manifest["shrunk"] is None else _check_shapes)(denoiser, masks, manifest)
+        if (of_units(parse_request(manifest["pattern"])) is None) is not (manifest["shrunk"] is None):
+            raise _Unlike("the pattern and the shrunk layers of the manifest do not go together")
+        weights = weight_masks(masks, manifest["shrunk"] is not None)
+        _check_zeros(denoiser, weights)
+        if manifest["shrunk"] is not None:
+            _check_shapes(denoiser, {name: m for name, m in masks.items() if not name.endswith(WEIGHT)}, manifest)
     except _Unlike as error:
         raise UserError(f"{folder}: {error}; its files were changed after pruning, or do not belong together") from None
     if _dtype(denoiser) == manifest["dtype"] and model_hash(denoiser) != manifest["denoiser_sha256"]:
@@ -183,10 +189,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_zeros(denoiser: Any, masks: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Every layer of the plan is there, has its mask's shape, and is zero where its mask says so."""
-    if isinstance(of_layers(parse_request(manifest["pattern"])), Structured):
-        raise _Unlike("the pattern is structured, but the manifest describes no shrunk layers")
+def _check_zeros(denoiser: Any, masks: Mapping[str, Tensor]) -> None:
+    """Every layer whose single weights went is there, has its mask's shape, and is zero where its mask says so."""
     there = dict(denoiser.named_parameters())
     if missing := [name for name in masks if f"{name}.weight" not in there]:
         raise _Unlike(f"the denoiser has no layer {missing[0]}")

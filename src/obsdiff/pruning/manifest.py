@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from obsdiff.errors import UserError
 from obsdiff.files import read_json
-from obsdiff.obs.pattern import Structured, of_layers, parse_pattern, parse_request
+from obsdiff.obs.pattern import Hybrid, Structured, of_layers, parse_pattern, parse_request
 from obsdiff.pruning.report import PruneReport
 
 FILE = "pruning.json"
@@ -137,7 +137,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} has format {manifest['format']}; this version reads {FORMAT}")
     texts = {"": manifest["pattern"], **manifest["plan"]}
     patterns = {name: _pattern(path, text, not name) for name, text in texts.items()}
-    if len({isinstance(pattern, Structured) for pattern in patterns.values()}) > 1:
+    kinds = {isinstance(pattern, Structured) for name, pattern in patterns.items() if name}
+    wanted = {True, False} if isinstance(patterns[""], Hybrid) else {isinstance(patterns[""], Structured)}
+    if kinds - wanted:
         raise UserError(f"{path} is not the manifest of a prune run: its plan mixes structured and other patterns")
     if patterns[""] is None and manifest.get("depth") is None:
         raise UserError(f"{path} is not the manifest of a prune run: it does not say which stages are removed")

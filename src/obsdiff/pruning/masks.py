@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from obsdiff.errors import MALFORMED, UserError, brief
+from obsdiff.pruning.plan import WEIGHT
 
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)
 
@@ -58,6 +59,18 @@ def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
     if packed.dtype != torch.uint8 or packed.shape != (-(-math.prod(shape) // 8),):
         raise ValueError(f"a mask of shape {shape} does not have {tuple(packed.shape)} bytes of {packed.dtype}")
     return unpack(packed, shape)
+
+
+def weight_masks(masks: Mapping[str, Tensor], shrunk: bool) -> dict[str, Tensor]:
+    """Of a prune's masks those of single weights, by layer.
+
+    Args:
+        masks: By name, as a prune reports them.
+        shrunk: Whether units were cut out: then those of single weights are called ``LAYER.weight``, beside those of
+            units.
+    """
+    found = {name: mask for name, mask in masks.items() if not shrunk or name.endswith(WEIGHT)}
+    return {name.removesuffix(WEIGHT): mask for name, mask in found.items()} if shrunk else found
 
 
 def broken_masks(denoiser: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:

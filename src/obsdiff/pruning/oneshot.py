@@ -4,53 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from obsdiff.criteria import METHODS, find_method
 from obsdiff.errors import UserError
 from obsdiff.models.content import model_hash
 from obsdiff.models.denoisers import parts_of, shrunk_of
-from obsdiff.models.graph import Graph, Group, Site
+from obsdiff.models.graph import Graph
 from obsdiff.models.info import info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.linalg import DAMPING
-from obsdiff.obs.observers import Observer
-from obsdiff.obs.pattern import RANK, Depth, Pattern, Structured, parse_request
+from obsdiff.obs.pattern import RANK, Depth, Hybrid, Pattern, of_units, parse_request
 from obsdiff.obs.structured import FUSIONS
-from obsdiff.progress import track
+from obsdiff.pruning.apply import Job, apply_package
 from obsdiff.pruning.defaults import departures, pattern_by
-from obsdiff.pruning.layers import LayerResult, SolveOptions, emptied, portable
-from obsdiff.pruning.plan import Plan, kept_units, make_plan, packages_of, remarks
+from obsdiff.pruning.layers import SolveOptions
+from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.shorten import prune_shorter
-from obsdiff.pruning.solve import solve_groups, solve_site
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
-from obsdiff.pruning.surgery import (
-    Edits,
-    become_shrunk,
-    cut,
-    project,
-    shrunk_config,
-    undone_on_error,
-    zero_share,
-)
-from obsdiff.ranks import solved_in_turn
+from obsdiff.pruning.surgery import become_shrunk, shrunk_config, undone_on_error, zero_share
 
 ZEROED = 0.01  # more exact zeros in a layer than this were put there
 Calibrate = Callable[[set[str]], Statistics]
-Read = Callable[[str, torch.device], Observer]
 
 
 def prune(
     pipe: Any,
-    pattern: str | Pattern | Plan,
+    pattern: str | Pattern | Hybrid | Plan,
     *,
     method: str = "obs",
     statistics: Statistics | Calibrate | None = None,
@@ -116,7 +101,7 @@ def prune(
     pattern = asked
     options = SolveOptions(method, refit, seed, damping, fusion)
     if packages is None:
-        packages = find_method(method).packages if callable(statistics) else 1
+        packages = find_method(method).packages if callable(statistics) and not isinstance(pattern, Hybrid) else 1
     _check(pattern, options, statistics, packages)
     if given is not None and (include or exclude or spare_blocks is not None):
         raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
@@ -136,11 +121,9 @@ def prune(
     report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages)
     report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
     with undone_on_error() as edits:
-        job = _Job(edits, graph, plan, options, report, quiet)
+        job = Job(edits, graph, plan, options, report, quiet)
         for package in packages_of(graph, plan, packages):
             found = statistics(set(package)) if callable(statistics) else statistics
-            # statistics made for this prune are let go site by site as they are used
-            read = None if found is None or not found.inputs else found.take if callable(statistics) else found.site
             if report.model is None:  # the first package: still dense
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
@@ -149,13 +132,10 @@ def prune(
                     report.fingerprint = found.described()
                 _add(report.time_s, found.time_s)
             solve_started = time.perf_counter()
-            if plan.structured:
-                _shrink_modules(job, package, read, found)
-            else:
-                _mask_sites(job, package, read, None if found is None else found.slopes)
+            apply_package(job, package, found, once=callable(statistics))
             _add(report.time_s, {"solve": time.perf_counter() - solve_started})
         if plan.structured:
-            report.shrunk = shrunk_config(graph, plan.entries)
+            report.shrunk = shrunk_config(graph, plan.modules)
             become_shrunk(edits, graph.denoiser, report.shrunk)
         count_parameters(graph.denoiser, report)
     report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, packages)]
@@ -194,22 +174,25 @@ def zeroed_layers(graph: Graph) -> dict[str, float]:
     return {layer: share for layer, share in shares.items() if share > ZEROED}
 
 
-def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) -> None:
+def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: int = 1) -> None:
     """Refuse what no statistics can make possible.
 
     Raises:
         UserError: The method cannot do it, or an option is out of range.
     """
     method = find_method(options.method)
-    if isinstance(pattern, Structured) and pattern.kinds != (RANK,) and method.structured is None:
+    units = of_units(pattern)
+    if units is not None and units.kinds != (RANK,) and method.structured is None:
         *some, last = (name for name, other in METHODS.items() if other.structured is not None)
         others = f"{', '.join(some)} or {last}"
         raise UserError(f"method {options.method} cannot prune heads and neurons; use {others} with {pattern}")
-    if not isinstance(pattern, Structured) and method.solve is None:
+    if pattern != units and method.solve is None:
         raise UserError(
             f"method {options.method} removes whole heads, neurons and channels, no single weights; use it with "
             f"structured:RATIO, or another method with {pattern}"
         )
+    if isinstance(pattern, Hybrid) and packages > 1:
+        raise UserError(f"{pattern} goes by one calibration of the dense model; use --calibration.packages 1")
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     check_number("calibration.damping", options.damping, 0.0)
@@ -217,7 +200,9 @@ def check_solving(pattern: Pattern, options: SolveOptions, packages: int = 1) ->
     check_seed("seed", options.seed)
 
 
-def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int) -> None:
+def _check(
+    pattern: Pattern | Hybrid, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int
+) -> None:
     check_solving(pattern, options, packages)
     if not (statistics is None or isinstance(statistics, Statistics) or callable(statistics)):
         raise UserError(
@@ -230,93 +215,15 @@ def _check(pattern: Pattern, options: SolveOptions, statistics: Statistics | Cal
         raise UserError(f"{what} needs statistics; calibrate")
 
 
-def needed(pattern: Pattern, options: SolveOptions) -> frozenset[str]:
+def needed(pattern: Pattern | Hybrid, options: SolveOptions) -> frozenset[str]:
     """What of a calibration; ranks go by whole covariances, whatever the method."""
-    if not isinstance(pattern, Structured) or pattern.rank is None:
+    units = of_units(pattern)
+    if units is None or units.rank is None:
         return options.needs
-    return frozenset({"gram"}) | (options.needs if pattern.kinds != (RANK,) else set())
+    alone = units.kinds == (RANK,) and pattern == units  # then the method has no part in it
+    return frozenset({"gram"}) | (set() if alone else options.needs)
 
 
 def _add(times: dict[str, float], more: Mapping[str, float]) -> None:
     for key, value in more.items():
         times[key] = times.get(key, 0.0) + value
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What solving a package needs to know and where it leaves its results."""
-
-    edits: Edits
-    graph: Graph
-    plan: Plan
-    options: SolveOptions
-    report: PruneReport
-    quiet: bool
-
-
-def _mask_sites(job: _Job, package: list[str], read: Read | None, slopes: Mapping[str, Tensor] | None) -> None:
-    """Solve the sites of a package and write the pruned weights."""
-    graph, entries, report = job.graph, job.plan.entries, job.report
-    chosen = [site for site in graph.sites if site.name in package]
-
-    def solve(site: Site) -> dict[str, LayerResult]:
-        layers = [layer for layer in site.layers if layer in entries]
-        found = None if read is None else read(site.name, graph.weight(layers[0]).device)
-        return portable(solve_site(graph, layers, [entries[layer] for layer in layers], found, job.options, slopes))
-
-    for _, results in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
-        for name, solved in results.items():
-            assert solved.mask is not None
-            result = emptied(solved) if name in job.plan.dead else solved
-            assert result.mask is not None
-            bias = graph.layer(name).bias if name in job.plan.dead else None
-            job.edits.set_weight(
-                graph.layer(name), result.weight, torch.zeros_like(bias) if isinstance(bias, Tensor) else None
-            )
-            job.edits.shift_bias(graph.layer(name), result.bias_shift)
-            report.masks[name] = result.mask.cpu()
-            report.sparsity_per_layer[name] = 1 - float(result.mask.sum()) / result.mask.numel()
-            if result.error is not None:
-                report.layer_error[name] = result.error
-            if result.refit_steps is not None:
-                report.refit_steps[name] = result.refit_steps
-
-
-def _whole(group: Group, pattern: Pattern) -> bool:
-    """Whether a group on a basis keeps all directions, so that it needs none."""
-    return group.basis is not None and isinstance(pattern, Structured) and kept_units(group, pattern) == group.count
-
-
-def _shrink_modules(job: _Job, package: list[str], read: Read | None, measured: Statistics | None) -> None:
-    """Choose the units that stay of a package's groups and cut the others out."""
-    graph, entries, report = job.graph, job.plan.entries, job.report
-    slopes = dict(measured.slopes or {}) if measured is not None else {}
-    gates = None if measured is None else measured.openness
-    changed = [name for name, pattern in entries.items() if not _whole(graph.group_of[name], pattern)]
-    chosen = [
-        bundle for bundle in graph.bundles(changed) if graph.site_of[bundle[0].consumers[0].layer].name in package
-    ]
-
-    def solve(bundle: list[Group]) -> tuple[dict[str, Tensor], dict[str, LayerResult]]:
-        patterns = {group.name: entries[group.name] for group in bundle}
-        consumers = dict.fromkeys(s.layer for group in bundle for s in group.consumers)
-        found = None
-        if read is not None:
-            sites = {graph.site_of[layer].name: graph.weight(layer).device for layer in consumers}
-            known = {site: read(site, device) for site, device in sites.items()}  # each once: it is let go
-            found = {layer: known[graph.site_of[layer].name] for layer in consumers}
-        kept, results = solve_groups(graph, patterns, found, job.options, slopes or None, gates)  # type: ignore[arg-type]  # all structured
-        return {name: units.cpu() for name, units in kept.items()}, portable(results)
-
-    for _, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
-        for group in (graph.group_of[name] for name in kept):
-            if group.basis is not None:
-                basis = results[group.layers[0]].basis
-                assert basis is not None
-                project(job.edits, graph, group, basis)
-                for layer in set(group.layers) & slopes.keys():
-                    slopes[layer] = slopes[layer] @ basis.to(slopes[layer]).T  # dL/dW' where the layer is W' E x
-        cut(job.edits, graph, kept, {name: (result.weight, result.bias_shift) for name, result in results.items()})
-        report.masks |= kept
-        report.sparsity_per_layer |= {name: 1 - float(units.sum()) / len(units) for name, units in kept.items()}
-        report.layer_error |= {name: result.error for name, result in results.items() if result.error is not None}

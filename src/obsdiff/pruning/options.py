@@ -50,6 +50,16 @@ class EvaluationOptions:
         column: Caption column of a table or dataset.
         seed: Noise seed of the first image; the others count up.
         batch_size: Images per pipeline call.
+        measures: What is measured: mse, ssim, lpips, distance, alignment, clip_score, frechet, kid, precision (and
+            recall), cmmd; with @EXTRACTOR, such as frechet@inception or distance@dinov2, by a named network. Default:
+            what the pipeline's own classifier of images gives, else mse and ssim.
+        extractors: Where the weights of named networks are (inception, inception-legacy, clip, dinov2, efficientnet):
+            a file, a folder or a hub id.
+        real: Real images for the measures with a named network: a folder, a parquet file, a Hugging Face dataset
+            (owner/name), or an .npz with statistics of clean-fid.
+        real_column: Image column of a table or dataset.
+        real_split: Which split.
+        real_cache: Folder to keep the features of real images in, by their content.
     """
 
     num_images: int = 64
@@ -57,6 +67,12 @@ class EvaluationOptions:
     column: str | None = None
     seed: int = 1000
     batch_size: int = 32
+    measures: list[str] = field(default_factory=list)
+    extractors: Mapping[str, str] = field(default_factory=dict)
+    real: str | None = None
+    real_column: str = "image"
+    real_split: str = "train"
+    real_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,8 @@ class PruningOptions:
         pattern: unstructured:RATIO, N:M, structured:RATIO, structured:heads=R,ffn=R[,multiple_of=W], rank:RANK or
             rank:SHARE (of modulations, kept), or structured:RATIO+rank:RANK. With a budget "structured", "rank" and
             "structured+rank" will do. depth:STAGES or depth:SHARE removes whole blocks, alone or before one of these
-            (depth:2+structured:0.3).
+            (depth:2+structured:0.3). N:M or unstructured:RATIO after structured or rank (structured+rank+2:4) prunes
+            single weights of what those leave of each layer.
         method: obs (ours), obs-diff (as published), admm, sparsegpt, wanda, dsnot, taylor, diff-pruning, ecodiff,
             magnitude, l1 or random. Those that cut heads and neurons: obs, obs-diff, taylor, diff-pruning, ecodiff,
             magnitude, l1, random; taylor and diff-pruning measure gradients of the denoising loss, ecodiff learns
@@ -126,9 +143,9 @@ class PruningOptions:
         allocation: uniform (every layer the same), measured (by a sensitivity scan, where it hurts least) or owl (by
             outliers of each block). Default: measured for obs and admm, but uniform for N:M, for several packages and
             for the other methods, which are published so.
-        budget: sparsity:SHARE (of the chosen layers, removed), parameters:SHARE, flops:SHARE or latency:SHARE (of the
-            denoiser, kept; the last two for structured patterns); of pattern only the kind then counts. Default: what
-            pattern costs when it is uniform.
+        budget: sparsity:SHARE (of the chosen layers, removed), parameters:SHARE, bytes:SHARE, flops:SHARE or
+            latency:SHARE (of the denoiser, kept; the last three for structured patterns); of pattern only the kind then
+            counts. Default: what pattern costs when it is uniform.
         scan: How sensitivity is measured.
         limits: What an allocation may not change.
         seed: Seed of calibration noise and of random methods.

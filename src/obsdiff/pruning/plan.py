@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,16 +13,19 @@ from obsdiff.models.checks import check_plain
 from obsdiff.models.graph import Graph, Group
 from obsdiff.models.subject import refusals
 from obsdiff.obs.hessian import weight_matrices
-from obsdiff.obs.pattern import NM, RANK, Depth, Pattern, Request, Structured, Unstructured
+from obsdiff.obs.pattern import NM, RANK, Depth, Hybrid, Pattern, Request, Structured, Unstructured
+
+WEIGHT = ".weight"  # ends the names of entries that are of a layer's single weights, beside entries of modules
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A pattern per layer (unstructured, N:M), or per attention and feed-forward module (structured).
+    """A pattern per layer (unstructured, N:M), or per attention and feed-forward module (structured), or both.
 
     Attributes:
         pattern: The pattern that was asked for.
-        entries: Pattern by name, in the order of a forward pass; a layer that stays dense has ratio 0.
+        entries: Pattern by name, in the order of a forward pass; a layer that stays dense has ratio 0. Where single
+            weights go after units, first those of modules, then by ``LAYER.weight`` those of what is left of layers.
         rule: How the entries were chosen: "uniform", "measured", "owl", or what a plan file says.
         budget: What they had to meet, such as "sparsity:0.5"; None: just ``pattern`` for all.
         dead: Layers among the entries that reach no output and become zero whatever their entry says.
@@ -39,13 +42,24 @@ class Plan:
 
     @property
     def structured(self) -> bool:
-        return isinstance(self.pattern, Structured)
+        """Whether it cuts units or directions out."""
+        return isinstance(self.pattern, Structured | Hybrid)
+
+    @property
+    def modules(self) -> dict[str, Structured]:
+        """The pattern of each module that is cut."""
+        return {name: pattern for name, pattern in self.entries.items() if isinstance(pattern, Structured)}
+
+    @property
+    def weights(self) -> dict[str, Unstructured | NM]:
+        """By layer, the pattern of its single weights."""
+        found = {name: pattern for name, pattern in self.entries.items() if not isinstance(pattern, Structured)}
+        return {name.removesuffix(WEIGHT): pattern for name, pattern in found.items()} if self.structured else found
 
     def layers(self, graph: Graph) -> list[str]:
         """Names of all layers that the plan changes."""
-        if not self.structured:
-            return list(self.entries)
-        return list(dict.fromkeys(layer for group in self.groups(graph) for layer in group.layers))
+        cut = (layer for group in self.groups(graph) for layer in group.layers) if self.structured else ()
+        return list(dict.fromkeys([*cut, *self.weights]))
 
     def groups(self, graph: Graph) -> list[Group]:
         """The groups that a structured plan names, in the order of a forward pass."""
@@ -53,14 +67,13 @@ class Plan:
 
     def sites(self, graph: Graph) -> set[str]:
         """Names of the sites whose statistics the plan needs."""
-        if not self.structured:
-            return {graph.site_of[layer].name for layer in self.entries}
-        return {graph.site_of[s.layer].name for group in self.groups(graph) for s in group.consumers}
+        cut = (s.layer for group in self.groups(graph) for s in group.consumers) if self.structured else ()
+        return {graph.site_of[layer].name for layer in (*cut, *self.weights)}
 
 
 def make_plan(
     graph: Graph,
-    pattern: Pattern,
+    pattern: Pattern | Hybrid,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     spare_blocks: Sequence[int] | None = None,
@@ -79,6 +92,8 @@ def make_plan(
     Raises:
         UserError: A name pattern or block matches nothing, nothing is left to prune, or a width does not divide.
     """
+    if isinstance(pattern, Hybrid):
+        return _both(graph, pattern, include, exclude, spare_blocks)
     structured = isinstance(pattern, Structured)
     if (
         isinstance(pattern, Structured)
@@ -123,6 +138,61 @@ def make_plan(
     plan = Plan(pattern, {name: _own(pattern, groups.get(name)) for name in chosen})
     check_fit(graph, plan)
     return plan
+
+
+def _both(
+    graph: Graph,
+    pattern: Hybrid,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    spare_blocks: Sequence[int] | None,
+) -> Plan:
+    """What is cut, then the same pattern for the single weights of every layer that is chosen; a rule need not match
+    both names of modules and names of layers."""
+    modules, layers = [group.name for group in graph.groups], list(graph.layers)
+    for option, rules in (("include", include), ("exclude", exclude)):
+        _check_matches(rules, dict.fromkeys([*modules, *layers], 0), option, {})
+
+    def plan(names: Sequence[str], what: Pattern) -> Plan:
+        within, without = ([r for r in rules if any(fnmatchcase(n, r) for n in names)] for rules in (include, exclude))
+        if include and not within:
+            raise UserError(f"include {list(include)} leaves nothing for {what}; widen it, or leave {what} out")
+        return make_plan(graph, what, within, without, spare_blocks)
+
+    return with_weights(graph, plan(modules, pattern.first), plan(layers, pattern.then))
+
+
+def with_weights(graph: Graph, cut: Plan, weights: Plan) -> Plan:
+    """A plan of modules, with the single weights of what it leaves of layers.
+
+    Layers whose kept inputs are no multiple of an N:M pattern's M keep all weights that they have then.
+    """
+    assert isinstance(cut.pattern, Structured) and isinstance(weights.pattern, Unstructured | NM)
+    inputs = kept_inputs(graph, cut.modules)
+    entries: dict[str, Pattern] = dict(cut.modules)
+    for layer, pattern in weights.weights.items():
+        fits = not isinstance(pattern, NM) or inputs[layer] % pattern.m == 0
+        entries[layer + WEIGHT] = pattern if fits else Unstructured(0.0)
+    return replace(cut, pattern=Hybrid(cut.pattern, weights.pattern), entries=entries)
+
+
+def parted(plan: Plan) -> tuple[Plan, Plan | None]:
+    """What a plan cuts (or all that it does), and what it does to single weights afterwards."""
+    if not isinstance(plan.pattern, Hybrid):
+        return plan, None
+    cut = replace(plan, pattern=plan.pattern.first, entries=dict(plan.modules))
+    return cut, Plan(plan.pattern.then, dict(plan.weights))
+
+
+def kept_inputs(graph: Graph, modules: Mapping[str, Structured]) -> dict[str, int]:
+    """Columns of each layer's weight, as a matrix, that are left where modules are cut."""
+    found = {layer: weight_matrices(graph.layer(layer)).shape[-1] for layer in graph.layers}
+    for name, pattern in modules.items():
+        group = graph.group_of[name]
+        for s in () if group.basis is not None else group.consumers:
+            places = graph.weight(s.layer).shape[2:].numel()  # of a convolution's kernel; a linear layer has one
+            found[s.layer] -= (group.count - kept_units(group, pattern)) * s.size * len(s.starts) * places
+    return found
 
 
 def _check_rank(graph: Graph, pattern: Structured) -> None:
@@ -189,26 +259,40 @@ def check_fit(graph: Graph, plan: Plan) -> None:
     """
     check_plain(graph.denoiser, plan.layers(graph))
     for group in plan.groups(graph) if plan.structured else ():
-        pattern = plan.entries[group.name]
-        assert isinstance(pattern, Structured)
+        pattern = plan.modules[group.name]
         multiple = (pattern.multiple_of or 1) if group.kind == "ffn" else 1
         if pattern.share(group.kind) > 0 and multiple > group.count:
             raise UserError(
                 f"multiple_of {multiple} does not fit {group.name}: it has {group.count} neurons; choose a smaller "
                 "multiple"
             )
-    for name, pattern in plan.entries.items():
-        if isinstance(pattern, NM):
-            columns = weight_matrices(graph.layer(name)).shape[-1]
-            if columns % pattern.m:
-                raise UserError(
-                    f"pattern {pattern} does not fit layer {name}: its {columns} inputs are not a multiple of "
-                    f"{pattern.m}; choose another M or exclude the layer"
-                )
+    inputs = kept_inputs(graph, plan.modules)
+    for name, single in plan.weights.items():
+        if isinstance(single, NM) and inputs[name] % single.m:
+            raise UserError(
+                f"pattern {single} does not fit layer {name}: its {inputs[name]} inputs are not a multiple of "
+                f"{single.m}; choose another M or exclude the layer"
+            )
 
 
 def remarks(graph: Graph, plan: Plan) -> list[str]:
     """For people: what cannot be done to this denoiser."""
+    return [*_left_whole(graph, plan), *_left_dense(plan)]
+
+
+def _left_dense(plan: Plan) -> list[str]:
+    """Layers that an N:M pattern does not fit once their inputs are cut."""
+    then = plan.pattern.then if isinstance(plan.pattern, Hybrid) else None
+    left = [layer for layer, pattern in plan.weights.items() if isinstance(then, NM) and pattern.sparsity == 0]
+    if not left or not isinstance(then, NM):
+        return []
+    return [
+        f"{len(left)} layers such as {left[0]} keep all their weights: the inputs that are left are no multiple of "
+        f"{then.m}"
+    ]
+
+
+def _left_whole(graph: Graph, plan: Plan) -> list[str]:
     kind = graph.family.denoiser
     if not graph.family.known:
         return [
@@ -252,47 +336,15 @@ def packages_of(graph: Graph, plan: Plan, packages: int) -> list[list[str]]:
     return [[name for unit in units[a:b] for name in unit] for a, b in pairwise(cuts)]
 
 
-def without_dead(graph: Graph, plan: Plan, dead: Sequence[str], exclude: Sequence[str] = ()) -> Plan:
-    """A plan that removes dead layers on top.
-
-    Args:
-        graph: What there is.
-        plan: The plan.
-        dead: Layers that reach no output of the denoiser (:attr:`obsdiff.models.subject.Subject.dead`).
-        exclude: Shell-style name patterns of what stays all the same.
-
-    Returns:
-        Unstructured and N:M: the plan's layers among them become zero. Structured: of modules with no other outputs
-        than theirs, spared or not, the fewest units stay that may.
-    """
-    if not plan.structured:
-        return replace(plan, dead=tuple(layer for layer in dead if layer in plan.entries))
-    entries = dict(plan.entries)
-    for group in _dead_groups(graph, dead):
-        if not any(fnmatchcase(group.name, rule) for rule in exclude):
-            assert isinstance(plan.pattern, Structured)
-            entries[group.name] = plan.pattern.choices(group.kind, group.count)[-1]
-    ordered = {group.name: entries[group.name] for group in graph.groups if group.name in entries}
-    return replace(plan, entries=ordered)
-
-
-def _dead_groups(graph: Graph, dead: Collection[str]) -> list[Group]:
-    return [group for group in graph.groups if all(s.layer in dead for s in group.consumers)]
-
-
-def fate_of_dead(graph: Graph, plan: Plan, dead: Sequence[str]) -> dict[str, str]:
-    """What a plan that removes dead layers (:func:`without_dead`) makes of each: "zero", "cut" to the least, or "left",
-    where a module serves others too or was excluded."""
-    groups = [group for group in _dead_groups(graph, dead) if plan.structured and group.name in plan.entries]
-    fates = dict.fromkeys(plan.dead, "zero") | {layer: "cut" for group in groups for layer in group.layers}
-    return {layer: fates.get(layer, "left") for layer in dead}
-
-
 def describe(pattern: Request) -> str:
     """For people: what the pattern does."""
     if isinstance(pattern, Depth):
-        amount = f"{pattern.amount:.1%} of the stages" if pattern.amount < 1 else f"{pattern.amount:g} stages"
+        some = pattern.amount or 0
+        amount = f"{some:.1%} of the stages" if some < 1 else f"{some:g} stages"
+        amount = "no stages or some" if pattern.amount is None else amount
         return f"{amount} go" + ("" if pattern.then is None else f", then {describe(pattern.then)}")
+    if isinstance(pattern, Hybrid):
+        return f"{describe(pattern.first)}; then {describe(pattern.then)}"
     if isinstance(pattern, Unstructured):
         return f"{pattern.ratio:.1%} of the weights of each layer become zero"
     if isinstance(pattern, NM):

@@ -11,8 +11,8 @@ from obsdiff.files import write_text
 from obsdiff.models.content import model_hash
 from obsdiff.models.graph import Graph
 from obsdiff.models.subject import refusals
-from obsdiff.obs.pattern import NM, Structured, of_layers, parse_pattern, parse_request
-from obsdiff.pruning.plan import Plan, check_fit, likely
+from obsdiff.obs.pattern import NM, Hybrid, Structured, of_layers, of_units, parse_pattern, parse_request
+from obsdiff.pruning.plan import WEIGHT, Plan, check_fit, likely, parted
 from obsdiff.yamlfiles import read_yaml
 
 FILE = "plan.yaml"
@@ -51,7 +51,8 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     """The plan in a file, and the file's content, not checked against a model.
 
     Needed are ``pattern`` (its kind is that of all entries) and ``layers``: a pattern by layer name, or for structured
-    plans by attention and feed-forward module; "dense" is a pattern too. ``removed`` lists stages that go first; then
+    plans by attention and feed-forward module, and by ``LAYER.weight`` where single weights go too; "dense" is a
+    pattern too. ``removed`` lists stages that go first; then
     the layers are those of what is left, and of depth alone there are none.
 
     Raises:
@@ -78,20 +79,23 @@ def parse_plan(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     layered = of_layers(pattern)
     if bool(content["layers"]) is (layered is None) or (layered is not pattern and not removed):
         raise UserError(f"plan {path}: {pattern} does not go with its 'layers' and 'removed' (the stages that go)")
-    structured = isinstance(layered, Structured)
     entries = {}
     for name, text in content["layers"].items():
         if not isinstance(name, str) or not isinstance(text, str):
             raise UserError(f"plan {path}, {_shown(name)}: unknown pattern {_shown(text)}")
+        both = isinstance(layered, Hybrid)
+        structured = not name.endswith(WEIGHT) if both else isinstance(layered, Structured)
         dense = "structured:0" if structured else "unstructured:0"
         try:
             entries[name] = parse_pattern(dense if text == "dense" else text)
         except UserError as error:
             raise UserError(f"plan {path}, {name}: {error}") from None
         if isinstance(entries[name], Structured) is not structured:
-            raise UserError(f"plan {path}, {name}: {text} does not go with {pattern}; structured plans are apart")
+            hint = f"single weights are of LAYER{WEIGHT}" if both else "structured plans are apart"
+            raise UserError(f"plan {path}, {name}: {text} does not go with {pattern}; {hint}")
     dead = content.get("dead", [])
-    if not isinstance(dead, list) or any(name not in entries for name in dead) or (dead and structured):
+    cuts = of_units(pattern) is not None
+    if not isinstance(dead, list) or any(name not in entries for name in dead) or (dead and cuts):
         raise UserError(f"plan {path}: dead is {_shown(dead)}; it must be a list of layers that the plan names")
     rule, budget = content.get("rule", "file"), content.get("budget")
     return Plan(layered or pattern, entries, rule, budget, tuple(dead), tuple(removed)), content
@@ -123,9 +127,11 @@ def fitted_plan(plan: Plan, graph: Graph, what: str = "the plan") -> Plan:
         UserError: It is empty, names what is not there, or an N:M pattern does not divide a layer's inputs.
     """
     there = [groups.name for groups in graph.groups] if plan.structured else list(graph.layers)
+    if plan.structured and parted(plan)[1] is not None:
+        there += [layer + WEIGHT for layer in graph.layers]
     if not plan.entries:
         raise UserError(f"{what} names no layer")
-    if plan.structured and not there:
+    if plan.structured and not graph.groups:
         raise UserError(f"{what} is structured, and nothing can be cut out of a {graph.family.denoiser}")
     if unknown := [name for name in plan.entries if name not in there]:
         kind = "attention or feed-forward module" if plan.structured else "prunable layer"
@@ -138,9 +144,9 @@ def fitted_plan(plan: Plan, graph: Graph, what: str = "the plan") -> Plan:
             f"there are {len(there)} such as {', '.join(likely(unknown[0], there))}"
         )
     entries = {name: plan.entries[name] for name in there if name in plan.entries}
-    for group in (graph.group_of[name] for name in entries if plan.structured):
-        pattern = entries[group.name]
-        if group.basis is not None and isinstance(pattern, Structured):
+    for group in (graph.group_of[name] for name in plan.modules):
+        pattern = plan.modules[group.name]
+        if group.basis is not None:
             if (pattern.rank or 0) > group.count or pattern.width not in (None, group.count):
                 raise UserError(f"{what}: {pattern} does not fit {group.name}, which has {group.count} directions")
             entries[group.name] = pattern.of(group.kind, group.count)
@@ -158,6 +164,9 @@ def kinds_of(plan: Plan) -> str:
     """For people: how the patterns of a plan spread."""
     if not plan.entries:
         return f"{len(plan.removed)} stages go"
+    cut, weights = parted(plan)
+    if weights is not None:
+        return f"modules {kinds_of(cut)}; single weights {kinds_of(weights)}" if cut.entries else kinds_of(weights)
     if any(isinstance(pattern, NM) for pattern in plan.entries.values()):
         counts: dict[str, int] = {}
         for pattern in plan.entries.values():

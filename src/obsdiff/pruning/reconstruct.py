@@ -10,21 +10,45 @@ stays pruned.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from obsdiff.diffusion.distill import feature_loss
+from obsdiff.models.content import component_hash, tensor_bytes
+from obsdiff.models.denoisers import parts_of
 from obsdiff.models.modes import eval_mode
 from obsdiff.progress import track
+from obsdiff.pruning.finished import Finished, StageError
 from obsdiff.pruning.masks import apply_masks
 from obsdiff.pruning.options import ReconstructionOptions
 
 HELD_OUT = 5  # every so many-th call is not trained on: it says whether training helped
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pruned denoiser and the dense one.
+
+    Attributes:
+        pruned: Changed in place.
+        dense: The same model before pruning.
+        stages: Names of its blocks, in the order of execution, and what each was called in ``dense``.
+        masks: Bool by layer (True = kept) of weights that stay zero elsewhere.
+    """
+
+    pruned: nn.Module
+    dense: nn.Module
+    stages: Mapping[str, str]
+    masks: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,27 +66,17 @@ class Call:
     rows: int
 
 
-@dataclass(frozen=True)
-class StageError:
-    """Relative squared error of a stage's outputs on calls that were not trained on, before and after."""
-
-    before: float
-    after: float
-
-
 class _Stop(Exception):
     """The stage was seen; nothing behind it has to run."""
 
 
 def reconstruct(
-    denoiser: nn.Module,
-    dense: nn.Module,
-    stages: Mapping[str, str],
+    models: Pair,
     calls: Sequence[Call],
-    masks: Mapping[str, Tensor],
     options: ReconstructionOptions,
     *,
     seed: int = 0,
+    store: Path | None = None,
     quiet: bool = True,
 ) -> dict[str, StageError]:
     """Train the stages of a pruned denoiser in their order, in place.
@@ -70,13 +84,12 @@ def reconstruct(
     A stage whose error on held-out calls does not fall keeps its weights.
 
     Args:
-        denoiser: Pruned; changed in place.
-        dense: The same model before pruning.
-        stages: Names of its blocks, in the order of execution, and what each was called in ``dense``.
+        models: The pruned denoiser, and what it is to be like.
         calls: Recorded along the dense pipeline's way, at least two.
-        masks: Bool by layer (True = kept) of weights that stay zero elsewhere.
         options: Steps of Adam for each stage, one call each, and their learning rate.
         seed: Of the order of the calls.
+        store: Folder to keep finished stages in; those that it holds of the same models, calls and settings are not
+            trained again.
         quiet: No progress bar.
 
     Returns:
@@ -84,18 +97,45 @@ def reconstruct(
     """
     held = calls[::HELD_OUT]
     seen = [call for at, call in enumerate(calls) if at % HELD_OUT]
+    denoiser, dense, stages = models.pruned, models.dense, models.stages
+    finished = None if store is None else Finished(store, _key(models, calls, options, seed), list(stages))
     found = {}
     with eval_mode(denoiser), eval_mode(dense):
         for name, before in track(stages.items(), len(stages), "reconstructing", quiet):
             own, like = denoiser.get_submodule(name), dense.get_submodule(before)
+            if finished is not None and (error := finished.load(name, own)) is not None:
+                found[name] = error
+                continue
+            started = time.perf_counter()
             examples, checks = (
                 [example for call in part if (example := _example(denoiser, own, dense, like, call)) is not None]
                 for part in (seen, held)
             )
             if examples and checks:  # of two denoisers, a stage answers the calls of its own
-                inside = {layer: mask for layer, mask in masks.items() if f"{layer}.".startswith(f"{name}.")}
-                found[name] = _train(denoiser, own, examples, checks, inside, options, seed)
+                inside = {layer: mask for layer, mask in models.masks.items() if f"{layer}.".startswith(f"{name}.")}
+                error = _train(denoiser, own, examples, checks, inside, options, seed)
+                found[name] = replace(error, time_s=time.perf_counter() - started)
+                if finished is not None:
+                    finished.save(name, own, found[name])
     return found
+
+
+def _key(models: Pair, calls: Sequence[Call], options: ReconstructionOptions, seed: int) -> str:
+    """SHA-256 of all that the stages' weights depend on."""
+    hashes = [[component_hash(part) for part in parts_of(model).values()] for model in (models.pruned, models.dense)]
+    digest = hashlib.sha256(json.dumps([hashes, dict(models.stages), asdict(options), seed]).encode())
+
+    def add(tensor: Tensor) -> str:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+        return ""
+
+    for name, mask in sorted(models.masks.items()):
+        digest.update(name.encode())
+        add(mask)
+    for call in calls:  # what is no tensor in the arguments, and the names of all
+        digest.update(repr((call.denoiser, call.rows, _each(dict(call.arguments), add))).encode())
+    return digest.hexdigest()
 
 
 Example = tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]
@@ -133,7 +173,7 @@ def _copied(value: Any) -> Any:
     return _each(value, lambda tensor: tensor.detach().clone().cpu())
 
 
-def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _each(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """The same nested value with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)

@@ -1,4 +1,4 @@
-"""Recording the dense pipeline's own sampling trajectories: inputs to distil on without any images."""
+"""Recording the dense pipeline's own sampling trajectories: what to distil on without images and without a teacher."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from obsdiff.pruning.trajectories import check_call, noise_seeds, run_trajectori
 from obsdiff.ranks import world_size
 
 INDEX, TENSORS = "trajectories.json", "trajectories.safetensors"
+FORMAT = 2  # 1: without answers
 TENSOR, TUPLE = "@tensor", "@tuple"  # how what JSON does not have is written
 
 
@@ -45,6 +46,8 @@ class Trajectories:
             (:func:`obsdiff.models.calling.split_call`), (prompts, ...).
         common: What it is told in all rows.
         denoisers: The number of the denoiser that was asked at each call, (calls,); None if there is one.
+        answers: What it answered to the prompts themselves, (prompts, calls, ...).
+        negative_answers: To the negative prompts, as large; None where it was not asked about them in every call.
         request: What they were recorded for.
         model: Hash of the denoiser.
         rows: Rows per prompt in each of the denoiser's calls: 2 with guidance.
@@ -57,6 +60,8 @@ class Trajectories:
     embeds: dict[str, Tensor]
     common: dict[str, Any]
     denoisers: Tensor | None
+    answers: Tensor
+    negative_answers: Tensor | None
     request: dict[str, Any]
     model: str
     rows: int
@@ -89,11 +94,12 @@ def recording_request(
 
 
 class Recorder:
-    """What the denoiser is given as the pipeline runs, call by call.
+    """What the denoiser is given as the pipeline runs, and what it answers, call by call.
 
     Attributes:
         seen: Of the batch that runs: latents (rows, ...) on the CPU, the time it was told, and the number of the
             denoiser, of each call.
+        heard: The answers (rows, ...) on the CPU to each call: "" of the prompts themselves, "negative_" of the others.
         common: What it is told in all rows.
         rows_each: Rows per prompt in each call.
     """
@@ -101,6 +107,7 @@ class Recorder:
     def __init__(self, subject: Subject, conditioning: Conditioning) -> None:
         self.family = subject.family
         self.seen: list[tuple[Tensor, Tensor, int]] = []
+        self.heard: list[dict[str, Tensor]] = []
         self.common: dict[str, Any] = {}
         self.rows_each = 1
         self._told: list[dict[str, Tensor]] = []
@@ -111,6 +118,7 @@ class Recorder:
     def begin(self, part: slice) -> None:
         """A new batch of prompts comes."""
         self.seen.clear()
+        self.heard.clear()
         self._rows.begin(part)
 
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -132,6 +140,19 @@ class Recorder:
         one = time[:1] if time.dim() > 1 else time.reshape(-1)[:1]  # a time for each token, or for each row
         self.seen.append((own.cpu(), one.float().cpu(), self._numbers[id(model)]))
 
+    def hear(self, model: nn.Module, args: tuple[Any, ...], answer: Any) -> None:
+        """The denoiser has answered the call that was seen last."""
+        rows, found = self._rows, answer[0]
+        if isinstance(found, list):
+            found = torch.stack(found)
+        if rows.repeated:
+            if self.family.guidance == "calls":
+                self.heard[-1].setdefault(NEGATIVE, _kept(found))
+            return
+        self.heard.append({"": _kept(found[rows.own])})
+        if rows.each == 2:
+            self.heard[-1][NEGATIVE] = _kept(found[rows.negative])
+
     def embeds(self) -> dict[str, Tensor]:
         """What the denoiser is told of every prompt so far, by its own argument (prompts, ...)."""
         return {name: stacked([part[name] for part in self._told]) for name in self._told[0]}
@@ -149,7 +170,7 @@ def record_trajectories(
     batch_size: int = 4,
     quiet: bool = True,
 ) -> None:
-    """Denoise every prompt with the pipeline's own sampler and keep what its denoiser was given at each call.
+    """Denoise every prompt with the pipeline's own sampler and keep what its denoiser was given and answered each time.
 
     Args:
         pipe: The dense pipeline.
@@ -172,15 +193,20 @@ def record_trajectories(
     conditioning = encode_prompts(pipe, prompts, call)
     recorder = Recorder(subject, conditioning)
     latents: list[Tensor] = []
+    answers: dict[str, list[Tensor]] = {"": [], NEGATIVE: []}
     times, which = torch.empty(0), torch.empty(0)
     seeds = noise_seeds(seed, len(prompts))
-    with eval_mode(pipe), seen_calls(subject, recorder.see):
+    with eval_mode(pipe), seen_calls(subject, recorder.see, recorder.hear):
         batches = run_trajectories(subject, conditioning, seeds, batch_size, call, recorder.begin)
         for _ in track(batches, -(-len(prompts) // batch_size), "recording trajectories", quiet):
             latents.append(torch.stack([sample for sample, _, _ in recorder.seen], dim=1))
+            for kind, parts in answers.items():
+                if all(kind in call for call in recorder.heard):
+                    parts.append(torch.stack([call[kind] for call in recorder.heard], dim=1))
             times = torch.cat([at for _, at, _ in recorder.seen])
             which = torch.tensor([number for _, _, number in recorder.seen])
     tensors = {"latents": torch.cat(latents), "times": times}
+    tensors |= {f"{kind}answers": torch.cat(parts) for kind, parts in answers.items() if len(parts) == len(latents)}
     if len(subject.components) > 1:
         tensors["denoisers"] = which
     tensors |= {f"embeds.{name}": tensor for name, tensor in recorder.embeds().items()}
@@ -189,9 +215,14 @@ def record_trajectories(
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         request = recording_request(pipe, prompts, steps, guidance_scale, seed)
         spent = time.perf_counter() - started
-        index: dict[str, Any] = {"request": request, "model": model_hash(subject.denoiser)}
+        index: dict[str, Any] = {"format": FORMAT, "request": request, "model": model_hash(subject.denoiser)}
         index |= {"common": described, "rows": recorder.rows_each, "processes": world_size(), "time_s": spent}
         write_json(temporary / INDEX, index)
+
+
+def _kept(answer: Tensor) -> Tensor:
+    """A copy: the pipeline may write into its own."""
+    return answer.detach().to("cpu", copy=True)
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -230,19 +261,18 @@ def check_recording(folder: Path, wanted: Mapping[str, Any]) -> None:
     Raises:
         UserError: Naming what differs; or the recording is damaged.
     """
-    found = open_trajectories(folder).request
-    if "components" not in found:
-        raise UserError(f"{folder} was recorded by an earlier version, by name only; delete it and record again")
-    check_fingerprint(found, wanted, folder, "trajectories")
+    check_fingerprint(open_trajectories(folder).request, wanted, folder, "trajectories")
 
 
 def open_trajectories(folder: Path) -> Trajectories:
     """Read a recording.
 
     Raises:
-        UserError: There is none, or it is damaged.
+        UserError: There is none, it is damaged, or of an earlier version.
     """
     index = read_json(folder / INDEX, "a recording of trajectories")
+    if isinstance(index, dict) and index.get("format") != FORMAT:
+        raise UserError(f"{folder} was recorded by an earlier version, without answers; delete it and record again")
     try:
         tensors = load_file(folder / TENSORS)
         embeds = _named(tensors, "embeds.")
@@ -252,6 +282,8 @@ def open_trajectories(folder: Path) -> Trajectories:
             embeds,
             dict(_restored(index["common"], tensors)),
             tensors.get("denoisers"),
+            tensors["answers"],
+            tensors.get(f"{NEGATIVE}answers"),
             dict(index["request"]),
             str(index["model"]),
             int(index["rows"]),

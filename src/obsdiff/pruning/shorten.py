@@ -65,18 +65,21 @@ def spared_stages(stages: Sequence[str], spare_blocks: Sequence[int]) -> set[str
 
 
 def stages_to_remove(subject: Subject, depth: Depth, spare_blocks: Sequence[int] | None = None) -> int:
-    """How many stages a depth asks for.
+    """How many stages a depth asks for; where a budget decides, how many may go.
 
     Raises:
         UserError: None, or more than can go.
     """
     stages = removable(subject, spare_blocks)
-    count, candidates = depth.gone(len(stages)), [name for name, reason in stages.items() if reason is None]
-    if count == 0:
+    candidates = [name for name, reason in stages.items() if reason is None]
+    count = len(candidates) if depth.amount is None else depth.gone(len(stages))
+    if depth.amount is not None and count == 0:
         raise UserError(f"depth:{depth.amount:g} of {len(stages)} stages is none; ask for a larger share, or depth:1")
     most = sum(
         min(stack.count - 1, sum(stack.stage(i) in candidates for i in range(stack.count))) for stack in subject.stacks
     )
+    if depth.amount is None:
+        return most
     if count > most:
         stay = "; ".join(f"{name} stays: {reason}" for name, reason in stages.items() if reason is not None)
         each = "one of each kind has to stay" if len(subject.stacks) > 1 else "one has to stay"

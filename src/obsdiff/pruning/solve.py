@@ -242,10 +242,17 @@ def solve_groups(
     return kept, results
 
 
-def kept_columns(graph: Graph, layer: str, kept: Mapping[str, Tensor]) -> Tensor:
-    """Bool (inputs,): the inputs of a consumer that stay where groups keep the units in ``kept``."""
+def kept_columns(graph: Graph, layer: str, kept: Mapping[str, Tensor], inputs: int | None = None) -> Tensor:
+    """Bool (inputs,): the inputs of a consumer that stay where groups keep the units in ``kept``.
+
+    Args:
+        graph: Of the dense denoiser.
+        layer: The consumer.
+        kept: Bool (count,) by group.
+        inputs: What the dense layer reads; None: the layer is dense still.
+    """
     weight = graph.weight(layer)
-    stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    stays = torch.ones(inputs or weight.shape[1], dtype=torch.bool, device=weight.device)
     for name, units in kept.items():
         for s in graph.group_of[name].consumers:
             if s.layer == layer:
@@ -269,7 +276,7 @@ def _choose(
     everything = torch.ones(group.count, dtype=torch.bool)
     consumers, sizes = [], set()
     for s in group.consumers:
-        columns = _unfolded(s.entries(everything), graph.layer(s.layer))
+        columns = unfolded(s.entries(everything), graph.layer(s.layer))
         slope = _slopes(slopes, [s.layer], [dense[s.layer]])
         consumers.append(_units_first(dense[s.layer], seen[s.layer], columns, None if slope is None else slope[0]))
         sizes.add(len(columns) // group.count)
@@ -322,7 +329,7 @@ def _units_first(weight: Tensor, hessian: Tensor | None, columns: Tensor, gradie
     )
 
 
-def _unfolded(channels: Tensor, layer: nn.Module) -> Tensor:
+def unfolded(channels: Tensor, layer: nn.Module) -> Tensor:
     """Columns of a layer's weight as a matrix that belong to input channels: of a convolution, one for each place of
     its kernel."""
     places = math.prod(layer.kernel_size) if isinstance(layer, nn.Conv2d) else 1
@@ -344,7 +351,7 @@ def _cut(
 ) -> LayerResult:
     """A consumer's weight on the kept channels (bool), in its own shape, and its bias, by least squares if asked."""
     columns = torch.zeros(dense.shape[1], dtype=torch.bool, device=dense.device)
-    columns[_unfolded(channels.nonzero().flatten().cpu(), layer).to(dense.device)] = True
+    columns[unfolded(channels.nonzero().flatten().cpu(), layer).to(dense.device)] = True
     weight = layer.weight
     assert isinstance(weight, Tensor)
     shape = (len(dense), int(channels.sum()), *weight.shape[2:])

@@ -89,19 +89,16 @@ def cut(
         kept: Bool (count,) by group, True = stays; groups that share an axis of a layer come together.
         consumers: By layer, the weight computed for the kept columns and what the bias takes up.
     """
-    rows: dict[str, list[Tensor]] = {}
     for name, chosen in kept.items():
         group = graph.group_of[name]
-        for s in (*group.producers, *group.followers):
-            rows.setdefault(s.layer, []).append(s.entries(~chosen))
         for s in group.selected:
             _select(edits, graph.layer(s.layer), chosen.nonzero().flatten().tolist(), s.size)
         for attribute in group.attributes:
             edits.set(graph.layer(attribute.module), attribute.name, attribute.per_unit * int(chosen.sum()))
-    for layer, gone in rows.items():
+    for layer, gone in lost_rows(graph, kept).items():
         module = graph.layer(layer)
         stays = torch.ones(len(graph.weight(layer)), dtype=torch.bool, device=graph.weight(layer).device)
-        stays[torch.cat(gone).to(stays.device)] = False
+        stays[gone.to(stays.device)] = False
         bias = module.bias
         edits.set_weight(module, graph.weight(layer).detach()[stays], None if bias is None else bias.detach()[stays])  # type: ignore[operator]  # a tensor
         edits.fit_sizes(module)
@@ -109,6 +106,16 @@ def cut(
         edits.set_weight(graph.layer(layer), weight)
         edits.shift_bias(graph.layer(layer), bias_shift)
         edits.fit_sizes(graph.layer(layer))
+
+
+def lost_rows(graph: Graph, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By layer or norm, the entries of its outputs (int64) that go where groups keep the units in ``kept``."""
+    rows: dict[str, list[Tensor]] = {}
+    for name, chosen in kept.items():
+        group = graph.group_of[name]
+        for s in (*group.producers, *group.followers):
+            rows.setdefault(s.layer, []).append(s.entries(~chosen))
+    return {layer: torch.cat(gone) for layer, gone in rows.items()}
 
 
 def project(edits: Edits, graph: Graph, group: Group, basis: Tensor) -> None:

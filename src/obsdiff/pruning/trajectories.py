@@ -126,9 +126,11 @@ def counted_calls(subject: Subject) -> Iterator[CallCounter]:
 
 
 @contextmanager
-def seen_calls(subject: Subject, see: Callable[..., Any]) -> Iterator[None]:
-    """``see(denoiser, args, kwargs)`` before each call of a denoiser."""
-    handles = [m.register_forward_pre_hook(see, with_kwargs=True) for m in subject.components.values()]
+def seen_calls(subject: Subject, see: Callable[..., Any], hear: Callable[..., Any] | None = None) -> Iterator[None]:
+    """``see(denoiser, args, kwargs)`` before each call of a denoiser, ``hear(denoiser, args, answer)`` after it."""
+    models = subject.components.values()
+    handles = [m.register_forward_pre_hook(see, with_kwargs=True) for m in models]
+    handles += [m.register_forward_hook(hear) for m in models] if hear is not None else []
     try:
         yield
     finally:

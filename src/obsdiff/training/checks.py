@@ -17,7 +17,7 @@ from obsdiff.files import check_apart, check_writable
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.training.options import Objective, Optimization, Trained
-from obsdiff.training.stage import PRUNED, REFERENCES, SENSITIVITY, STATISTICS
+from obsdiff.training.stage import PRUNED, RECONSTRUCTION, REFERENCES, SENSITIVITY, STATISTICS
 
 SCHEDULES = ("cosine", "constant")
 
@@ -165,5 +165,5 @@ def check_places(trainer: Any, module: Any) -> None:
     if (module.output / REFERENCES).is_dir():
         raise UserError(f"{module.output / REFERENCES} is a folder, and a file is written there; move it away")
     if hasattr(trainer.datamodule, "trajectories"):
-        for part in (PRUNED, STATISTICS, SENSITIVITY, RESULT):
+        for part in (PRUNED, STATISTICS, SENSITIVITY, RECONSTRUCTION, RESULT):
             check_apart(**{"data.folder": trainer.datamodule.folder, "model.output": module.output / part})

@@ -14,7 +14,7 @@ from obsdiff.evaluation.alignment import check_measurable
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.models.calling import conditions_of
 from obsdiff.models.conditioning import encode_prompts, told_nothing
-from obsdiff.models.content import DECODING, component_hashes
+from obsdiff.models.content import DECODING, component_hash, component_hashes
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.latents import encode_images, patch_of, vae_factor
 from obsdiff.models.rows import NEGATIVE, flattened
@@ -219,6 +219,20 @@ def check_trajectories(subject: Subject, found: Trajectories, what: str) -> None
             f"{what} was recorded from another pipeline: its {', '.join(different)} is not what {source_of(subject)} "
             "has now; delete it or name another folder"
         )
+
+
+def has_answers(dense: Subject, recording: Trajectories | None) -> bool:
+    """Whether a recording holds what a dense denoiser would answer to all that is asked in training.
+
+    Args:
+        dense: The pipeline, as it would answer: in another dtype than it was recorded in, it is another one.
+        recording: The trajectories; None: there are none.
+    """
+    if recording is None:
+        return False
+    if recording.negative_answers is None and any(name.startswith(NEGATIVE) for name in recording.embeds):
+        return False  # the pipeline did without guidance in some of its steps
+    return all(recording.content.get(name) == component_hash(model) for name, model in dense.components.items())
 
 
 def config_of(subject: Subject) -> Any:

@@ -15,10 +15,13 @@ from obsdiff.models.calling import WHICH, PromptEncoder, both_prompts, drop_prom
 from obsdiff.models.calls import moved
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.latents import encode_images, vae_factor
+from obsdiff.models.rows import NEGATIVE
 from obsdiff.models.schedules import noising_of_pipeline
 from obsdiff.models.subject import Subject
 from obsdiff.models.told import Told
 from obsdiff.training.fits import check_embeds, check_encoded, check_images, check_latents, guidance_of
+
+ANSWER = "answer"
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Inputs:
         common: What it is told in all rows of recorded trajectories.
         prompt_dropout: Share of prompts replaced by the negative one.
         guided: Ask about every sample with both prompts instead.
+        recorded: Take the dense denoiser's answers from the batch.
     """
 
     subject: Subject
@@ -38,6 +42,7 @@ class Inputs:
     prompt_dropout: float
     guided: bool = False
     common: Mapping[str, Any] = field(default_factory=dict)
+    recorded: bool = False
     _noising: dict[tuple[int, int], Noising] = field(default_factory=dict)
     _fit: set[tuple[int, ...]] = field(default_factory=set)
 
@@ -85,13 +90,16 @@ class Inputs:
                 f"a training batch needs image and prompt, or latents, time, embeds; it has {sorted(batch)}"
             )
         dropped = torch.rand(len(latents), generator=generator) < self.prompt_dropout
+        answers = _answers(batch) if self.recorded else None
         shared = moved(dict(common), device, torch.float32, torch.float32)
         if self.guided:
             if target is not None:
                 target = target.repeat(2, *[1] * (target.dim() - 1))
             latents, times = latents.repeat(2, *[1] * (latents.dim() - 1)), times.repeat(2)
-            return Told(latents, times, both_prompts(embeds), shared, guidance_of(self.subject)), target
-        return Told(latents, times, drop_prompts(embeds, dropped), shared), target
+            aim = None if answers is None else both_prompts(answers)[ANSWER]
+            return Told(latents, times, both_prompts(embeds), shared, guidance_of(self.subject), aim), target
+        aim = None if answers is None else drop_prompts(answers, dropped)[ANSWER]
+        return Told(latents, times, drop_prompts(embeds, dropped), shared, aim=aim), target
 
     def _unsaid(self, batch: Mapping[str, Any]) -> list[str]:
         """Prompts of images that come without."""
@@ -105,3 +113,10 @@ class Inputs:
         if shape not in self._fit:
             check(shape)
             self._fit.add(shape)
+
+
+def _answers(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The dense denoiser's answers to the prompts themselves, and to the negative ones."""
+    if ANSWER not in batch:
+        raise UserError(f"a training batch of recorded trajectories needs their answer; it has {sorted(batch)}")
+    return {name: batch[name] for name in (ANSWER, NEGATIVE + ANSWER) if name in batch}

@@ -24,6 +24,7 @@ from obsdiff.models.graph import stages_of
 from obsdiff.models.told import Told
 
 TEACHER_TERMS = ("distill_output", "distill_guided", "distill_features", "distill_jacobian")
+LIVE_TERMS = ("distill_features", "distill_jacobian")  # need more of the teacher than its answer
 TERMS = ("denoise", *TEACHER_TERMS)
 
 
@@ -40,7 +41,7 @@ def loss_terms(
 
     Args:
         student: The denoiser in training.
-        teacher: The dense one, frozen; None if no term asks for it.
+        teacher: The dense one, frozen; None if no term asks for it, or only for its answer and ``told`` has that.
         weights: Terms and their weights, from :func:`obsdiff.training.checks.check_objective`.
         told: What both are given.
         target: What the denoiser should answer, for ``denoise``; None if the batch holds no images.
@@ -67,10 +68,14 @@ def loss_terms(
                 raise UserError("objective denoise needs images; choose a data module that has them, or distil alone")
             terms["denoise"] = output_loss(answer[:, : target.shape[1]], target)  # what follows is a variance
         if set(weights) & set(TEACHER_TERMS):
-            assert teacher is not None
-            shared = [name for name in stages_of(teacher) if _is_kept(name, kept or {})] if features else []
-            with torch.set_grad_enabled(second_order), _block_outputs(teacher, shared) as wanted:
-                aim = call_denoiser(teacher, *given)
+            wanted: list[Tensor] = []
+            if teacher is None:
+                assert told.aim is not None and not set(weights) & set(LIVE_TERMS)
+                aim = told.aim
+            else:
+                shared = [name for name in stages_of(teacher) if _is_kept(name, kept or {})] if features else []
+                with torch.set_grad_enabled(second_order), _block_outputs(teacher, shared) as wanted:
+                    aim = call_denoiser(teacher, *given)
             if "distill_output" in weights:
                 terms["distill_output"] = output_loss(answer, aim.detach())
             if "distill_guided" in weights:

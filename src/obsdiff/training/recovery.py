@@ -17,11 +17,14 @@ from obsdiff.callbacks.budget import Budget
 from obsdiff.callbacks.ema import refuse_averaging
 from obsdiff.callbacks.find import find
 from obsdiff.callbacks.mask import MaskEnforcement
+from obsdiff.callbacks.samples import SampleGrid
 from obsdiff.costs import Cost, step_flops
 from obsdiff.errors import UserError
+from obsdiff.evaluation.evaluate import Images
 from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
-from obsdiff.evaluation.references import Images, References, draw, measure, references
+from obsdiff.evaluation.references import References, draw, references
 from obsdiff.evaluation.sampling import sample
+from obsdiff.evaluation.suite import load_suite
 from obsdiff.models.calling import PromptEncoder, default_dtype, drawing
 from obsdiff.models.graph import stages_of
 from obsdiff.models.info import call_arguments, info_of
@@ -30,7 +33,7 @@ from obsdiff.models.subject import Subject
 from obsdiff.numbers import check_seed
 from obsdiff.paths import user_path
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
-from obsdiff.ranks import from_all, full_tensor, keyed_generator, rank
+from obsdiff.ranks import full_tensor, keyed_generator, rank
 from obsdiff.training.checks import (
     check,
     check_evaluation,
@@ -41,15 +44,16 @@ from obsdiff.training.checks import (
     check_trained,
     check_trainer,
 )
-from obsdiff.training.fits import check_data, check_guided, evaluation_prompts, recording_of
+from obsdiff.training.fits import check_data, check_guided, evaluation_prompts, has_answers, recording_of
 from obsdiff.training.identity import check_adapters, check_settings, differences, settings_of
 from obsdiff.training.inputs import Inputs
-from obsdiff.training.objectives import TEACHER_TERMS, loss_terms
+from obsdiff.training.objectives import LIVE_TERMS, TEACHER_TERMS, loss_terms
 from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.precision import adam_epsilon, keep_times
 from obsdiff.training.selection import check_selection, choose_trained
 from obsdiff.training.spending import costs_before, expected_costs
 from obsdiff.training.stage import REFERENCES, Start, dense_key, load_dense, start_from
+from obsdiff.training.validation import Validation
 
 
 @dataclass
@@ -61,7 +65,7 @@ class _Frozen:
     refs: References | None
     flops: tuple[int, int]  # of one call with one image: pruned, dense
     costs: dict[str, Cost]  # before training, by stage
-    counts: tuple[FlopCounts, FlopCounts | None]  # of the denoiser as it trains, and of the teacher
+    counts: tuple[FlopCounts, FlopCounts | None]  # of the denoiser as it trains, and of the teacher if that runs
 
 
 class Recovery(lightning.LightningModule):
@@ -113,10 +117,9 @@ class Recovery(lightning.LightningModule):
         self.resumed = False  # set before a fit from a checkpoint: the result of the part before is replaced then
         self.batch_flops = 0.0  # in the denoisers, of this process's last batch, forward and backward
         self.budget_fraction = 0.0  # kept up to date by the Budget callback
-        self.last_measured: dict[str, Any] = {}
+        self.validation: Validation | None = None
         self.denoiser: nn.Module | None = None
         self._frozen: list[_Frozen] = []  # in a list, so that nn.Module does not register what is inside
-        self._drawn: dict[int, Tensor] = {}
         self._sharded = self._fitted = False
 
     def configure_callbacks(self) -> list[lightning.Callback]:
@@ -155,7 +158,7 @@ class Recovery(lightning.LightningModule):
         teacher, dense_flops = None, flops
         if start.teacher is not None:
             dense_flops = denoiser_flops(start.teacher, call_arguments(start.teacher.pipe))
-            if any(term in self.weights for term in TEACHER_TERMS):
+            if self.needs_teacher(start.teacher):
                 teacher = start.teacher.denoiser.requires_grad_(False).eval()
         costs = costs_before(start, dense_flops, recording_of(self.trainer)) if fitting else {}
         if fitting and (budget := find(self.trainer, Budget)) is not None:
@@ -166,12 +169,20 @@ class Recovery(lightning.LightningModule):
                 model.requires_grad_(False)
         choose_trained(denoiser, start.masks, self.trained)
         counts = (FlopCounts(denoiser), None if teacher is None else FlopCounts(teacher))
+        if refs is not None:
+            self.validation = Validation(refs, load_suite(refs.alignment, self.evaluation, device))
         self._frozen.append(_Frozen(replace(start, teacher=None), teacher, refs, (flops, dense_flops), costs, counts))
         self.denoiser = denoiser
         recording = recording_of(self.trainer) if fitting else None
         common = {} if recording is None else recording.common
         guided = "distill_guided" in self.weights
-        self.inputs = Inputs(start.subject, PromptEncoder(start.pipe), self.prompt_dropout, guided, common)
+        recorded = teacher is None and any(term in self.weights for term in TEACHER_TERMS)
+        self.inputs = Inputs(start.subject, PromptEncoder(start.pipe), self.prompt_dropout, guided, common, recorded)
+
+    def needs_teacher(self, dense: Subject) -> bool:
+        """Whether the dense denoiser has to run in every step: its recorded answers may be all that the losses need."""
+        asked = self.weights.keys() & set(TEACHER_TERMS)
+        return bool(asked & set(LIVE_TERMS) or (asked and not has_answers(dense, recording_of(self.trainer))))
 
     def _check(self, dense: Subject) -> None:
         """Refuse what training could not go on from, before anything is pruned or drawn."""
@@ -314,14 +325,22 @@ class Recovery(lightning.LightningModule):
             return sample(self.start.pipe, prompts, seeds, batch_size=len(chosen), allow_nonfinite=allow_nonfinite)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        assert self.validation is not None
+        grid = find(self.trainer, SampleGrid)
         drawn = self._draw(batch, allow_nonfinite=True)  # measured as such; one process alone must not stop
-        self._drawn |= dict(zip(batch.tolist(), drawn, strict=True))
+        self.validation.take(batch, drawn, 0 if grid is None else grid.shown)
 
     test_step = validation_step
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> dict[int, Tensor]:
         """Images (c, h, w) in [0, 1] by their number."""
         return dict(zip(batch.tolist(), self._draw(batch), strict=True))
+
+    def on_validation_epoch_start(self) -> None:
+        if self.validation is not None:
+            self.validation.start()
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         self._finish_evaluation("val")
@@ -330,17 +349,11 @@ class Recovery(lightning.LightningModule):
         self._finish_evaluation("test")
 
     def _finish_evaluation(self, prefix: str) -> None:
-        drawn = {index: image for part in from_all(self._drawn) for index, image in part.items()}
-        self._drawn = {}
-        refs = self.frozen.refs
-        if self.trainer.sanity_checking or refs is None or len(drawn) < len(refs.prompts):
+        if self.trainer.sanity_checking or self.validation is None:
             return
-        guided = torch.stack([drawn[index] for index in range(len(refs.prompts))])
-        found = measure(refs, Images(guided, guided[:0]))
-        self.last_measured = {**found, "images": guided}
-        values = {f"fidelity_{key}": v for key, v in found["fidelity"].items() if isinstance(v, float)}
-        values |= {key: value for key, value in found.items() if isinstance(value, float)}
-        self.log_dict({f"{prefix}/{key}": value for key, value in values.items()}, rank_zero_only=False)
+        figures = self.validation.finish() or {}
+        values = {f"{prefix}/{name}": value for name, value in figures.items() if isinstance(value, float)}
+        self.log_dict(values, rank_zero_only=False)
 
     def draw_all(self) -> Images | None:
         """The evaluation's images with the weights as they are now, without guidance too; every process must call."""

@@ -17,15 +17,16 @@ from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.content import component_hashes
 from obsdiff.models.subject import Subject, subject_of
+from obsdiff.pruning.finished import remove_finished
 from obsdiff.pruning.folder import MASKS, load_pipeline, run_folder, write_pipeline
 from obsdiff.pruning.manifest import FILE, read_manifest
-from obsdiff.pruning.masks import load_masks
+from obsdiff.pruning.masks import load_masks, weight_masks
 from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.statistics import model_hash
 from obsdiff.ranks import rank, wait_for_all
 
-PRUNED, STATISTICS, SENSITIVITY = "pruned", "statistics", "sensitivity"
+PRUNED, STATISTICS, SENSITIVITY, RECONSTRUCTION = "pruned", "statistics", "sensitivity", "reconstruction"
 REFERENCES = "references.safetensors"
 
 
@@ -74,7 +75,8 @@ def start_from(
         pipeline: The dense pipeline, or a prune run's folder (then ``options`` must be None).
         options: How to prune; None takes the pipeline as it is.
         output: The run's folder; the pruned pipeline is kept in ``pruned``, the calibration in ``statistics``, the
-            scan of a measured allocation in ``sensitivity``.
+            scan of a measured allocation in ``sensitivity``, and until it is finished a reconstruction in
+            ``reconstruction``.
         device: Where to calibrate and train.
         overwrite: Prune again if an earlier run in ``output`` pruned otherwise.
         check: Called with the dense pipeline before anything expensive; raises where training could not go on. None
@@ -179,12 +181,16 @@ def _prune(
     scan = output / SENSITIVITY if rule_of(options) == "measured" else None
     if rank() == 0:
         announce(subject, plan, options, len(prompts), store)
-    report = prune_stage(subject, options, prompts, statistics=store, sensitivity=scan, quiet=rank() > 0)
+    stages = output / RECONSTRUCTION
+    report = prune_stage(
+        subject, options, prompts, statistics=store, sensitivity=scan, reconstruction=stages, quiet=rank() > 0
+    )
     if rank() == 0:
         with whole_folder(folder, FILE, replace=True) as temporary:
             write_pipeline(pipe, temporary, report)
             manifest = read_json(temporary / FILE, "a manifest")
             write_json(temporary / FILE, {**manifest, "request": request})
+        remove_finished(stages)
     wait_for_all()
 
 
@@ -194,7 +200,7 @@ def _opened(folder: Path | None, pipeline: str, device: str) -> Start:
     if folder is None:
         return Start(subject, None, masks=_masks(subject, {}), dense=pipeline, content=content)
     manifest = read_manifest(folder)
-    masks = _masks(subject, {} if manifest["shrunk"] is not None else load_masks(folder / MASKS))
+    masks = _masks(subject, weight_masks(load_masks(folder / MASKS), manifest["shrunk"] is not None))
     return Start(subject, folder, manifest, masks, str(manifest.get("pipeline") or pipeline), content)
 
 

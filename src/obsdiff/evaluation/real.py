@@ -1,0 +1,105 @@
+"""Real images that generated ones are compared with: their features, kept by content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from obsdiff.data.images import load_table
+from obsdiff.data.pixels import Undecodable, pixels_of
+from obsdiff.errors import UserError
+from obsdiff.evaluation.extractors import Extractor
+from obsdiff.evaluation.measures.distribution import Real
+from obsdiff.files import whole_file
+from obsdiff.models.content import model_hash
+from obsdiff.pruning.options import EvaluationOptions
+from obsdiff.ranks import rank, wait_for_all
+
+BATCH = 64
+
+
+def real_of(name: str, extractor: Extractor, options: EvaluationOptions) -> Callable[[], Real]:
+    """What a measure compares with; read when it is first asked for.
+
+    Raises:
+        UserError: There are no real images, and the extractor brings none.
+    """
+    if "@" not in name and extractor.real is not None:
+        own = extractor.real
+        return cache(lambda: Real.of(own()))
+    if options.real is None:
+        raise UserError(
+            f"{name} needs real images: --evaluation.real FOLDER, a parquet file, a data set or clean-fid's .npz"
+        )
+    if options.real.endswith(".npz"):
+        moments = _moments(Path(options.real).expanduser())
+        return lambda: moments
+    return cache(lambda: Real.of(_features(extractor, options)))
+
+
+def _moments(path: Path) -> Real:
+    """Mean and covariance as clean-fid keeps them."""
+    try:
+        with numpy.load(path, allow_pickle=False) as found:
+            mean, covariance = (torch.from_numpy(found[key]).double() for key in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"evaluation.real {path} holds no statistics (mu and sigma) as clean-fid writes them"
+        ) from error
+    return Real(None, mean, covariance)
+
+
+def _features(extractor: Extractor, options: EvaluationOptions) -> Tensor:
+    """Features of all real images, from the cache if they are there."""
+    assert options.real is not None
+    table = load_table(options.real, options.real_split, options.real_column)
+    if options.real_cache is None:
+        return _extracted(extractor, table, options)
+    digest = hashlib.sha256(extractor.says.encode())
+    digest.update((model_hash(extractor.network) if extractor.network is not None else "").encode())
+    for row in table:
+        digest.update(hashlib.sha256(_bytes(row[options.real_column])).digest())
+    file = Path(options.real_cache).expanduser() / f"real-{digest.hexdigest()[:16]}.safetensors"
+    try:
+        with safe_open(file, framework="pt") as content:
+            return content.get_tensor("features")
+    except (OSError, SafetensorError):
+        found = _extracted(extractor, table, options)
+    if rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as temporary:
+            save_file({"features": found.contiguous()}, temporary)
+    wait_for_all()
+    return found
+
+
+def _bytes(content: Any) -> bytes:
+    return content["bytes"] if content["bytes"] is not None else Path(content["path"]).read_bytes()
+
+
+def _extracted(extractor: Extractor, table: Any, options: EvaluationOptions) -> Tensor:
+    return torch.cat([extractor.features(batch) for batch in _batches(table, options)])
+
+
+def _batches(table: Any, options: EvaluationOptions) -> Iterator[Tensor]:
+    """Images in [0, 1] of equal size, (n, 3, h, w) each."""
+    held: list[Tensor] = []
+    for number, row in enumerate(table):
+        try:
+            image = pixels_of(row[options.real_column]) / 255
+        except Undecodable as error:
+            raise UserError(f"image {number} of {options.real} cannot be read: {error}; mend or remove it") from error
+        if held and (len(held) == BATCH or image.shape != held[0].shape):
+            yield torch.stack(held)
+            held = []
+        held.append(image)
+    yield torch.stack(held)
