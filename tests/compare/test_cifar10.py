@@ -14,6 +14,7 @@ from PIL import Image
 
 from obsdiff.cli.main import main
 from obsdiff.embedded.tiny_ddpm import TinyDDPM, build_tiny_ddpm
+from obsdiff.evaluation.evaluate import result_of
 from tests.rules.test_architecture import ROOT
 
 SIZES = TinyDDPM(channels=(16, 32), groups=8, head_dim=32, image_size=32, image_channels=3)  # attention of one head
@@ -75,7 +76,7 @@ def test_it_runs_from_its_configs(toy):
     }
     for row in rows:
         assert row["parameters"]["pruned"] <= 0.7 * row["parameters"]["dense"]
-        assert row["figures"]["fidelity"]["mse"] > 0
+        assert result_of(row["evaluation"])["mse"] > 0
         if row["recipe"] == "fine-tuned":
             assert row["recovery"]["steps"] == 2 and row["costs"]["recovery"]["images"] == 8
     assert "| diff-pruning+refit | uniform | fine-tuned |" in (toy / "out" / "report.md").read_text()
