@@ -2,6 +2,7 @@
 chosen where it is known what can go."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -240,9 +241,9 @@ def test_gates_are_for_the_modules_that_are_pruned():
         )
 
 
-@pytest.mark.parametrize("pattern", ["unstructured:0.5", "2:4"])
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "2:4", "structured:0.5+2:4"])
 def test_single_weights_have_none(pattern):
-    told = f"ecodiff removes whole heads, neurons and channels, no single weights.*{pattern}"
+    told = f"ecodiff removes whole heads, neurons and channels, no single weights.*{re.escape(pattern)}"
     with pytest.raises(obsdiff.UserError, match=told):
         obsdiff.prune(make_pipe(), pattern, method="ecodiff")
     with pytest.raises(obsdiff.UserError, match=told):
