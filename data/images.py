@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,11 @@ from obsdiff.paths import user_path
 from obsdiff.ranks import keyed_generator
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+DATASET = re.compile(r"[\w.-]+/[\w.-]+:[\w.-]+")  # with a split
 CORRUPT_SAMPLE = 20  # images seen before their unusable share says anything
 UNSEEN, GOOD, NO_IMAGE, NO_CAPTION = range(4)
+FLIPPED = 1  # sets the draw of mirrored images apart from that of captions
+IMAGE_COLUMNS = ("image", "img")
 
 
 class CaptionedImages(Dataset[dict[str, Any]]):
@@ -38,25 +43,28 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     Args:
         table: A ``datasets.Dataset`` whose image column is not decoded.
-        image_column, caption_column: Its columns. Of a list of captions one is drawn, by seed, epoch and item.
+        image_column, caption_column: Its columns. Of a list of captions one is drawn, by seed, epoch and item. Without
+            a caption column images come alone.
         shape: Channels, height and width (equal) of the images.
         max_corrupt: Share of unusable items among those seen above which reading stops.
         what: What the data set is called in errors.
-        seed: Of the draw of captions.
+        seed: Of the draws of captions and of mirrored images.
+        flip: Mirror half of the images, others in each epoch.
     """
 
     def __init__(
         self,
         table: Any,
         image_column: str,
-        caption_column: str,
+        caption_column: str | None,
         shape: tuple[int, int, int],
         max_corrupt: float,
         what: str,
         seed: int = 0,
+        flip: bool = False,
     ) -> None:
         self.table, self.image_column, self.caption_column = table, image_column, caption_column
-        self.shape, self.max_corrupt, self.what, self.seed = shape, max_corrupt, what, seed
+        self.shape, self.max_corrupt, self.what, self.seed, self.flip = shape, max_corrupt, what, seed, flip
         self.found = torch.full((len(table),), UNSEEN, dtype=torch.uint8).share_memory_()
         self.epoch = 0
         self._reported = 0
@@ -117,16 +125,21 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def _read(self, at: int) -> dict[str, Any] | None:
         """Item ``at``, or None; either is noted."""
         row = self.table[at]
-        captions = captions_in(row[self.caption_column])
+        captions = [] if self.caption_column is None else captions_in(row[self.caption_column])
         image: Tensor | None = None
-        if captions:
+        missing = self.caption_column is not None and not captions
+        if not missing:
             try:
                 image = decode(row[self.image_column], self.shape[1], self.shape[0])
             except Undecodable:
                 image = None
-        self.found[at] = NO_CAPTION if not captions else NO_IMAGE if image is None else GOOD
+        self.found[at] = NO_CAPTION if missing else NO_IMAGE if image is None else GOOD
         if image is None:
             return None
+        if self.flip and torch.rand((), generator=keyed_generator(self.seed, self.epoch, at, FLIPPED)) < 0.5:
+            image = image.flip(-1)
+        if self.caption_column is None:
+            return {"image": image}
         drawn = 0
         if len(captions) > 1:
             drawn = int(torch.randint(len(captions), (), generator=keyed_generator(self.seed, self.epoch, at)))
@@ -141,7 +154,7 @@ class ImageCaptionDataModule(RecoveryData):
     Args:
         source: A folder of images (with ``metadata.jsonl`` or ``.csv`` naming file_name and the caption; in the latter
             datasets takes "NA" and the like for no caption), a parquet file, or a Hugging Face dataset "owner/name".
-        image_column: Column of the images.
+        image_column: Column of the images; default: image or img, whichever is there.
         caption_column: Column of the captions: texts, or lists of texts, of which each epoch draws one.
         size: Pixels per side: the shorter side is resized to it, then the middle is cut out.
         batch_size: Images per optimizer step and process.
@@ -156,7 +169,7 @@ class ImageCaptionDataModule(RecoveryData):
     def __init__(
         self,
         source: str,
-        image_column: str = "image",
+        image_column: str | None = None,
         caption_column: str = "caption",
         size: int = 512,
         batch_size: int = 8,
@@ -179,7 +192,9 @@ class ImageCaptionDataModule(RecoveryData):
         self.image_shape = (channels, size, size)
         self.source = str(user_path(source, "data.source")) if source.startswith("~") else source
         self.split = split
-        self.image_column, self.caption_column = image_column, caption_column
+        self.image_column = image_column
+        self.caption_column: str | None = caption_column
+        self.flip = False
         self.size, self.batch_size, self.num_workers = size, batch_size, num_workers
         self.max_corrupt, self.seed = max_corrupt, seed
 
@@ -187,13 +202,16 @@ class ImageCaptionDataModule(RecoveryData):
         """Open the data set and look at a few images, for training only."""
         if stage != "fit":
             return
-        table = load_table(self.source, self.split, self.image_column, self.caption_column)
-        schema = table.features.arrow_schema
-        check_text(schema.field(self.caption_column).type, self.caption_column, self.source)
+        others = () if self.caption_column is None else (self.caption_column,)
+        table = load_table(self.source, self.split, self.image_column, *others)
+        images, captions = image_column_of(table.column_names, self.image_column), self.caption_column
+        if captions is not None:
+            check_text(table.features.arrow_schema.field(captions).type, captions, self.source)
         check_enough(len(table), self.batch_size, self.source)
-        columns = (self.image_column, self.caption_column)
         assert self.image_shape is not None
-        self.train = CaptionedImages(table, *columns, self.image_shape, self.max_corrupt, self.source, self.seed)
+        self.train = CaptionedImages(
+            table, images, captions, self.image_shape, self.max_corrupt, self.source, self.seed, self.flip
+        )
         self.train.look(CORRUPT_SAMPLE)
 
     def train_dataloader(self) -> ResumableLoader:
@@ -202,13 +220,50 @@ class ImageCaptionDataModule(RecoveryData):
         )
 
 
-def load_table(source: str, split: str, image_column: str, *columns: str) -> Any:
+class ImageDataModule(ImageCaptionDataModule):
+    """Batches of ``image`` (b, channels, size, size) in [-1, 1], for pipelines that are told nothing (DDPM).
+
+    Args:
+        source: A folder of images, a parquet file, or a Hugging Face dataset "owner/name" or "owner/name:split"
+            (default split: train).
+        image_column: Column of the images; default: image or img, whichever is there.
+        size: Pixels per side: the shorter side is resized to it, then the middle is cut out.
+        batch_size: Images per optimizer step and process.
+        num_workers: Loader processes.
+        seed: Of the shuffling and of the mirroring.
+        channels: 3 (RGB) or 1 (grey), as the denoiser takes.
+        flip: Mirror half of the images, others in each epoch.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        image_column: str | None = None,
+        size: int = 32,
+        batch_size: int = 128,
+        num_workers: int = 2,
+        seed: int = 0,
+        channels: int = 3,
+        flip: bool = False,
+    ) -> None:
+        name, _, split = source.rpartition(":") if DATASET.fullmatch(source) else (source, "", "train")
+        loading: Any = {"size": size, "batch_size": batch_size, "num_workers": num_workers, "seed": seed}
+        super().__init__(name, image_column, split=split, channels=channels, **loading)
+        self.caption_column, self.flip = None, flip
+
+
+def image_column_of(columns: Sequence[str], named: str | None) -> str:
+    """The column of the images: the one that was named, else image or img, whichever is there."""
+    return named or next((name for name in IMAGE_COLUMNS if name in columns), IMAGE_COLUMNS[0])
+
+
+def load_table(source: str, split: str, image_column: str | None, *columns: str) -> Any:
     """A ``datasets.Dataset`` whose image column is not decoded.
 
     Args:
         source: A folder of images, a parquet file, or a Hugging Face dataset "owner/name".
         split: Which split.
-        image_column: Column of the images.
+        image_column: Column of the images; None: image or img, whichever is there.
         columns: Others that must be there.
 
     Raises:
@@ -217,6 +272,7 @@ def load_table(source: str, split: str, image_column: str, *columns: str) -> Any
     from datasets import Image
 
     table = _load(source, split)
+    image_column = image_column_of(table.column_names, image_column)
     for column in (image_column, *columns):
         if column not in table.column_names:
             names = ", ".join(table.column_names)

@@ -49,9 +49,9 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
     depth = manifest.get("depth") or {}
     allocation = manifest.get("allocation") or {}
     scan, stages = allocation.get("scan", {}), allocation.get("stages", {})
-    slopes = settings.get("gradients") or {}
-    passes = calls if slopes.get("inputs", True) else 0
-    rows = manifest.get("packages", 1) * slopes.get("rows", 0)
+    own = settings.get("gradients") or settings.get("gates") or {}
+    passes = calls if own.get("inputs", True) else 0
+    rows = manifest.get("packages", 1) * own.get("rows", 0)
 
     def cost(stage: str, calls: float) -> Cost:
         wall_s = float(times.get(stage, 0.0))

@@ -4,9 +4,11 @@ A rule test compares them with the tables of the code.
 """
 
 METHODS = (
-    "obs", "obs-diff", "admm", "sparsegpt", "wanda", "dsnot", "taylor", "diff-pruning", "magnitude", "l1", "random",
+    "obs", "obs-diff", "admm", "sparsegpt", "wanda", "dsnot", "taylor", "diff-pruning", "ecodiff", "magnitude", "l1",
+    "random",
 )  # fmt: skip
-STRUCTURED_METHODS = ("obs", "obs-diff", "taylor", "diff-pruning", "magnitude", "l1", "random")
+STRUCTURED_METHODS = ("obs", "obs-diff", "taylor", "diff-pruning", "ecodiff", "magnitude", "l1", "random")
+UNIT_METHODS = ("ecodiff",)  # which remove nothing but whole units
 FUSIONS = ("reciprocal_rank", "relative_error")
 DEAD = ("report", "remove", "ignore")
 ALLOCATIONS = ("uniform", "measured", "owl")

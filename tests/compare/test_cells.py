@@ -31,6 +31,19 @@ def test_a_pattern_may_bring_its_budget():
     assert unit.pruning.pattern == "structured+rank" and unit.pruning.budget == "parameters:0.5"
 
 
+def test_a_method_may_bring_its_refit():
+    """The published CIFAR-10 row: Diff-Pruning's choice, compensated."""
+    methods = ["diff-pruning", "diff-pruning+refit", "obs+refit"]
+    given = options(methods=methods, reference="diff-pruning", patterns=["structured:0.5"])
+    (plain, refitted), [left] = units_of(given)
+    assert (plain.method, plain.pruning.method, plain.pruning.refit) == ("diff-pruning", "diff-pruning", None)
+    assert (refitted.method, refitted.pruning.method, refitted.pruning.refit) == (methods[1], "diff-pruning", True)
+    assert key_of(plain, None, {}, {}) != key_of(refitted, None, {}, {})
+    assert left.method == "obs+refit" and left.reason == "obs refits anyway; leave out +refit"
+    with pytest.raises(UserError, match="unknown method 'magic'"):
+        check(options(methods=["obs", "magic+refit"]))
+
+
 def test_what_does_not_go_together_is_left_out_with_the_reason():
     units, left_out = units_of(options(patterns=["2:4", "structured:0.5"], seeds=[0, 1]))
     assert [(unit.method, unit.pattern) for unit in units[:3]] == [

@@ -95,7 +95,7 @@ def test_an_unknown_need():
 def test_every_method_can_be_served():
     assert {name: observer_for(method.needs) for name, method in METHODS.items() if method.needs} == {
         "obs": "gram", "obs-diff": "gram", "admm": "gram", "sparsegpt": "gram", "wanda": "diagonal",
-        "dsnot": "diagonal", "taylor": "diagonal", "diff-pruning": "diagonal",
+        "dsnot": "diagonal", "taylor": "diagonal", "diff-pruning": "diagonal", "ecodiff": "diagonal",
     }  # fmt: skip
     assert not any(METHODS[name].needs for name in ("magnitude", "l1", "random"))
     assert {name: gradient_for(method.needs) for name, method in METHODS.items() if gradient_for(method.needs)} == {

@@ -57,6 +57,9 @@ def true_error(layer, x, result, channels=slice(None)):
     return float((alpha * (x @ (weight - dense).T + shift).square()).sum() / (alpha * output.square()).sum())
 
 
+SINGLE = [name for name, method in METHODS.items() if method.solve is not None]
+
+
 def solved(layer, x, method, pattern, **options):
     graph = Graph(nn.ModuleDict({"layer": layer}), SD3, (), {"layer": 0}, (Site(("layer",)),), ())
     options = SolveOptions(method, **options)
@@ -73,12 +76,13 @@ def cut(layer, x, method, **options):
     bundle, statistics = {"module": Structured(0.5, 0.5)}, {"layer": statistics_of(x)}
     generator = torch.Generator().manual_seed(2)
     slopes = {name: torch.randn(graph.weight(name).shape, generator=generator) for name in ("up", "layer")}
-    kept, results = solve_groups(graph, bundle, statistics, SolveOptions(method, **options), slopes)
+    gates = {"module": torch.randn(group.count, generator=generator)}
+    kept, results = solve_groups(graph, bundle, statistics, SolveOptions(method, **options), slopes, gates)
     return kept["module"], results["layer"]
 
 
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "2:4"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE)
 @pytest.mark.parametrize("refit", [None, True])
 def test_masks_and_weights_do_not_depend_on_an_offset(method, pattern, refit):
     """Where the bias takes up the mean, errors neither; published baselines go by raw second moments, by definition."""
@@ -97,7 +101,7 @@ def test_masks_and_weights_do_not_depend_on_an_offset(method, pattern, refit):
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("refit", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE)
 def test_reported_errors_are_true(method, refit, bias, offset):
     layer, x = layer_of(bias), inputs(offset)
     for pattern in ("unstructured:0.6", "2:4"):
@@ -149,7 +153,7 @@ def test_structured(method, size, refit):
             torch.testing.assert_close(result.weight, first.weight, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE)
 def test_inputs_that_do_not_vary(method):
     """One and the same token all the time: nothing fails, and a bias makes up for everything."""
     x = inputs(10.0)[:1].expand(TOKENS, -1)

@@ -11,6 +11,7 @@ MISTAKES = [
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--method", "foo"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--pattern", "half"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--method", "wanda", "--pattern", "structured:0.3"],
+    ["prune", "--pipeline", "digits-sd3", "--output", "o", "--method", "ecodiff", "--pattern", "2:4"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--calibration.weighting", "cosine"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--allocation", "best"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--budget", "size:1"],
@@ -71,6 +72,7 @@ def test_light_names_match_the_tables():
 
     assert tuple(METHODS) == names.METHODS
     assert tuple(name for name, method in METHODS.items() if method.structured) == names.STRUCTURED_METHODS
+    assert tuple(name for name, method in METHODS.items() if method.solve is None) == names.UNIT_METHODS
     assert {method.structured for method in METHODS.values()} - {None} == set(RULES)
     assert {method.allocation for method in METHODS.values()} <= set(names.ALLOCATIONS)
     assert tuple(FUSIONS) == names.FUSIONS

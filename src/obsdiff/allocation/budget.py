@@ -81,6 +81,9 @@ def costs_of(
 
         per_unit, every = {}, {}
         for name, group in groups.items():
+            if group.count == 1:  # a single head cannot go, so it belongs to what is fixed
+                per_unit[name] = every[name] = 0.0
+                continue
             half = group.count // 2
             fewer = flops(name, half)
             per_unit[name] = (total - fewer) / (group.count - half)

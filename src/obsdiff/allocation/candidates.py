@@ -118,7 +118,8 @@ class Solver:
             return self._rank(first, kept_units(first, pattern), vector)
         layers = dict.fromkeys(s.layer for name in patterns for s in self.graph.group_of[name].consumers)
         statistics = {layer: self._statistics_of(layer) for layer in layers}
-        kept, results = solve_groups(self.graph, patterns, statistics, self.options, self.statistics.slopes)
+        passes = self.statistics.slopes, self.statistics.openness
+        kept, results = solve_groups(self.graph, patterns, statistics, self.options, *passes)
         changes = {}
         for layer, result in results.items():
             # Without its columns in the consumers a unit has no effect, whatever its producers give.

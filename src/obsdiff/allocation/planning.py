@@ -12,7 +12,7 @@ from obsdiff.allocation.units import make_units
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph
-from obsdiff.obs.observers import GRADIENTS
+from obsdiff.obs.observers import PASSES
 from obsdiff.obs.pattern import NM, RANK, Depth, Hybrid, Request, of_layers, of_units, parse_request
 from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.layers import SolveOptions
@@ -81,7 +81,7 @@ def needs_for(options: PruningOptions, statistics: Path | None) -> frozenset[str
     if pattern is None:
         return frozenset()
     own = needed(pattern, solve_options(options))
-    return frozenset({"gram"}) | (own & GRADIENTS.keys()) if kept or allocates(options) else own
+    return frozenset({"gram"}) | (own & PASSES) if kept or allocates(options) else own
 
 
 def check_options(options: PruningOptions, statistics: Path | None = None, sensitivity: Path | None = None) -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from obsdiff.errors import UserError
-from obsdiff.names import ALLOCATIONS, DEAD, EXTRACTORS, FUSIONS, MEASURES, METHODS, STRUCTURED_METHODS
+from obsdiff.names import ALLOCATIONS, DEAD, EXTRACTORS, FUSIONS, MEASURES, METHODS, STRUCTURED_METHODS, UNIT_METHODS
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import RANK, Depth, Hybrid, is_bare, of_layers, of_units, parse_request
 from obsdiff.obs.timesteps import timestep_weights
@@ -89,6 +89,12 @@ def check_values(options: PruningOptions) -> None:
             *some, last = STRUCTURED_METHODS
             other = f"{', '.join(some)} or {last}"
             raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {units}")
+        single = of_layers(request) is not None and of_layers(request) != units
+        if single and options.method in UNIT_METHODS:
+            raise UserError(
+                f"method {options.method} removes whole heads, neurons and channels, no single weights; use it with "
+                f"structured:RATIO, or another method with {options.pattern}"
+            )
         if isinstance(of_layers(request), Hybrid) and (options.budget or "").startswith("sparsity:"):
             raise UserError(
                 f"a budget in sparsity does not say how {options.pattern} shares it between units and single weights; "

@@ -33,11 +33,12 @@ from obsdiff.models.graph import Graph, Site
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
-from obsdiff.obs.observers import GRADIENTS, gradient_for
+from obsdiff.obs.observers import GATES, PASSES, gradient_for
 from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.dead import fate_of_dead, without_dead
 from obsdiff.pruning.defaults import departures
+from obsdiff.pruning.gates import STEPS, gated_groups
 from obsdiff.pruning.gradients import TIMES, layers_of
 from obsdiff.pruning.oneshot import prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
@@ -203,22 +204,34 @@ def _prune_numbered(
 def _calibrated(
     subject: Subject, options: PruningOptions, prompts: Sequence[str], kept: _Kept, sites: set[str] | None
 ) -> Statistics:
-    """The statistics that the options ask for."""
-    settings, statistics = options.calibration, kept.statistics
-    return calibrate(
-        subject,
-        prompts,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        weighting=weighting_of(options, statistics),
-        tokens=settings.tokens,
-        batch_size=settings.batch_size,
-        seed=options.seed,
-        store=statistics,
-        sites=sites,
-        needs=needs_for(options, statistics),
-        quiet=kept.quiet,
-    )
+    """The statistics that the options ask for, at some sites (None: all). A folder keeps the inputs of all, since it
+    serves every pattern and method; what it does not keep is measured for these alone."""
+    settings, wanted = options.calibration, needs_for(options, kept.statistics)
+
+    def measure(sites: set[str] | None, store: Path | None, needs: Collection[str]) -> Statistics:
+        return calibrate(
+            subject,
+            prompts,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            weighting=weighting_of(options, kept.statistics),
+            tokens=settings.tokens,
+            batch_size=settings.batch_size,
+            seed=options.seed,
+            store=store,
+            sites=sites,
+            needs=needs,
+            quiet=kept.quiet,
+        )
+
+    if kept.statistics is None:
+        return measure(sites, None, wanted)
+    found = measure(None, kept.statistics, wanted - PASSES)
+    if not wanted & PASSES:
+        return found
+    own = measure(sites, None, wanted & PASSES)
+    spent = {**found.time_s, "calibrate": found.time_s["calibrate"] + own.time_s["calibrate"]}
+    return replace(found, gradients=own.gradients, gates=own.gates, time_s=spent)
 
 
 def _prune_layers(
@@ -234,7 +247,7 @@ def _prune_layers(
     found: Any = measure if measures(options, statistics) else None
     ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
     if allocates(options) or statistics is not None or (ranked and packages_for(options, statistics) == 1):
-        found = measure(plan.sites(graph) if statistics is None else None)  # a store serves every pattern and method
+        found = measure(plan.sites(graph))
     record, allocate_s = None, 0.0
     if allocates(options):
         started = time.perf_counter()
@@ -319,12 +332,13 @@ def _memory(graph: Graph, sites: Sequence[Site], needs: Collection[str], passes:
     numbers = [weight_matrices(graph.layer(site.name)).shape for site in sites]
     whole = "gram" in needs
     hessians = sum(4 * groups * columns ** (2 if whole else 1) for groups, _, columns in numbers)
-    held = (
-        {} if needs and set(needs) <= GRADIENTS.keys() else {"Hessians" if whole else "diagonals of Hessians": hessians}
-    )
+    held = {} if needs and set(needs) <= PASSES else {"Hessians" if whole else "diagonals of Hessians": hessians}
     if gradient_for(needs) is not None:
         layers = layers_of(graph, [site for site in sites if site not in graph.vectors])
         held[f"gradients of the loss at {TIMES} times"] = 4 * sum(graph.weight(layer).numel() for layer in layers)
+    if GATES in needs:
+        units = sum(group.count for group in gated_groups(graph, sites))
+        held[f"gates, learned in {STEPS} steps,"] = 16 * units  # λ, its gradient and the optimizer's two moments
     return ", ".join(f"{what} take {size / passes / 2**20:,.0f} MiB" for what, size in held.items())
 
 

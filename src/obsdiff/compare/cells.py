@@ -18,6 +18,7 @@ from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
 from obsdiff.yamlfiles import read_yaml
 
+REFIT = "+refit"  # added to a method: what it leaves by least squares
 ONE_SHOT = "one shot"  # the name of a row that nothing was trained for
 
 
@@ -85,7 +86,8 @@ def _request(options: CompareOptions, method: str, pattern: str, allocation: str
     return PruningOptions(
         pattern=text,
         budget=budget.strip() or None,
-        method=method,
+        method=method.removesuffix(REFIT),
+        refit=True if method.endswith(REFIT) else None,
         allocation=allocation,
         seed=seed,
         calibration=options.calibration,
@@ -95,7 +97,10 @@ def _request(options: CompareOptions, method: str, pattern: str, allocation: str
 def _check_together(pruning: PruningOptions) -> None:
     """Refuse a method, a pattern and an allocation that do not go together."""
     from obsdiff.allocation.planning import check_options
+    from obsdiff.criteria import find_method
 
+    if pruning.refit and find_method(pruning.method).refit:
+        raise UserError(f"{pruning.method} refits anyway; leave out {REFIT}")
     check_options(pruning)
 
 
@@ -114,7 +119,7 @@ def check(options: CompareOptions) -> None:
     for pattern in options.patterns:
         check_values(_request(options, "obs", pattern, "uniform", 0))
     for method in (*options.methods, options.reference):
-        check_values(PruningOptions(method=method))
+        check_values(PruningOptions(method=method.removesuffix(REFIT)))
     for allocation in options.allocations:
         check_values(PruningOptions(allocation=allocation))
     if options.reference not in options.methods:

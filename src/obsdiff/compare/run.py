@@ -39,7 +39,7 @@ from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.content import component_hashes
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import subject_of
-from obsdiff.obs.observers import GRADIENTS
+from obsdiff.obs.observers import PASSES
 from obsdiff.pruning.folder import load_pipeline, write_pipeline
 from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.options import EvaluationOptions
@@ -237,7 +237,7 @@ def _kept(unit: Unit, dense: Dense, prompts: Sequence[str]) -> tuple[Path | None
     measured = [dense.content, prompts, asdict(options.calibration), options.seed, str(depth_of(options))]
     measured.append(weighting_of(options, None))
     needs = needs_for(options, None)
-    alone = packages_for(options, None) == 1 and bool(needs - GRADIENTS.keys())  # no store holds gradients
+    alone = packages_for(options, None) == 1 and bool(needs - PASSES)  # no store holds gradients or gates
     store = dense.shared / f"statistics-{digest(measured)[:16]}" if alone else None
     if rule_of(options) != "measured":
         return store, None

@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
     "dsnot": Method(dsnot.solve, needs=frozenset({"diagonal"})),
     "taylor": Method(taylor.solve, needs=frozenset({"loss_gradient"}), structured="taylor"),
     "diff-pruning": Method(diff_pruning.solve, needs=frozenset({"large_loss_gradient"}), structured="diff-pruning"),
+    "ecodiff": Method(None, needs=frozenset({"gates"}), structured="ecodiff"),
     "magnitude": Method(magnitude.solve, needs=frozenset(), structured="magnitude"),
     "l1": Method(l1.solve, needs=frozenset(), structured="l1"),
     "random": Method(random.solve, needs=frozenset(), structured="random"),

@@ -80,6 +80,7 @@ class GroupProblem:
         seed: For rules that draw.
         gradients: Of a loss by the producers' weights, float32 and laid out like ``producers``, where they were asked
             for; those by the consumers' weights are with the consumers.
+        gates: λ of each unit, float32 (count,), where gates were learned.
     """
 
     consumers: Sequence[Consumer]
@@ -91,6 +92,7 @@ class GroupProblem:
     damping: float
     seed: int
     gradients: Sequence[Tensor] | None = None
+    gates: Tensor | None = None
 
     @property
     def slopes(self) -> Sequence[Tensor]:
@@ -98,6 +100,13 @@ class GroupProblem:
         if self.gradients is None:
             raise ValueError("this rule needs the gradients of a loss")
         return self.gradients
+
+    @property
+    def openness(self) -> Tensor:
+        """The gates, for rules that need them."""
+        if self.gates is None:
+            raise ValueError("this rule needs learned gates")
+        return self.gates
 
 
 @dataclass(frozen=True)
@@ -113,11 +122,11 @@ class Method:
     """What the driver may ask about a method.
 
     Attributes:
-        solve: Prunes the layers of one site.
+        solve: Prunes the layers of one site; None: it removes whole units only.
         refit: Whether least squares on the kept weights follows by default.
         refit_steps: Conjugate-gradient steps it needs at least; fewer where the start is already compensated.
         needs: What it needs of a calibration, names of :data:`obsdiff.obs.observers.OBSERVERS` (each of which knows the
-            inputs' means too) and :data:`obsdiff.obs.observers.GRADIENTS`; none: it goes by the weights alone.
+            inputs' means too) and of :data:`obsdiff.obs.observers.PASSES`; none: it goes by the weights alone.
         structured: How it chooses heads and neurons, a name of :data:`obsdiff.criteria.structured.RULES`; None: it
             cannot.
         compensates: Whether what stays of heads and neurons is solved for even without a refit.
@@ -129,7 +138,7 @@ class Method:
         cuts: Kinds of units that ``structured:RATIO`` removes; others go where the pattern names them.
     """
 
-    solve: Callable[[Problem], list[Solution]]
+    solve: Callable[[Problem], list[Solution]] | None
     refit: bool = False
     refit_steps: int = STEPS
     needs: frozenset[str] = frozenset({"gram"})

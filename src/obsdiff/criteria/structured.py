@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from obsdiff.criteria import diff_pruning, l1, obs_diff, taylor
+from obsdiff.criteria import diff_pruning, ecodiff, l1, obs_diff, taylor
 from obsdiff.criteria.base import GroupProblem
 from obsdiff.obs.structured import keep_highest, select_groups
 
@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {
     "obs-diff": obs_diff.choose,
     "taylor": taylor.choose,
     "diff-pruning": diff_pruning.choose,
+    "ecodiff": ecodiff.choose,
     "magnitude": magnitude,
     "l1": l1.choose,
     "random": random,

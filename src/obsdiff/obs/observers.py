@@ -70,6 +70,9 @@ OBSERVERS: dict[str, type[Observer]] = {"diagonal": Diagonal, "gram": Gram}  # t
 GRADIENTS: dict[str, float] = {"loss_gradient": 0.0, "large_loss_gradient": 0.05}
 """Needs that are gradients of the denoising loss instead of layer inputs (:mod:`obsdiff.pruning.gradients`): the share
 of the largest loss that the loss at a time must exceed to count."""
+GATES = "gates"  # learned on units (:mod:`obsdiff.pruning.gates`)
+PASSES = frozenset({*GRADIENTS, GATES})
+"""Needs that are no layer inputs: each is a pass of its own, whose result no store keeps."""
 
 
 def observer_for(needs: Collection[str]) -> str:
@@ -78,12 +81,12 @@ def observer_for(needs: Collection[str]) -> str:
     Raises:
         UserError: There is none.
     """
-    wanted = ({needs} if isinstance(needs, str) else set(needs)) - GRADIENTS.keys()
+    wanted = ({needs} if isinstance(needs, str) else set(needs)) - PASSES
     for name, observer in OBSERVERS.items():
         if wanted <= observer.gives:
             return name
     unknown = sorted(wanted - set(OBSERVERS))
-    raise UserError(f"nothing measures {', '.join(unknown)}; needs are of {', '.join((*OBSERVERS, *GRADIENTS))}")
+    raise UserError(f"nothing measures {', '.join(unknown)}; needs are of {', '.join((*OBSERVERS, *GRADIENTS, GATES))}")
 
 
 def gradient_for(needs: Collection[str]) -> str | None:

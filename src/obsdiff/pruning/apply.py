@@ -57,11 +57,11 @@ def apply_package(job: Job, package: Collection[str], found: Statistics | None, 
         found: Measured on the denoiser as it is, if anything was.
         once: The statistics serve this alone, and are let go site by site as they are used.
     """
-    plan, slopes = job.plan, None if found is None else found.slopes
+    plan, slopes, gates = job.plan, None if found is None else found.slopes, None if found is None else found.openness
     read: Read | None = None
     if found is not None and found.inputs:
         read = found.take if once and not (plan.structured and plan.weights) else found.site
-    kept = _shrink_modules(job, package, read, slopes) if plan.structured else {}
+    kept = _shrink_modules(job, package, read, slopes, gates) if plan.structured else {}
     if plan.weights:
         narrowed = None if read is None else _narrowed(job.graph, read, kept)
         _mask_sites(job, package, narrowed, None if slopes is None else _left_of(job.graph, slopes, kept))
@@ -131,7 +131,11 @@ def _whole(group: Group, pattern: Structured) -> bool:
 
 
 def _shrink_modules(
-    job: Job, package: Collection[str], read: Read | None, slopes: Mapping[str, Tensor] | None
+    job: Job,
+    package: Collection[str],
+    read: Read | None,
+    slopes: Mapping[str, Tensor] | None,
+    gates: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """Choose the units that stay of a package's groups and cut the others out.
 
@@ -139,6 +143,7 @@ def _shrink_modules(
         Bool (count,) by group whose units are entries of tensors, True = kept.
     """
     graph, modules, report = job.graph, job.plan.modules, job.report
+    left = dict(slopes or {})  # gradients of the weights as they are now
     whole = [name for name, pattern in modules.items() if _whole(graph.group_of[name], pattern)]
     report.masks |= {name: torch.ones(graph.group_of[name].count, dtype=torch.bool) for name in whole}
     report.sparsity_per_layer |= dict.fromkeys(whole, 0.0)
@@ -155,7 +160,7 @@ def _shrink_modules(
             sites = {graph.site_of[layer].name: graph.weight(layer).device for layer in consumers}
             known = {site: read(site, device) for site, device in sites.items()}  # each once: it is let go
             found = {layer: known[graph.site_of[layer].name] for layer in consumers}
-        kept, results = solve_groups(graph, patterns, found, job.options, slopes)
+        kept, results = solve_groups(graph, patterns, found, job.options, left or None, gates)
         return {name: units.cpu() for name, units in kept.items()}, portable(results)
 
     cut_units: dict[str, Tensor] = {}
@@ -165,6 +170,8 @@ def _shrink_modules(
                 basis = results[group.layers[0]].basis
                 assert basis is not None
                 project(job.edits, graph, group, basis)
+                for layer in set(group.layers) & left.keys():
+                    left[layer] = left[layer] @ basis.to(left[layer]).T  # dL/dW' where the layer is W' E x
         cut(job.edits, graph, kept, {name: (result.weight, result.bias_shift) for name, result in results.items()})
         cut_units |= {name: units for name, units in kept.items() if graph.group_of[name].basis is None}
         report.masks |= kept

@@ -18,11 +18,12 @@ from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.numbers import check_seed, check_whole
-from obsdiff.obs.observers import GRADIENTS, gradient_for, observer_for
+from obsdiff.obs.observers import GATES, PASSES, gradient_for, observer_for
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.progress import track
 from obsdiff.pruning.collect import collecting
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
+from obsdiff.pruning.gates import check_gateable, gated_groups, learned_gates
 from obsdiff.pruning.gradients import check_differentiable, layers_of, loss_gradients
 from obsdiff.pruning.statistics import (
     INDEX,
@@ -73,23 +74,24 @@ def calibrate(
         sites: Only these sites (names of their first layers); None: all.
         needs: What the statistics are for, names of :data:`obsdiff.obs.observers.OBSERVERS`: "gram" serves every
             method that goes by layer inputs, "diagonal" (of H) only those that need no more (wanda, dsnot), at a
-            fraction of time and memory; and of :data:`obsdiff.obs.observers.GRADIENTS`, which are a pass of their own
-            (:mod:`obsdiff.pruning.gradients`) whose result no store keeps.
+            fraction of time and memory; and of :data:`obsdiff.obs.observers.PASSES`, each of which is a pass of its own
+            (:mod:`obsdiff.pruning.gradients`, :mod:`obsdiff.pruning.gates`) whose result no store keeps.
         quiet: No progress bar.
 
     Returns:
         The statistics, in memory or in the store.
 
     Raises:
-        UserError: Non-finite activations, a layer that saw no input, a store of other settings, a gradient that cannot
-            be measured.
+        UserError: Non-finite activations, a layer that saw no input, a store of other settings, a gradient or gates
+            that cannot be had.
     """
     subject = subject_of(pipe, prompts)
     call = call_arguments(subject.pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     settings = Settings(call, seed, weighting, tokens, batch_size)
     _check(settings, prompts)
     observer, slope = observer_for(needs), gradient_for(needs)
-    inputs = {needs} - GRADIENTS.keys() if isinstance(needs, str) else set(needs) - GRADIENTS.keys()
+    wanted = {needs} if isinstance(needs, str) else set(needs)
+    inputs = wanted - PASSES
     graph = subject.graph
     if isinstance(sites, str):
         raise UserError(f"sites is one text, {sites!r}; give a set of names")
@@ -99,17 +101,24 @@ def calibrate(
     subject.check(list(graph.layers) if sites is None else [layer for site in chosen for layer in site.layers])
     if slope is not None:
         check_differentiable(subject)
+    groups = gated_groups(graph, chosen) if GATES in wanted else []
+    if GATES in wanted:
+        check_gateable(subject, groups)
     fingerprint = fingerprint_of(subject, prompts, settings)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0}, observer=observer)
-    if inputs or slope is None or store is not None:
+    if inputs or not wanted & PASSES or store is not None:
         request = _Request(subject, chosen, prompts, settings, None if store is None else Path(store), quiet)
         statistics = _inputs(request, statistics, inputs)
+    if wanted & PASSES:
+        told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
     if slope is not None:
         reading = [site for site in chosen if site not in graph.vectors]
-        told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
-        found = loss_gradients(subject, told, settings, layers_of(graph, reading), slope, quiet)
-        statistics.gradients = found
-        statistics.time_s = statistics.time_s | {"calibrate": statistics.time_s["calibrate"] + found.time_s}
+        statistics.gradients = loss_gradients(subject, told, settings, layers_of(graph, reading), slope, quiet)
+    if groups:
+        statistics.gates = learned_gates(subject, told, settings, groups, quiet)
+    spent = sum(done.time_s for done in (statistics.gradients, statistics.gates) if done is not None)
+    if spent:
+        statistics.time_s = statistics.time_s | {"calibrate": statistics.time_s["calibrate"] + spent}
     return statistics
 
 

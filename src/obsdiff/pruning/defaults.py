@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from obsdiff.criteria import find_method
-from obsdiff.obs.observers import GRADIENTS
+from obsdiff.obs.observers import PASSES
 from obsdiff.obs.pattern import KINDS, RANK, Hybrid, Pattern, Structured
 
 
@@ -37,7 +37,7 @@ def departures(method: str, measured: Mapping[str, Any] | None, packages: int) -
         packages: Calibration passes.
     """
     row = find_method(method)
-    if measured is None or not row.needs - GRADIENTS.keys():  # the loss is not weighted
+    if measured is None or not row.needs - PASSES:  # no loss is weighted
         return []
     found = []
     if (weighting := measured.get("weighting")) != row.weighting:

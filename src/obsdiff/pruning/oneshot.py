@@ -61,7 +61,8 @@ def prune(
         method: One of :data:`obsdiff.criteria.METHODS`.
         statistics: From :func:`obsdiff.calibrate`; or a function that calibrates the sites it is given, called once
             per package. Methods that look at weights alone (magnitude, l1, random) need none; with it their layer
-            errors are reported. Those that go by gradients (taylor, diff-pruning) need a calibration made for them.
+            errors are reported. Those that go by gradients (taylor, diff-pruning) or gates (ecodiff) need a calibration
+            made for them.
         refit: Least squares on what is kept; None takes the method's default (on for obs and admm).
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`.
         packages: Calibration passes; later layers are calibrated with earlier ones pruned (OBS-Diff §4.2). Needs a
@@ -128,10 +129,7 @@ def prune(
             if found is not None:
                 check_serves(found, needed(pattern, options), f"method {method}")
                 if report.fingerprint is None:  # the first one's: of the dense model
-                    report.fingerprint = found.fingerprint
-                    if found.gradients is not None:
-                        more = found.gradients.to_json() | {"inputs": found.inputs}
-                        report.fingerprint = {**found.fingerprint, "gradients": more}
+                    report.fingerprint = found.described()
                 _add(report.time_s, found.time_s)
             solve_started = time.perf_counter()
             apply_package(job, package, found, once=callable(statistics))
@@ -188,6 +186,11 @@ def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: in
         *some, last = (name for name, other in METHODS.items() if other.structured is not None)
         others = f"{', '.join(some)} or {last}"
         raise UserError(f"method {options.method} cannot prune heads and neurons; use {others} with {pattern}")
+    if pattern != units and method.solve is None:
+        raise UserError(
+            f"method {options.method} removes whole heads, neurons and channels, no single weights; use it with "
+            f"structured:RATIO, or another method with {pattern}"
+        )
     if isinstance(pattern, Hybrid) and packages > 1:
         raise UserError(f"{pattern} goes by one calibration of the dense model; use --calibration.packages 1")
     if options.fusion not in FUSIONS:
@@ -215,8 +218,10 @@ def _check(
 def needed(pattern: Pattern | Hybrid, options: SolveOptions) -> frozenset[str]:
     """What of a calibration; ranks go by whole covariances, whatever the method."""
     units = of_units(pattern)
-    rank = units is not None and units.rank is not None
-    return options.needs | ({"gram"} if rank else set())
+    if units is None or units.rank is None:
+        return options.needs
+    alone = units.kinds == (RANK,) and pattern == units  # then the method has no part in it
+    return frozenset({"gram"}) | (set() if alone else options.needs)
 
 
 def _add(times: dict[str, float], more: Mapping[str, float]) -> None:

@@ -135,9 +135,10 @@ class PruningOptions:
             "structured+rank" will do. depth:STAGES or depth:SHARE removes whole blocks, alone or before one of these
             (depth:2+structured:0.3). N:M or unstructured:RATIO after structured or rank (structured+rank+2:4) prunes
             single weights of what those leave of each layer.
-        method: obs (ours), obs-diff (as published), admm, sparsegpt, wanda, dsnot, taylor, diff-pruning, magnitude, l1
-            or random. Those that cut heads and neurons: obs, obs-diff, taylor, diff-pruning, magnitude, l1, random;
-            taylor and diff-pruning measure gradients of the denoising loss in a pass of their own.
+        method: obs (ours), obs-diff (as published), admm, sparsegpt, wanda, dsnot, taylor, diff-pruning, ecodiff,
+            magnitude, l1 or random. Those that cut heads and neurons: obs, obs-diff, taylor, diff-pruning, ecodiff,
+            magnitude, l1, random; taylor and diff-pruning measure gradients of the denoising loss, ecodiff learns
+            gates of heads and neurons, each in a pass of its own.
         plan: YAML file with a pattern by layer, such as an earlier run's plan.yaml; stands in place of pattern.
         allocation: uniform (every layer the same), measured (by a sensitivity scan, where it hurts least) or owl (by
             outliers of each block). Default: measured for obs and admm, but uniform for N:M, for several packages and

@@ -16,7 +16,7 @@ from obsdiff.models.graph import Graph, Group, Slices
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.linalg import SingularHessian
 from obsdiff.obs.moments import Moments, Powers, relative_error
-from obsdiff.obs.observers import GRADIENTS, Observer
+from obsdiff.obs.observers import PASSES, Observer
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.obs.refit import STEPS, refit
 from obsdiff.obs.structured import Consumer, compensate
@@ -61,6 +61,7 @@ def solve_layers(
 ) -> list[LayerResult]:
     """Like :func:`solve_site`, in a list: a layer may stand in ``layers`` several times, with different patterns."""
     method = METHODS[options.method]
+    assert method.solve is not None, f"{options.method} removes whole units"
     dense = [weight_matrices(graph.layer(name)).detach().float() for name in layers]
     biases = [_biases(graph.layer(name), len(dense[0])) for name in layers]
     gradients = _slopes(slopes, layers, dense)
@@ -71,7 +72,7 @@ def solve_layers(
         moments = known if isinstance(known, Moments) else None
         weights = [matrix[group] for matrix in dense]
         seeds = [layer_seed(options.seed + group, name) for name in layers]
-        hessian = moments.seen(centred) if moments is not None and method.needs - GRADIENTS.keys() else None
+        hessian = moments.seen(centred) if moments is not None and method.needs - PASSES else None
         problem = Problem(weights, patterns, hessian, options.damping, seeds)
         if known is not None:
             power = known.power if isinstance(known, Powers) else None
@@ -197,6 +198,7 @@ def solve_groups(
     statistics: Mapping[str, Observer] | None,
     options: SolveOptions,
     slopes: Mapping[str, Tensor] | None = None,
+    gates: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, LayerResult]]:
     """Choose the units to keep, and the consumers' weights on the kept channels.
 
@@ -207,6 +209,7 @@ def solve_groups(
         statistics: By consumer layer.
         options: How.
         slopes: Gradients of a loss by layer, for methods that need them.
+        gates: Of the units by group, for methods that need them.
 
     Returns:
         Bool (count,) by group, True = kept; and the consumers' results.
@@ -225,7 +228,9 @@ def solve_groups(
     seen = {name: _seen(moments.get(name), graph.layer(name), options) for name in layers}
     try:
         kept = {
-            group.name: _choose(graph, group, kept_units(group, bundle[group.name]), dense, seen, options, slopes)
+            group.name: _choose(
+                graph, group, kept_units(group, bundle[group.name]), dense, seen, options, slopes, gates
+            )
             for group in groups
         }
         results = {}
@@ -263,6 +268,7 @@ def _choose(
     seen: Mapping[str, Tensor | None],
     options: SolveOptions,
     slopes: Mapping[str, Tensor] | None,
+    gates: Mapping[str, Tensor] | None,
 ) -> Tensor:
     """Bool (count,): the units of a group that stay, by the method's rule."""
     rule = METHODS[options.method].structured
@@ -294,8 +300,17 @@ def _choose(
             options.damping,
             layer_seed(options.seed, group.name),
             gradients,
+            _gates(gates, group),
         ),
     )
+
+
+def _gates(gates: Mapping[str, Tensor] | None, group: Group) -> Tensor | None:
+    if gates is None:
+        return None
+    if group.name not in gates:
+        raise UserError(f"there are no gates of {group.name}; calibrate again with the modules you want to prune")
+    return gates[group.name]
 
 
 def _units_first(weight: Tensor, hessian: Tensor | None, columns: Tensor, gradient: Tensor | None) -> Consumer:

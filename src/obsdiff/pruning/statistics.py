@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.files import check_folder, check_writable, read_json, remove_folder, whole_folder, write_json
 from obsdiff.models.content import model_hash as model_hash  # part of what this module offers
-from obsdiff.obs.observers import GRADIENTS, OBSERVERS, Observer, gradient_for
+from obsdiff.obs.observers import GATES, OBSERVERS, PASSES, Observer, gradient_for
 
 INDEX = "statistics.json"
 UNFINISHED = ".unfinished"  # added to a store's name for what a calibration has so far
@@ -56,6 +56,29 @@ class LossGradients:
         return {"need": self.need, "losses": losses, "used": [f"{at:g}" for at in self.used], "rows": self.rows}
 
 
+@dataclass(frozen=True)
+class LearnedGates:
+    """What learning gates leaves.
+
+    Attributes:
+        by_group: λ of each unit by group, float32 (count,), on the denoiser's device.
+        losses: The distillation loss over the first and over the last tenth of the steps.
+        steps: Of the optimizer.
+        rows: What it took, as for gradients.
+        time_s: Seconds it took.
+    """
+
+    by_group: Mapping[str, Tensor]
+    losses: tuple[float, float]
+    steps: int
+    rows: int
+    time_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What a manifest keeps."""
+        return {"steps": self.steps, "loss_before": self.losses[0], "loss_after": self.losses[1], "rows": self.rows}
+
+
 @dataclass
 class Statistics:
     """What a calibration leaves.
@@ -68,6 +91,7 @@ class Statistics:
         time_s: Seconds spent: "calibrate" in all, "forward_only" in the denoiser itself.
         observer: What was accumulated at each site, a name of :data:`obsdiff.obs.observers.OBSERVERS`.
         gradients: Of the denoising loss, if they were asked for; a store does not keep them.
+        gates: Of units, if they were asked for; a store does not keep them.
     """
 
     fingerprint: dict[str, Any]
@@ -78,6 +102,7 @@ class Statistics:
     index: dict[str, Any] = field(default_factory=dict)
     observer: str = "gram"
     gradients: LossGradients | None = None
+    gates: LearnedGates | None = None
 
     @property
     def inputs(self) -> bool:
@@ -88,6 +113,17 @@ class Statistics:
     def slopes(self) -> Mapping[str, Tensor] | None:
         """Gradients by layer, if there are any."""
         return None if self.gradients is None else self.gradients.by_layer
+
+    @property
+    def openness(self) -> Mapping[str, Tensor] | None:
+        """Gates by group, if there are any."""
+        return None if self.gates is None else self.gates.by_group
+
+    def described(self) -> dict[str, Any]:
+        """The fingerprint with what the passes of their own cost, as a manifest keeps it."""
+        passes = {"gradients": self.gradients, "gates": self.gates}
+        found = {name: {**done.to_json(), "inputs": self.inputs} for name, done in passes.items() if done is not None}
+        return {**self.fingerprint, **found}
 
     def __contains__(self, site: str) -> bool:
         return site in self.sites or site in self.index
@@ -140,7 +176,12 @@ def check_serves(statistics: Statistics, needs: Collection[str], what: str) -> N
             f"the statistics hold no {slope}, which {what} needs (a store keeps none); calibrate for that "
             f"(needs={sorted(needs)})"
         )
-    if missing := sorted(set(needs) - GRADIENTS.keys() - OBSERVERS[statistics.observer].gives):
+    if GATES in needs and statistics.gates is None:
+        raise UserError(
+            f"the statistics hold no gates, which {what} needs (a store keeps none); calibrate for them "
+            f"(needs={sorted(needs)})"
+        )
+    if missing := sorted(set(needs) - PASSES - OBSERVERS[statistics.observer].gives):
         place = "" if statistics.folder is None else f" in {statistics.folder}"
         other = "" if statistics.folder is None else ", into another folder"
         raise UserError(
