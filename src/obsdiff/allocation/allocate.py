@@ -203,6 +203,7 @@ def _scanned(
         probe,
         conditioning_hash(subject.pipe, prompts),
         levels=options.scan.levels,
+        by=options.scan.by,
         store=store,
         quiet=quiet,
     )
@@ -218,7 +219,7 @@ def _least(units: Sequence[Unit], errors: Sequence[Sequence[float]], costs: Cost
 def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
     """The unit's error at each of its options."""
     shares = [removed(option) for option in unit.options]
-    return error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], shares)
+    return error_curve(sensitivity.solved[unit.name], sensitivity.errors(unit.name), shares)
 
 
 def settings_of(statistics: Statistics, batch_size: int) -> Settings:
@@ -267,4 +268,5 @@ def probe_for(
     triples, pipe = triples_of(subject.graph, units, scanning, calls), subject.pipe
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, settings.call)
     probe = record_probe(subject, conditioning, settings, triples)
-    return probe, passes_needed(subject.graph, units, scanning.levels) * len(probe) / calls
+    passes = passes_needed(subject.graph, units, scanning.levels, scanning.by, len(probe))
+    return probe, passes * len(probe) / calls

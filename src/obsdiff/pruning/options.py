@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+FORWARD, BACKWARD = "forward", "backward"  # ways to scan
+
 
 @dataclass
 class CalibrationOptions:
@@ -68,10 +70,13 @@ class ScanOptions:
             beside ranks also 0.9 and 0.98; ranks: 0.5, 0.75, 0.85, 0.95).
         triples: Recorded (latent, step, prompt) triples to measure on, for depth too; default: 160, or fewer where the
             scan would run the denoiser on more than 12 times what a calibration pass does.
+        by: forward (the denoiser runs at all levels) or backward (at the largest share only, on 32 of the triples; the
+            errors at the others are predicted from gradients of the output).
     """
 
     levels: Sequence[float] | None = None
     triples: int | None = None
+    by: str = FORWARD
 
 
 @dataclass(frozen=True)
