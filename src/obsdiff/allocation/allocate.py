@@ -53,6 +53,11 @@ class Allocation:
     sensitivity: Sensitivity | None = None
 
     @property
+    def notes(self) -> list[str]:
+        """For people: what was not done as it was asked for."""
+        return [self.sensitivity.note] if self.sensitivity is not None and self.sensitivity.note else []
+
+    @property
     def earlier_s(self) -> float:
         """Seconds that earlier runs spent on the scan that the store held."""
         return 0.0 if self.sensitivity is None else self.sensitivity.earlier_s
@@ -139,6 +144,8 @@ def allocate(
         "uniform_joint_error": uniform,
         "scan": {
             **sensitivity.cost,
+            "by": options.scan.by,
+            "note": sensitivity.note,
             "triples": sensitivity.triples,
             "bare_passes": scanned.bare_passes,
             "denoiser_calls": probe.recorded + round(len(probe) * (sensitivity.cost["passes"] + CHECKS)),

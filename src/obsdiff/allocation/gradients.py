@@ -214,7 +214,7 @@ def _taps(graph: Graph, layers: Mapping[str, Sequence[_Change]]) -> Iterator[_Ta
     """Taps behind all ``layers``, gone afterwards."""
     anchor = torch.zeros((), requires_grad=True, device=next(graph.denoiser.parameters()).device)
     taps = _Taps(layers, anchor)
-    handles = [graph.layer(name).register_forward_hook(partial(taps.see_call, name)) for name in layers]
+    handles = [graph.layer(name).register_forward_hook(partial(taps.see_call, name), prepend=True) for name in layers]
     try:
         yield taps
     finally:
