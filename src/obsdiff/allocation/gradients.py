@@ -153,7 +153,7 @@ class _Taps:
                 raise NotDifferentiable(f"the input of {name} is changed in place")
             self._see(name, module, x, gradient)
 
-        return _Tap.apply(self.anchor, output, see)  # type: ignore[no-any-return, no-untyped-call]
+        return _Tap.apply(self.anchor, output, see)
 
     def pull(self, output: Tensor, signs: Tensor, again: bool) -> dict[str, Tensor]:
         """One backward pass from ``⟨signs, output⟩``; ``again``: another follows."""
