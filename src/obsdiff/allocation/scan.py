@@ -37,7 +37,8 @@ MEASURED_STRUCTURED = (0.25, 0.5, 0.75)
 # Beside ranks the text stream's neurons go nearly all, where an extrapolated error is two to three times too small.
 MEASURED_BESIDE_RANKS = (0.25, 0.5, 0.75, 0.9, 0.98)
 MEASURED_RANK = (0.5, 0.75, 0.85, 0.95)  # errors of ranks fall by orders of magnitude
-VECTORS = 2  # random vectors per call that errors are predicted with
+VECTORS = 2  # random vectors per call that errors of layers are predicted with
+VECTORS_STRUCTURED = 4  # modules are few, so that what their errors are off by averages out less
 TAIL_TRIPLES = 32  # of the probe, on which a backward scan measures the largest share
 HELD_BYTES = 2**28  # changes of weights that one backward pass serves; of large denoisers as much as they take
 TRIPLES = 160
@@ -106,7 +107,7 @@ def passes_needed(
             runs += stages - first  # moving on
             first = part[0].stage
         if by == BACKWARD:
-            runs += (1 + VECTORS) * (stages - first)
+            runs += (1 + vectors_of(units)) * (stages - first)
         if few == 1:
             at = first
         for unit in part:
@@ -117,6 +118,11 @@ def passes_needed(
         if few == 1:
             first = at
     return runs / stages
+
+
+def vectors_of(units: Sequence[Unit]) -> int:
+    """Random vectors per call that the errors of units are predicted with."""
+    return VECTORS_STRUCTURED if isinstance(units[0].options[-1], Structured) else VECTORS
 
 
 def few_triples(triples: int, by: str) -> int:
@@ -275,7 +281,9 @@ class _Scanner:
             self.whole.advance(part[0].stage)
             try:
                 errors = predicted_errors(
-                    self.whole, {name: list(found.values()) for name, found in self.candidates.items()}, VECTORS
+                    self.whole,
+                    {name: list(found.values()) for name, found in self.candidates.items()},
+                    vectors_of(part),
                 )
             except NotDifferentiable as error:
                 self.note = f"errors were measured at all shares, not predicted from gradients: {error}"
