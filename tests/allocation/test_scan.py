@@ -219,7 +219,7 @@ def test_members_of_a_unit_are_pruned_together(setting):
     assert found.measured[unit.name][0.5] == pytest.approx(error, rel=1e-4)
 
 
-def test_two_processes_find_the_same(tmp_path):
+def test_two_processes_find_the_same(setting, tmp_path):
     """Each measures half of the layers, both end with all of them; and one clock decides for both."""
     script = tmp_path / "two.py"
     script.write_text(
@@ -233,6 +233,7 @@ def test_two_processes_find_the_same(tmp_path):
         "units = units_of(graph, 'unstructured:0.5')[:7]\n"
         "found = scan(Solver(graph, statistics, SolveOptions('magnitude')), units, probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
+        "backward = scan(Solver(graph, statistics, SolveOptions('magnitude')), units, probe, '', by='backward')\n"
         "from obsdiff.allocation.allocate import allocate\n"
         "from obsdiff.allocation import latency\n"
         "from obsdiff.pruning.options import PruningOptions\n"
@@ -244,7 +245,8 @@ def test_two_processes_find_the_same(tmp_path):
         "plan = allocate(pipe, asked, statistics, PROMPTS,\n"
         f"                store={str(tmp_path / 'times')!r}).plan\n"
         "torch.distributed.barrier(); torch.distributed.destroy_process_group()\n"
-        "print(json.dumps([found.measured, {k: str(p) for k, p in plan.entries.items()}], sort_keys=True))\n"
+        "plan = {k: str(p) for k, p in plan.entries.items()}\n"
+        "print(json.dumps([found.measured, backward.measured, backward.predicted, plan], sort_keys=True))\n"
     )
     from pathlib import Path
 
@@ -262,4 +264,12 @@ def test_two_processes_find_the_same(tmp_path):
     first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
     stored = json.loads((tmp_path / "store" / FILE).read_text())["units"]
     assert first == second and len(first[0]) == 7 and set(stored) == set(first[0])
+    _, graph, statistics, probe = setting
+    units = units_of(graph, "unstructured:0.5")[:7]
+    alone = scan(Solver(graph, statistics, SolveOptions("magnitude")), units, probe, "", by="backward")
+    for kind, ours in zip(first[1:3], (alone.measured, alone.predicted), strict=True):
+        assert kind.keys() == ours.keys()
+        for name, errors in ours.items():  # JSON has the shares as text
+            assert list(kind[name]) == list(map(str, errors))
+            assert list(kind[name].values()) == pytest.approx(list(errors.values()), rel=1e-4, abs=1e-12)
     assert len(json.loads((tmp_path / "times" / "latency.json").read_text())["times"]) > 3  # tables and choices

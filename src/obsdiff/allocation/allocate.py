@@ -53,6 +53,11 @@ class Allocation:
     sensitivity: Sensitivity | None = None
 
     @property
+    def notes(self) -> list[str]:
+        """For people: what was not done as it was asked for."""
+        return [self.sensitivity.note] if self.sensitivity is not None and self.sensitivity.note else []
+
+    @property
     def earlier_s(self) -> float:
         """Seconds that earlier runs spent on the scan that the store held."""
         return 0.0 if self.sensitivity is None else self.sensitivity.earlier_s
@@ -148,6 +153,8 @@ def allocate(
         "uniform_joint_error": uniform,
         "scan": {
             **sensitivity.cost,
+            "by": options.scan.by,
+            "note": sensitivity.note,
             "triples": sensitivity.triples,
             "bare_passes": scanned.bare_passes,
             "denoiser_calls": probe.recorded + round(len(probe) * (sensitivity.cost["passes"] + CHECKS)),
@@ -215,6 +222,7 @@ def _scanned(
         probe,
         conditioning_hash(subject.pipe, prompts),
         levels=options.scan.levels,
+        by=options.scan.by,
         store=store,
         quiet=quiet,
     )
@@ -230,7 +238,7 @@ def _least(units: Sequence[Unit], errors: Sequence[Sequence[float]], costs: Cost
 def _curve(unit: Unit, sensitivity: Sensitivity) -> list[float]:
     """The unit's error at each of its options."""
     shares = [removed(option) for option in unit.options]
-    return error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], shares)
+    return error_curve(sensitivity.solved[unit.name], sensitivity.errors(unit.name), shares)
 
 
 def settings_of(statistics: Statistics, batch_size: int) -> Settings:
@@ -277,4 +285,5 @@ def probe_for(
     triples, pipe = triples_of(subject.graph, units, scanning, calls), subject.pipe
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, settings.call)
     probe = record_probe(subject, conditioning, settings, triples)
-    return probe, passes_needed(subject.graph, units, scanning.levels) * len(probe) / calls
+    passes = passes_needed(subject.graph, units, scanning.levels, scanning.by, len(probe))
+    return probe, passes * len(probe) / calls

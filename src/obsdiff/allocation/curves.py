@@ -40,6 +40,28 @@ def error_curve(solved: Mapping[float, float], measured: Mapping[float, float], 
     return list(accumulate(found, max))
 
 
+def corrected_errors(
+    solved: Mapping[float, float], predicted: Mapping[float, float], measured: Mapping[float, float]
+) -> dict[float, float]:
+    """Predicted output errors by share removed, brought to what was measured at the largest share.
+
+    What a first-order prediction misses grows with the change itself: the logarithm of measured over predicted goes
+    with the layer's own relative error (docs/method.md has the figures).
+
+    Args:
+        solved: The layer's own relative error; of all shares that were predicted.
+        predicted: The output error to first order; of the largest share that was measured too.
+        measured: The output error where the denoiser ran; where it did this is what counts.
+    """
+    largest = max(measured)
+    if not (measured[largest] > 0 and predicted[largest] > 0):
+        return {**predicted, **measured}
+    missed = math.log(measured[largest] / predicted[largest]) / max(solved[largest], TINY)
+    most = solved[largest]
+    corrected = {s: error * math.exp(missed * min(solved[s], most)) for s, error in predicted.items()}
+    return {**corrected, **measured}
+
+
 def interpolate(points: Sequence[tuple[float, float]], at: float, extend: bool = False) -> float:
     """Piecewise linear through ``points`` (sorted); outside constant, or with ``extend`` along the last stretch."""
     if len(points) == 1:

@@ -11,6 +11,8 @@ from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import RANK, Depth, Hybrid, is_bare, of_layers, of_units, parse_request
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.options import (
+    BACKWARD,
+    FORWARD,
     CalibrationOptions,
     EvaluationOptions,
     Limits,
@@ -133,6 +135,7 @@ def _check_depth(depth: Depth, options: PruningOptions) -> None:
     told += [f"calibration.{k}" for k in ("tokens", "damping") if getattr(given, k) != getattr(calibration, k)]
     told += ["calibration.packages"] if (given.packages or 1) > 1 else []
     told += ["scan.levels"] if options.scan.levels is not None else []
+    told += ["scan.by"] if options.scan.by != default.scan.by else []
     told += ["dead remove"] if options.dead == "remove" else []
     if told:
         raise UserError(f"{depth} alone prunes no layers, so --{told[0]} has no effect; leave it out, or add a pattern")
@@ -166,6 +169,8 @@ def check_scan(scan: ScanOptions) -> None:
             raise UserError(f"scan.levels holds {level:g}; levels are shares removed, above 0 and below 1")
     if scan.levels is not None and not scan.levels:
         raise UserError("scan.levels is empty; give at least one share, or leave it out")
+    if scan.by not in (FORWARD, BACKWARD):
+        raise UserError(f"--scan.by is {scan.by!r}; it is {FORWARD} or {BACKWARD}")
 
 
 def check_evaluation(evaluation: EvaluationOptions) -> None:

@@ -49,7 +49,8 @@ class Restart:
         self.first = 0
         self._given: list[Any] = []
         self.stages_run = 0  # runs of a block on the whole probe, for the cost
-        self.dense = list(self._outputs())
+        with torch.no_grad():
+            self.dense = [output for output, _ in self.outputs()]
         self.power = power(self.dense, self.weights)
 
     def advance(self, stage: int) -> None:
@@ -61,26 +62,28 @@ class Restart:
         seen: list[Any] = []
         handle = last.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
-            for _ in self._outputs():
-                pass
+            with torch.no_grad():
+                for _ in self.outputs():
+                    pass
         finally:
             handle.remove()
         self._given, self.first = seen, stage
 
+    @torch.no_grad()
     def error(self) -> float:
         """``Σ α_t ‖now − dense‖² / Σ α_t ‖dense‖²`` of the guided output of the denoiser as it is now."""
-        differences = (now - dense for now, dense in zip(self._outputs(), self.dense, strict=True))
+        differences = (now - dense for (now, _), dense in zip(self.outputs(), self.dense, strict=True))
         error = power(differences, self.weights) / self.power
         return error if error == error else float("inf")  # NaN: the change broke the model
 
-    @torch.no_grad()
-    def _outputs(self) -> Iterator[Tensor]:
+    def outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Guided outputs (triples, ...) of the denoiser as it is now and weights (triples,), both float64, by batch."""
         self.stages_run += len(self.graph.stages) - self.first
         with self._shortened() as given:
             for i, arguments in enumerate(self.arguments):
                 given[:] = [self._given[i] if self._given else None]
                 model = self.graph.layer(self.names[i])
-                yield self.probe.guided(model(**arguments)[0], len(self.weights[i]))
+                yield self.probe.guided(model(**arguments)[0], len(self.weights[i])), self.weights[i]
 
     @contextmanager
     def _shortened(self) -> Iterator[list[Any]]:

@@ -1,14 +1,20 @@
-"""Sensitivity scan: how much the denoiser's output changes when one layer alone is pruned."""
+"""Sensitivity scan: how much the denoiser's output changes when one layer alone is pruned.
+
+The denoiser runs with each layer pruned, at a few shares ("forward"); or at the largest share alone, and the errors at
+the others are predicted from gradients ("backward", :mod:`obsdiff.allocation.gradients`).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from obsdiff.allocation.candidates import Solver
+from obsdiff.allocation.candidates import Candidate, Solver
+from obsdiff.allocation.curves import corrected_errors
+from obsdiff.allocation.gradients import NotDifferentiable, predicted_errors
 from obsdiff.allocation.probe import Probe
 from obsdiff.allocation.restart import Restart
 from obsdiff.allocation.units import Unit, removed
@@ -17,13 +23,13 @@ from obsdiff.files import read_json, write_json
 from obsdiff.models.graph import Graph
 from obsdiff.obs.pattern import NM, Pattern, Structured
 from obsdiff.progress import track
-from obsdiff.pruning.options import ScanOptions
+from obsdiff.pruning.options import BACKWARD, FORWARD, ScanOptions
 from obsdiff.pruning.statistics import check_fingerprint
 from obsdiff.pruning.surgery import Edits
 from obsdiff.ranks import rank, solved_in_turn, world_size
 
 FILE = "sensitivity.json"
-FORMAT = 2
+FORMAT = 3
 SAVE_EVERY_S = 30.0
 SOLVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)  # shares at which layers are solved
 MEASURED = (0.5, 0.8, 0.98)  # and those at which the denoiser runs; the last is the usual ceiling: no extrapolation
@@ -31,6 +37,10 @@ MEASURED_STRUCTURED = (0.25, 0.5, 0.75)
 # Beside ranks the text stream's neurons go nearly all, where an extrapolated error is two to three times too small.
 MEASURED_BESIDE_RANKS = (0.25, 0.5, 0.75, 0.9, 0.98)
 MEASURED_RANK = (0.5, 0.75, 0.85, 0.95)  # errors of ranks fall by orders of magnitude
+VECTORS = 2  # random vectors per call that errors of layers are predicted with
+VECTORS_STRUCTURED = 4  # modules are few, so that what their errors are off by averages out less
+TAIL_TRIPLES = 32  # of the probe, on which a backward scan measures the largest share
+HELD_BYTES = 2**28  # changes of weights that one backward pass serves; of large denoisers as much as they take
 TRIPLES = 160
 MOST_PASSES = 12.0  # cost of a scan that chooses its own number of triples, in bare passes over the calibration set
 BROKEN = 1e9  # stands for an error that is not finite
@@ -44,18 +54,27 @@ class Sensitivity:
         fingerprint: Everything that the numbers depend on.
         solved: Per unit the layers' own relative error by share removed.
         measured: Per unit the relative error of the denoiser's output by share removed.
+        predicted: The same to first order, from gradients; nothing of units that are measured at all their shares.
         triples: (latent, step, prompt) triples of the probe.
         cost: "scan_s" seconds; "solve_s" seconds and "passes" (the whole probe through the whole denoiser, in
             multiples), both of all processes together.
+        note: For people: why errors that were to be predicted were measured; else "".
         earlier_s: Seconds of "scan_s" that earlier runs spent, whose results the store held.
     """
 
     fingerprint: dict[str, Any]
     solved: dict[str, dict[float, float]] = field(default_factory=dict)
     measured: dict[str, dict[float, float]] = field(default_factory=dict)
+    predicted: dict[str, dict[float, float]] = field(default_factory=dict)
     triples: int = 0
     cost: dict[str, float] = field(default_factory=lambda: {"scan_s": 0.0, "solve_s": 0.0, "passes": 0.0})
+    note: str = ""
     earlier_s: float = 0.0
+
+    def errors(self, name: str) -> dict[float, float]:
+        """What is known of a unit's output error, by share removed."""
+        measured, predicted = self.measured[name], self.predicted[name]
+        return corrected_errors(self.solved[name], predicted, measured) if predicted else measured
 
 
 def levels_of(unit: Unit, shares: Sequence[float]) -> list[Pattern]:
@@ -64,8 +83,10 @@ def levels_of(unit: Unit, shares: Sequence[float]) -> list[Pattern]:
     return sorted((option for option in found if removed(option) > 0), key=removed)
 
 
-def measured_levels(unit: Unit, levels: Sequence[float] | None) -> list[Pattern]:
-    """The options at which the denoiser runs; None: the defaults of the unit's kind."""
+def measured_levels(unit: Unit, levels: Sequence[float] | None, by: str = FORWARD) -> list[Pattern]:
+    """The options at which the denoiser runs; levels None: the defaults of the unit's kind."""
+    if by == BACKWARD and levels is None:
+        return levels_of(unit, SOLVED)[-1:]
     shares: Sequence[float] = MEASURED
     if isinstance(sparsest := unit.options[-1], Structured):
         usual = MEASURED_BESIDE_RANKS if unit.beside_ranks else MEASURED_STRUCTURED
@@ -73,23 +94,73 @@ def measured_levels(unit: Unit, levels: Sequence[float] | None) -> list[Pattern]
     return levels_of(unit, levels or shares)
 
 
-def passes_needed(graph: Graph, units: Sequence[Unit], levels: Sequence[float] | None) -> float:
-    """What a scan costs, in multiples of the whole probe through the whole denoiser."""
-    stages, first = len(graph.stages), 0
-    runs = float(stages)  # the dense outputs
-    for unit in units:
-        if graph.chain and unit.stage > first:
+def passes_needed(
+    graph: Graph, units: Sequence[Unit], levels: Sequence[float] | None, by: str = FORWARD, triples: int = 1
+) -> float:
+    """What a scan on so many triples costs, in multiples of the whole probe through the whole denoiser; a backward pass
+    by inputs, not weights, counts as one."""
+    stages, few = len(graph.stages), few_triples(triples, by) / triples
+    runs = stages * (1 + (few if few < 1 else 0))  # the dense outputs
+    first = at = 0
+    for part in parts_of(graph, units, by):
+        if graph.chain and part[0].stage > first:
             runs += stages - first  # moving on
-            first = unit.stage
-        runs += len(measured_levels(unit, levels)) * (stages - first)
+            first = part[0].stage
+        if by == BACKWARD:
+            runs += (1 + vectors_of(units)) * (stages - first)
+        if few == 1:
+            at = first
+        for unit in part:
+            if graph.chain and unit.stage > at:
+                runs += few * (stages - at)
+                at = unit.stage
+            runs += few * len(measured_levels(unit, levels, by)) * (stages - at)
+        if few == 1:
+            first = at
     return runs / stages
+
+
+def vectors_of(units: Sequence[Unit]) -> int:
+    """Random vectors per call that the errors of units are predicted with."""
+    return VECTORS_STRUCTURED if isinstance(units[0].options[-1], Structured) else VECTORS
+
+
+def few_triples(triples: int, by: str) -> int:
+    """How many of so many triples the denoiser runs on with a unit pruned."""
+    return min(triples, TAIL_TRIPLES) if by == BACKWARD else triples
+
+
+def parts_of(graph: Graph, units: Sequence[Unit], by: str) -> list[list[Unit]]:
+    """The units, those together that one backward pass serves; of a forward scan each alone."""
+    if by == FORWARD:
+        return [[unit] for unit in units]
+    own = sum(parameter.numel() * parameter.element_size() for parameter in graph.denoiser.parameters())
+    parts: list[list[Unit]] = []
+    held = 0
+    for unit in units:
+        weights = {name: graph.weight(name).numel() for name in _changed(graph, unit)}
+        size = 4 * len(levels_of(unit, SOLVED)) * sum(weights.values())
+        if not parts or held + size > max(HELD_BYTES, own):
+            parts.append([])
+            held = 0
+        parts[-1].append(unit)
+        held += size
+    return parts
+
+
+def _changed(graph: Graph, unit: Unit) -> list[str]:
+    """The layers whose weights a candidate changes."""
+    if not isinstance(unit.options[-1], Structured):
+        return list(unit.members)
+    return [s.layer for name in unit.members for s in graph.group_of[name].consumers]
 
 
 def triples_of(graph: Graph, units: Sequence[Unit], scanning: ScanOptions, calls: int) -> int:
     """Triples to record, where a calibration pass makes ``calls`` calls of the denoiser (prompts times steps)."""
     if scanning.triples is not None:
         return min(scanning.triples, calls)
-    return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes_needed(graph, units, scanning.levels))))
+    passes = passes_needed(graph, units, scanning.levels, scanning.by)
+    return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes)))
 
 
 def scan(
@@ -99,10 +170,11 @@ def scan(
     prompts: str,
     *,
     levels: Sequence[float] | None = None,
+    by: str = FORWARD,
     store: Path | None = None,
     quiet: bool = True,
 ) -> Sensitivity:
-    """Prune each unit alone at a few shares, and measure the denoiser's output against the dense one on ``probe``.
+    """Prune each unit alone at a few shares, and compare the denoiser's output with the dense one on ``probe``.
 
     Where ``torch.distributed`` is initialised the units are dealt out over its processes, and all get all results; a
     store is continued by any number of them.
@@ -112,33 +184,30 @@ def scan(
         units: Without limits, so that a store serves every allocation; in the order of a forward pass.
         probe: Where to measure.
         prompts: Hash of what the probe's denoiser was told (:func:`obsdiff.pruning.calibrate.conditioning_hash`).
-        levels: Shares to measure at; None: :data:`MEASURED`.
+        levels: Shares to measure at; None: :data:`MEASURED`, or of a backward scan the largest.
+        by: "forward", or "backward": errors at the other shares are predicted, where the denoiser can be differentiated
+            and there is memory for it; else they are measured, and the note says so.
         store: Folder to keep the results in; what it holds of the same settings is not measured again.
         quiet: No progress bar.
 
     Raises:
         UserError: The store was made with other statistics or settings.
     """
-    graph, fingerprint = solver.graph, _fingerprint(solver, units, len(probe), prompts, levels)
+    fingerprint = _fingerprint(solver, units, len(probe), prompts, levels, by)
     found = (_open(store, fingerprint) if store is not None else None) or Sensitivity(fingerprint, triples=len(probe))
     found.earlier_s = found.cost["scan_s"]
     missing = [unit for unit in units if unit.name not in found.measured]
     if not missing:
         return found
-    restart = Restart(graph, probe)
-    found.cost["passes"] += world_size() * restart.stages_run / len(graph.stages)  # the dense outputs
-
-    def measure(unit: Unit) -> _Measured:
-        if unit.stage > restart.first:
-            solver.forget()
-        return _measure(unit, restart, solver, levels)
-
+    scanner = _Scanner(solver, missing, probe, levels, by)
+    found.cost["passes"] += world_size() * scanner.passes()  # the dense outputs
     started = saved = time.perf_counter()
-    scanned = solved_in_turn(missing, measure)
+    scanned = solved_in_turn(missing, scanner.measure)
     for unit, result in track(scanned, len(missing), "scanning", quiet or rank() > 0):
         found.solved[unit.name], found.measured[unit.name] = result.solved, result.measured
+        found.predicted[unit.name], found.note = result.predicted, found.note or result.note
         found.cost["solve_s"] += result.solve_s
-        found.cost["passes"] += result.stages_run / len(graph.stages)
+        found.cost["passes"] += result.passes
         found.cost["scan_s"] = found.earlier_s + time.perf_counter() - started
         if store is not None and rank() == 0 and time.perf_counter() - saved > SAVE_EVERY_S:
             _save(found, store)
@@ -154,33 +223,90 @@ class _Measured:
 
     solved: dict[float, float]
     measured: dict[float, float]
+    predicted: dict[float, float]
+    note: str
     solve_s: float
-    stages_run: int
+    passes: float
 
 
-def _measure(unit: Unit, restart: Restart, solver: Solver, levels: Sequence[float] | None) -> _Measured:
-    """All levels of one unit."""
-    before = restart.stages_run
-    restart.advance(unit.stage)
-    measured = measured_levels(unit, levels)
-    patterns = sorted({*levels_of(unit, SOLVED), *measured}, key=removed)
-    started = time.perf_counter()
-    candidates = dict(zip(patterns, solver.candidates(unit.members, patterns), strict=True))
-    solve_s = time.perf_counter() - started
-    errors = {}
-    for pattern in measured:
-        edits = Edits()
-        try:
-            candidates[pattern].apply(edits, solver.graph)
-            errors[removed(pattern)] = min(restart.error(), BROKEN)
-        finally:
-            edits.undo()
-    solved = {removed(pattern): candidates[pattern].error for pattern in patterns}
-    return _Measured(solved, errors, solve_s, restart.stages_run - before)
+class _Scanner:
+    """Measures units, in their order; what a backward pass tells of several is kept until their turn."""
+
+    def __init__(
+        self, solver: Solver, units: Sequence[Unit], probe: Probe, levels: Sequence[float] | None, by: str
+    ) -> None:
+        self.solver, self.levels, self.by, self.note = solver, levels, by, ""
+        own = units[rank() :: world_size()]  # as they are dealt out
+        self.parts = {part[0].name: part for part in parts_of(solver.graph, own, by)}
+        self.whole = self.few = Restart(solver.graph, probe)
+        if (few := few_triples(len(probe), by)) < len(probe):
+            calls = [probe.calls[i * len(probe) // few] for i in range(few)]
+            self.few = Restart(solver.graph, replace(probe, calls=calls))
+        self.candidates: dict[str, dict[Pattern, Candidate]] = {}
+        self.predicted: dict[str, dict[float, float]] = {}
+        self._counted = 0.0
+
+    def passes(self) -> float:
+        """The whole probe through the whole denoiser, in multiples, since this was last asked."""
+        runs: float = self.whole.stages_run
+        if self.few is not self.whole:
+            runs += self.few.stages_run * len(self.few.probe) / len(self.whole.probe)
+        before, self._counted = self._counted, runs / len(self.solver.graph.stages)
+        return self._counted - before
+
+    def measure(self, unit: Unit) -> _Measured:
+        """All levels of one unit."""
+        solve_s = self._begin(self.parts[unit.name]) if unit.name in self.parts else 0.0
+        self.few.advance(unit.stage)
+        candidates, predicted = self.candidates.pop(unit.name), self.predicted.pop(unit.name, {})
+        measured = self._errors(unit, candidates, self.by if predicted else FORWARD)
+        largest = max(measured, default=0.0)
+        if predicted and not predicted[largest] and measured[largest]:  # something hides its effect from gradients
+            measured, predicted = self._errors(unit, candidates, FORWARD), {}
+        solved = {removed(pattern): candidate.error for pattern, candidate in candidates.items()}
+        return _Measured(solved, measured, predicted, self.note, solve_s, self.passes())
+
+    def _begin(self, part: Sequence[Unit]) -> float:
+        """Solve the units of a part, and predict their errors; seconds of solving."""
+        if part[0].stage > self.few.first:
+            self.solver.forget()
+        started = time.perf_counter()
+        for unit in part:
+            levels = {*levels_of(unit, SOLVED), *measured_levels(unit, self.levels)}
+            patterns = sorted(levels | {*measured_levels(unit, self.levels, self.by)}, key=removed)
+            candidates = self.solver.candidates(unit.members, patterns)
+            self.candidates[unit.name] = dict(zip(patterns, candidates, strict=True))
+        solve_s = time.perf_counter() - started
+        if self.by == BACKWARD and not self.note:
+            self.whole.advance(part[0].stage)
+            try:
+                errors = predicted_errors(
+                    self.whole,
+                    {name: list(found.values()) for name, found in self.candidates.items()},
+                    vectors_of(part),
+                )
+            except NotDifferentiable as error:
+                self.note = f"errors were measured at all shares, not predicted from gradients: {error}"
+            else:
+                for name, found in errors.items():
+                    self.predicted[name] = dict(zip(map(removed, self.candidates[name]), found, strict=True))
+        return solve_s
+
+    def _errors(self, unit: Unit, candidates: Mapping[Pattern, Candidate], by: str) -> dict[float, float]:
+        """The output errors that are measured."""
+        errors = {}
+        for pattern in measured_levels(unit, self.levels, by):
+            edits = Edits()
+            try:
+                candidates[pattern].apply(edits, self.solver.graph)
+                errors[removed(pattern)] = min(self.few.error(), BROKEN)
+            finally:
+                edits.undo()
+        return errors
 
 
 def _fingerprint(
-    solver: Solver, units: Sequence[Unit], triples: int, prompts: str, levels: Sequence[float] | None
+    solver: Solver, units: Sequence[Unit], triples: int, prompts: str, levels: Sequence[float] | None, by: str
 ) -> dict[str, Any]:
     options = solver.options
     sparsest = units[0].options[-1]  # options begin dense, which N:M has no pattern of its own for
@@ -196,6 +322,7 @@ def _fingerprint(
         "triples": triples,
         "prompts": prompts,
         "levels": None if levels is None else list(levels),
+        "by": by,
     }
 
 
@@ -209,8 +336,13 @@ def _save(found: Sensitivity, store: Path) -> None:
                 "fingerprint": found.fingerprint,
                 "triples": found.triples,
                 "cost": found.cost,
+                "note": found.note,
                 "units": {
-                    name: {"solved": _pairs(found.solved[name]), "measured": _pairs(errors)}
+                    name: {
+                        "solved": _pairs(found.solved[name]),
+                        "measured": _pairs(errors),
+                        "predicted": _pairs(found.predicted[name]),
+                    }
                     for name, errors in found.measured.items()
                 },
             },
@@ -234,12 +366,18 @@ def _open(store: Path, fingerprint: Mapping[str, Any]) -> Sensitivity | None:
                 f"{store} was written in format {brief(content['format'])}; this version reads {FORMAT}; delete it"
             )
         check_fingerprint(content["fingerprint"], fingerprint, store, "the sensitivity scan")
+        solved, measured, predicted = (
+            {name: {s: float(e) for s, e in unit[kind]} for name, unit in content["units"].items()}
+            for kind in ("solved", "measured", "predicted")
+        )
         return Sensitivity(
             dict(content["fingerprint"]),
-            {name: {s: float(e) for s, e in unit["solved"]} for name, unit in content["units"].items()},
-            {name: {s: float(e) for s, e in unit["measured"]} for name, unit in content["units"].items()},
+            solved,
+            measured,
+            predicted,
             int(content["triples"]),
             {key: float(value) for key, value in content["cost"].items()},
+            str(content["note"]),
         )
     except MALFORMED as error:
         if isinstance(error, UserError):

@@ -248,11 +248,11 @@ def _prune_layers(
     ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
     if allocates(options) or statistics is not None or (ranked and packages_for(options, statistics) == 1):
         found = measure(plan.sites(graph))
-    record, allocate_s = None, 0.0
+    record, allocate_s, notes = None, 0.0, []
     if allocates(options):
         started = time.perf_counter()
         allocation = allocate(subject, options, found, prompts, store=kept.sensitivity, quiet=quiet)
-        plan, record = allocation.plan, allocation.record
+        plan, record, notes = allocation.plan, allocation.record, allocation.notes
         allocate_s = allocation.earlier_s + time.perf_counter() - started
         if options.dead == "remove":
             plan = without_dead(graph, plan, dead, options.exclude)
@@ -272,7 +272,7 @@ def _prune_layers(
     )
     report.dead = fate_of_dead(graph, plan, dead) if options.dead == "remove" else dict.fromkeys(dead, "left")
     report.allocation, report.ranks = record, ranks
-    report.notes += _rank_notes(ranks)
+    report.notes += notes + _rank_notes(ranks)
     report.time_s["allocate"] = allocate_s
     return report
 

@@ -65,4 +65,4 @@ def check_additivity(
 
 
 def _predicted(unit: Unit, pattern: Pattern, sensitivity: Sensitivity) -> float:
-    return error_curve(sensitivity.solved[unit.name], sensitivity.measured[unit.name], [removed(pattern)])[0]
+    return error_curve(sensitivity.solved[unit.name], sensitivity.errors(unit.name), [removed(pattern)])[0]
