@@ -159,8 +159,8 @@ def test_what_cannot_be_met_is_refused(pattern, changes, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": "depth:1", "budget": "parameters:0.5"}, "a budget does not choose stages yet"),
-        ({"pattern": "depth:1+structured", "budget": "parameters:0.5"}, "a budget does not choose stages yet"),
+        ({"pattern": "depth:1", "budget": "parameters:0.5"}, "says how many stages go; leave out --budget"),
+        ({"pattern": "depth:1+structured", "budget": "latency:0.5"}, "in latency does not choose stages"),
         ({"pattern": "depth:1", "method": "wanda"}, "--method has no effect"),
         ({"pattern": "depth:1", "allocation": "measured"}, "--allocation has no effect"),
         ({"pattern": "depth:1", "exclude": ["*.0.*"]}, "--exclude has no effect"),

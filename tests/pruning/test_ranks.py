@@ -99,10 +99,12 @@ def test_a_rank_does_not_depend_on_the_method(statistics, method):
         obsdiff.prune(pipe, "rank:2", statistics=statistics, prune_again=True)
 
 
-def test_a_whole_rank_needs_no_basis(statistics):
+def test_a_whole_rank_needs_no_basis(statistics, tmp_path, images):
     pipe = make_pipe()
     report = obsdiff.prune(pipe, "rank:16", statistics=statistics)
     assert report.parameters["pruned"] == report.parameters["dense"] and not hasattr(pipe.transformer, "bases")
+    obsdiff.save_pipeline(pipe, tmp_path / "out", report)
+    assert torch.equal(images(obsdiff.load_pipeline(tmp_path / "out")), images(make_pipe()))
 
 
 def test_the_stage_tries_other_prompts_and_says_so(tmp_path):

@@ -80,7 +80,7 @@ def test_light_names_match_the_tables():
     assert tuple(READERS) == names.ALIGNMENTS
     assert all(files("obsdiff.data.assets").joinpath(name, "model_index.json").is_file() for name in names.EMBEDDED)
     assert {preset.dtype for preset in PRESETS.values()} <= set(names.DTYPES)
-    assert set(request.KINDS) == {"sparsity", "parameters", "flops", "latency"}
+    assert set(request.KINDS) == {"sparsity", "parameters", "bytes", "flops", "latency"}
 
 
 def test_train_knows_lightnings_own_options():

@@ -144,7 +144,10 @@ def _shrink_modules(
     """
     graph, modules, report = job.graph, job.plan.modules, job.report
     left = dict(slopes or {})  # gradients of the weights as they are now
-    changed = [name for name, pattern in modules.items() if not _whole(graph.group_of[name], pattern)]
+    whole = [name for name, pattern in modules.items() if _whole(graph.group_of[name], pattern)]
+    report.masks |= {name: torch.ones(graph.group_of[name].count, dtype=torch.bool) for name in whole}
+    report.sparsity_per_layer |= dict.fromkeys(whole, 0.0)
+    changed = [name for name in modules if name not in whole]
     chosen = [
         bundle for bundle in graph.bundles(changed) if graph.site_of[bundle[0].consumers[0].layer].name in package
     ]
