@@ -54,7 +54,7 @@ def test_report_has_the_schema(pipe_folder, tmp_path):
     report = prune(pipe_folder, tmp_path / "out")
     assert {
         "pipeline", "method", "pattern", "refit", "seed", "versions", "calibration", "sparsity", "parameters", "flops",
-        "layer_error", "time_s", "peak_memory_bytes", "fidelity", "alignment",
+        "layer_error", "time_s", "peak_memory_bytes", "evaluation",
     } <= report.keys()  # fmt: skip
     assert {"prompts", "steps", "guidance_scale", "packages", "tokens"} <= report["calibration"].keys()
     assert report["calibration"]["steps"] == 3 and report["calibration"]["prompts"] == 4
@@ -68,7 +68,7 @@ def test_report_has_the_schema(pipe_folder, tmp_path):
     assert report["peak_memory_bytes"] > 2**20 and report["evaluation"]["pruned"]["mse"] > 0
     assert all("alignment" in report["evaluation"][name] for name in ("dense", "pruned"))
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "fidelity to dense, n = 4" in page and "samples.png" in page
+    assert "MSE to dense" in page and "n = 4" in page and "samples.png" in page
     assert (tmp_path / "out" / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
