@@ -8,7 +8,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 .PHONY: demo test lint slow clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python train.py fit --config configs/recover/distill.yaml --model.overwrite true
+	$(BIN)/python train.py fit --config configs/recover/emoji.yaml --model.overwrite true
 
 test: $(VENV)/.installed-dev lint
 	$(TESTS) -m "not slow"
