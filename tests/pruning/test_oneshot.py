@@ -190,13 +190,13 @@ def test_bad_requests_change_nothing(pipe, prompts, options, word):
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
 def test_a_failure_half_way_takes_everything_back(pipe, prompts, images, monkeypatch, pattern):
     """Interrupted at the second last solve: weights, shapes, head counts, class and config are as before."""
-    from obsdiff.pruning import oneshot
+    from obsdiff.pruning import apply
 
     before, drawn, kind = state(pipe), images(pipe), type(pipe.transformer)
     config = dict(pipe.transformer.config)
     statistics = obsdiff.calibrate(pipe, prompts)
     name = "solve_groups" if "structured:" in pattern[:11] else "solve_site"
-    real, calls = getattr(oneshot, name), []
+    real, calls = getattr(apply, name), []
 
     def fail_late(*args):
         calls.append(args)
@@ -204,7 +204,7 @@ def test_a_failure_half_way_takes_everything_back(pipe, prompts, images, monkeyp
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(oneshot, name, fail_late)
+    monkeypatch.setattr(apply, name, fail_late)
     with pytest.raises(KeyboardInterrupt):
         obsdiff.prune(pipe, pattern, statistics=statistics)
     assert unchanged(pipe, before) and type(pipe.transformer) is kind and dict(pipe.transformer.config) == config

@@ -160,8 +160,11 @@ def check_against_manifest(pipe: Any, folder: Path, manifest: dict[str, Any]) ->
             if abs(1 - float(mask.sum()) / max(mask.numel(), 1) - manifest["sparsity_per_layer"][name]) > 1e-9:
                 raise _Unlike(f"the mask of {name} keeps another share than the manifest says")
         _check_depth(denoiser, manifest.get("depth"))
-        if (of_units(parse_request(manifest["pattern"])) is None) is not (manifest["shrunk"] is None):
-            raise _Unlike("the pattern and the shrunk layers of the manifest do not go together")
+        cuts = of_units(parse_request(manifest["pattern"])) is not None
+        if cuts and manifest["shrunk"] is None:
+            raise _Unlike("the pattern is structured, but the manifest describes no shrunk layers")
+        if manifest["shrunk"] is not None and not cuts:
+            raise _Unlike("the manifest describes shrunk layers, but the pattern is not structured")
         weights = weight_masks(masks, manifest["shrunk"] is not None)
         _check_zeros(denoiser, weights)
         if manifest["shrunk"] is not None:
