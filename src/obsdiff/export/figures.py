@@ -42,7 +42,9 @@ def shown(name: str, value: float | None, interval: Sequence[float] | None = Non
     kind = name.removesuffix(UNGUIDED).partition("@")[0].partition("_")[0]
     form = FORMS.get(kind, OTHERS)
     text = form.format(value)
-    return text if interval is None else f"{text} ({form.format(interval[0])} to {form.format(interval[1])})"
+    if interval is None or interval[0] == interval[1]:
+        return text
+    return f"{text} ({form.format(interval[0])} to {form.format(interval[1])})"
 
 
 def named(figures: Figures) -> list[str]:

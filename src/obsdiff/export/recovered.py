@@ -142,9 +142,12 @@ def _sparsity(denoiser: Any, manifest: Mapping[str, Any], counts: Mapping[str, i
 def _draw(path: Path, refs: References, images: Images, report: Mapping[str, Any]) -> None:
     shown = min(SHOWN, len(refs.prompts))
     rows = {"dense": refs.dense.guided, "pruned": refs.pruned.guided, "recovered": images.guided}
-    title = (
-        f"{report['pipeline']}, {report['pattern'] or 'not pruned'}, recovered in {report['recovery']['steps']} steps"
+    done = (
+        "not pruned"
+        if report["pattern"] is None
+        else f"{report['sparsity']['achieved']:.0%} removed by {report['method']}"
     )
+    title = f"{report['pipeline']}, {done}, recovered in {report['recovery']['steps']} steps"
     draw_samples(path, rows, refs.prompts[:shown], refs.seeds[:shown], title)
 
 
