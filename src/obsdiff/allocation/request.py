@@ -65,14 +65,23 @@ def parse_budget(text: str) -> Budget:
     return Budget(match[1], share)
 
 
+def check_method(method: str) -> None:
+    """Refuse a name that no method has.
+
+    Raises:
+        UserError: It lists what there is.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+
+
 def check_values(options: PruningOptions) -> None:
     """Refuse values that are wrong whatever the pipeline and the other options are.
 
     Raises:
         UserError: Naming the first one.
     """
-    if options.method not in METHODS:
-        raise UserError(f"unknown method {options.method!r}; choose one of {', '.join(METHODS)}")
+    check_method(options.method)
     if options.plan is not None:
         read_yaml(options.plan, "plan")
     else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from obsdiff.allocation.request import check_evaluation, check_values
+from obsdiff.allocation.request import check_evaluation, check_method, check_values
 from obsdiff.compare.options import CompareOptions
 from obsdiff.costs import Cost
 from obsdiff.errors import UserError
@@ -119,7 +119,7 @@ def check(options: CompareOptions) -> None:
     for pattern in options.patterns:
         check_values(_request(options, "obs", pattern, "uniform", 0))
     for method in (*options.methods, options.reference):
-        check_values(PruningOptions(method=method.removesuffix(REFIT)))
+        check_method(method.removesuffix(REFIT))
     for allocation in options.allocations:
         check_values(PruningOptions(allocation=allocation))
     if options.reference not in options.methods:
