@@ -64,7 +64,7 @@ def test_depth_stands_alone_or_before_a_pattern(text, depth):
     assert of_layers(depth) == depth.then and of_layers(parse_request("2:4")) == NM(2, 4)
 
 
-@pytest.mark.parametrize("text", ["depth", "depth:", "depth:0", "depth:-1", "depth:2.5", "depth:nan", "depth:inf",
+@pytest.mark.parametrize("text", ["depth:", "depth:0", "depth:-1", "depth:2.5", "depth:nan", "depth:inf",
                                   "depth:1+depth:1", "depth:x", "depth:1+nothing"])  # fmt: skip
 def test_impossible_depths(text):
     with pytest.raises(UserError):

@@ -241,8 +241,8 @@ _OF_WEIGHTS = rf"{_N_OF_M}|unstructured:.*"
 _SYNTAX = (
     "use unstructured:RATIO (unstructured:0.5), N:M (2:4), structured:RATIO (structured:0.3), "
     "structured:heads=RATIO,ffn=RATIO[,channels=RATIO][,multiple_of=WIDTH], rank:RANK or SHARE (rank:64), "
-    "depth:STAGES or SHARE (depth:2), or a sum in the order depth+structured+rank+2:4; with a budget structured, rank and "
-    "depth need no number"
+    "depth:STAGES or SHARE (depth:2), or a sum in the order depth+structured+rank+2:4; with a budget structured, rank "
+    "and depth need no number"
 )
 
 
