@@ -107,6 +107,18 @@ def test_per_image_values_are_those_of_the_means(scans):
     assert all(float(values.mean()) == pytest.approx(found[name]) for name, values in each.items())
 
 
+def test_images_are_measured_in_parts(scans, monkeypatch):
+    dense, prompts = scans
+    measured, images, seen = suite("digits"), noisy(dense), []
+    whole = measured.measure(images, prompts, dense)
+    monkeypatch.setattr("obsdiff.evaluation.suite.PART", 7)
+    update = measured.update
+    monkeypatch.setattr(measured, "update", lambda *given: (seen.append(len(given[1])), update(*given)))
+    again = measured.measure(images, prompts, dense)
+    assert seen == [7] * 5 + [5] and again.keys() == whole.keys()
+    assert all(again[name] == pytest.approx(whole[name], rel=1e-6) for name in whole)
+
+
 def test_batches_and_doubles_change_nothing(scans):
     """As the processes of a run see them: in parts, out of order, some twice."""
     dense, prompts = scans
@@ -130,6 +142,14 @@ def test_images_that_are_not_finite_have_no_figures(scans, value):
     found = measured.measure(images, prompts, dense)
     assert found.pop("not_finite") == 1 and set(found.values()) == {None}
     assert found.keys() == measured.measure(dense, prompts, dense).keys()
+    each = measured.values()["mse"] if measured.measure(images, prompts, dense) else None
+    assert each is not None and each.isnan().tolist() == [at == 2 for at in range(40)]  # not those of a black image
+    assert (
+        evaluation_of(
+            measured, prompts, list(range(40)), {"dense": Images(dense, dense[:0]), "pruned": Images(images, dense[:0])}
+        )["worst"]
+        == []
+    )
     assert measured.measure(dense, prompts, dense)["mse"] == 0  # it does not stay
     json.dumps(found, allow_nan=False)
 

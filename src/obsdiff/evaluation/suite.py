@@ -5,6 +5,7 @@ A measure is named ``KIND`` or ``KIND@EXTRACTOR``; without an extractor the pipe
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ from obsdiff.evaluation.measures.fidelity import (
 )
 from obsdiff.evaluation.real import real_of
 from obsdiff.pruning.options import EvaluationOptions
-from obsdiff.ranks import world_size
+from obsdiff.ranks import from_all, world_size
+
+PART = 32  # images that are measured at once: copies of thousands of large ones would fill the memory
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Suite:
     says: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _not_finite: int = 0
+    _spoilt: set[int] = field(default_factory=set)
 
     def measure(self, images: Tensor, prompts: Sequence[str], dense: Tensor | None = None) -> Figures:
         """What images come to, all at once and on this process alone.
@@ -102,19 +105,24 @@ class Suite:
             dense: The dense pipeline's images, or None.
         """
         self.start()
-        self.update(torch.arange(len(images)), images, prompts, dense)
+        for part in torch.arange(len(images)).split(PART):
+            first, last = int(part[0]), int(part[-1]) + 1
+            own = None if dense is None else dense[first:last]
+            self.update(part, images[first:last], prompts[first:last], own)
         return self.figures(shared=False)
 
     def values(self) -> dict[str, Tensor]:
-        """Of what was measured last, float64 (n,) each, the figures that are means over images."""
+        """Of what was measured last, float64 (n,) each, the figures that are means over images; NaN of images whose pixels
+        are not finite."""
         found: dict[str, Tensor] = {}
         for name, rows in self._rows(shared=False).items():
+            rows[sorted(self._spoilt)] = math.nan
             found |= dict(zip(self.measures[name].columns, rows.T, strict=False))
         return found
 
     def start(self) -> None:
         """Forget all images."""
-        self._not_finite = 0
+        self._spoilt = set()
         for measure in self.measures.values():
             measure.reset()
 
@@ -123,7 +131,7 @@ class Suite:
         if not len(images):
             return
         finite = finite_images(images)
-        self._not_finite += int((~finite).sum())
+        self._spoilt |= set(numbers[~finite].tolist())
         images = torch.where(finite[:, None, None, None], images, torch.zeros_like(images))
         batch = Batch(numbers, images, prompts, dense)
         lacking = {"dense"} if dense is None else set()
@@ -141,10 +149,9 @@ class Suite:
         found: Figures = {}
         for name, rows in self._rows(shared).items():
             found |= self.measures[name].figures(rows)
-        spoilt = torch.tensor(self._not_finite, device=self.device)
-        if shared and world_size() > 1:
-            torch.distributed.all_reduce(spoilt)
-        return {**dict.fromkeys(found), "not_finite": int(spoilt)} if spoilt else found
+        # processes draw equally many, so that some images were drawn twice
+        spoilt = set().union(*from_all(self._spoilt)) if shared else self._spoilt
+        return {**dict.fromkeys(found), "not_finite": len(spoilt)} if spoilt else found
 
     def widths(self) -> dict[str, int]:
         """Features of the measures that are made of their covariance, by name, once images were measured."""
