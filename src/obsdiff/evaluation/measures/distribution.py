@@ -13,6 +13,7 @@ from obsdiff.evaluation.measures.base import Batch, Figures, Measure
 
 NEIGHBOURS = 3  # of precision and recall, as published
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # as published
+PART = 1000  # features whose distances to all others are in memory at once: 50,000 by 50,000 are 20 GB
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,18 @@ class MeanDiscrepancy(Distribution):
         if real is None:
             return {}
         own, other = (torch.nn.functional.normalize(side.double(), dim=1) for side in (features, real))
-        means = [_gaussian(a, b).mean() for a, b in ((own, own), (other, other), (own, other))]
-        return {self.name: float(CMMD_SCALE * (means[0] + means[1] - 2 * means[2]))}
+        means = [_mean_kernel(a, b) for a, b in ((own, own), (other, other), (own, other))]
+        return {self.name: CMMD_SCALE * (means[0] + means[1] - 2 * means[2])}
 
 
-def _gaussian(a: Tensor, b: Tensor) -> Tensor:
-    return torch.exp(-torch.cdist(a, b).square() / (2 * CMMD_SIGMA**2))
+def _mean_kernel(a: Tensor, b: Tensor) -> float:
+    kernel = (torch.exp(-torch.cdist(part, b).square() / (2 * CMMD_SIGMA**2)) for part in a.split(PART))
+    return sum(float(part.sum()) for part in kernel) / (len(a) * len(b))
 
 
 def _within(these: Tensor, those: Tensor) -> float:
     """The share of ``these`` (n, d) that lie no further from one of ``those`` (m, d) than its third neighbour does."""
-    radius = torch.cdist(those, those).kthvalue(NEIGHBOURS + 1, dim=1).values  # the first is itself
-    return float((torch.cdist(these, those) <= radius).any(1).double().mean())
+    # the first neighbour is itself
+    radius = torch.cat([torch.cdist(part, those).kthvalue(NEIGHBOURS + 1, dim=1).values for part in those.split(PART)])
+    within = [(torch.cdist(part, those) <= radius).any(1) for part in these.split(PART)]
+    return float(torch.cat(within).double().mean())
