@@ -72,8 +72,8 @@ def evaluation_of(
 
 
 def worst_prompts(errors: Tensor | None, prompts: Sequence[str], count: int = WORST) -> list[dict[str, Any]]:
-    """The ``count`` prompts with the largest mean of errors (n,); none where one is not finite, or there are none, or no
-    prompts."""
+    """The ``count`` prompts with the largest mean of errors (n,); none where there are no errors or no prompts, or an
+    error is not finite."""
     if errors is None or not any(prompts) or not bool(errors.isfinite().all()):
         return []
     held: dict[str, list[float]] = {}

@@ -19,19 +19,27 @@ from obsdiff.data.pixels import Undecodable, pixels_of
 from obsdiff.errors import UserError
 from obsdiff.evaluation.extractors import Extractor
 from obsdiff.evaluation.measures.distribution import Real
-from obsdiff.files import whole_file
+from obsdiff.files import check_writable, whole_file
 from obsdiff.models.content import model_hash
+from obsdiff.paths import user_path
 from obsdiff.pruning.options import EvaluationOptions
-from obsdiff.ranks import rank, wait_for_all
+from obsdiff.ranks import rank
 
 BATCH = 64
+SIDE = 64  # pixels of an image that any network takes
 
 
-def real_of(name: str, extractor: Extractor, options: EvaluationOptions) -> Callable[[], Real]:
-    """What a measure compares with; read when it is first asked for.
+def real_of(name: str, extractor: Extractor, options: EvaluationOptions, each: bool) -> Callable[[], Real]:
+    """What a measure compares with; read when it is first asked for, which raises a ``UserError`` of its own.
+
+    Args:
+        name: The measure.
+        extractor: Its extractor.
+        options: Of the evaluation.
+        each: Whether it needs the features of each image, not only their statistics.
 
     Raises:
-        UserError: There are no real images, and the extractor brings none.
+        UserError: There are no real images, and the extractor brings none; or their statistics are not what it needs.
     """
     if "@" not in name and extractor.real is not None:
         own = extractor.real
@@ -41,7 +49,15 @@ def real_of(name: str, extractor: Extractor, options: EvaluationOptions) -> Call
             f"{name} needs real images: --evaluation.real FOLDER, a parquet file, a data set or clean-fid's .npz"
         )
     if options.real.endswith(".npz"):
-        moments = _moments(Path(options.real).expanduser())
+        if each:
+            raise UserError(f"{name} needs real images, not only their statistics: --evaluation.real FOLDER")
+        moments = _moments(user_path(options.real, "evaluation.real"))
+        width = extractor.features(torch.zeros(1, 3, SIDE, SIDE)).shape[1]
+        if moments.mean.shape != (width,) or moments.covariance.shape != (width, width):
+            raise UserError(
+                f"evaluation.real {options.real} holds statistics of {moments.mean.numel():,} features, and {name} has "
+                f"{width:,}: they were made by another network"
+            )
         return lambda: moments
     return cache(lambda: Real.of(_features(extractor, options)))
 
@@ -61,29 +77,37 @@ def _moments(path: Path) -> Real:
 def _features(extractor: Extractor, options: EvaluationOptions) -> Tensor:
     """Features of all real images, from the cache if they are there."""
     assert options.real is not None
-    table = load_table(options.real, options.real_split, options.real_column)
+    source = str(user_path(options.real, "evaluation.real")) if options.real.startswith("~") else options.real
+    table = load_table(source, options.real_split, options.real_column)
+    if len(table) < 2:
+        raise UserError(f"evaluation.real {options.real} holds {len(table)} images; at least 2 are needed")
     if options.real_cache is None:
         return _extracted(extractor, table, options)
     digest = hashlib.sha256(extractor.says.encode())
     digest.update((model_hash(extractor.network) if extractor.network is not None else "").encode())
     for row in table:
         digest.update(hashlib.sha256(_bytes(row[options.real_column])).digest())
-    file = Path(options.real_cache).expanduser() / f"real-{digest.hexdigest()[:16]}.safetensors"
+    file = user_path(options.real_cache, "evaluation.real_cache") / f"real-{digest.hexdigest()[:16]}.safetensors"
     try:
         with safe_open(file, framework="pt") as content:
             return content.get_tensor("features")
     except (OSError, SafetensorError):
-        found = _extracted(extractor, table, options)
-    if rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(file)
+    found = _extracted(extractor, table, options)
+    if rank() == 0:  # nobody waits for it: a process that starts later may find it
         with whole_file(file) as temporary:
             save_file({"features": found.contiguous()}, temporary)
-    wait_for_all()
     return found
 
 
 def _bytes(content: Any) -> bytes:
-    return content["bytes"] if content["bytes"] is not None else Path(content["path"]).read_bytes()
+    """Of an image; none where there is no image, which :func:`_batches` refuses."""
+    if content is None:
+        return b""
+    if content["bytes"] is not None:
+        return content["bytes"]
+    path = Path(content["path"])
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _extracted(extractor: Extractor, table: Any, options: EvaluationOptions) -> Tensor:

@@ -49,7 +49,7 @@ class Kind:
     Attributes:
         make: The measure, from its whole name and its parts.
         needs: What it cannot do without: "dense" images, "prompts", "reader", "extractor", "texts" that the extractor
-            embeds, "real" images.
+            embeds, "real" images or at least their statistics, "each" of the real images.
     """
 
     make: Callable[[str, Parts], Measure]
@@ -60,8 +60,8 @@ def _of(*needs: str) -> frozenset[str]:
     return frozenset(needs)
 
 
-def _distribution(made: Callable[..., Measure]) -> Kind:
-    return Kind(lambda name, parts: made(name, parts.extractor.features, parts.real), _of("extractor", "real"))  # type: ignore[union-attr]
+def _distribution(made: Callable[..., Measure], *needs: str) -> Kind:
+    return Kind(lambda name, parts: made(name, parts.extractor.features, parts.real), _of("extractor", "real", *needs))  # type: ignore[union-attr]
 
 
 KINDS: dict[str, Kind] = {
@@ -72,9 +72,9 @@ KINDS: dict[str, Kind] = {
     "alignment": Kind(lambda _, parts: Alignment(parts.reader), _of("prompts", "reader")),  # type: ignore[arg-type]
     "clip_score": Kind(lambda name, parts: ClipScore(name, parts.extractor), _of("prompts", "extractor", "texts")),  # type: ignore[arg-type]
     "frechet": _distribution(Frechet),
-    "kid": _distribution(KernelDistance),
-    "precision": _distribution(PrecisionRecall),
-    "cmmd": _distribution(MeanDiscrepancy),
+    "kid": _distribution(KernelDistance, "each"),
+    "precision": _distribution(PrecisionRecall, "each"),
+    "cmmd": _distribution(MeanDiscrepancy, "each"),
 }
 EXTRACTED_BY = {"clip_score": "clip", "cmmd": "clip"}  # where no extractor is named
 
@@ -112,8 +112,10 @@ class Suite:
         return self.figures(shared=False)
 
     def values(self) -> dict[str, Tensor]:
-        """Of what was measured last, float64 (n,) each, the figures that are means over images; NaN of images whose pixels
-        are not finite."""
+        """Of what was measured last, float64 (n,) each, the figures that are means over images.
+
+        NaN of an image whose pixels are not finite.
+        """
         found: dict[str, Tensor] = {}
         for name, rows in self._rows(shared=False).items():
             rows[sorted(self._spoilt)] = math.nan
@@ -179,7 +181,7 @@ def kind_of(name: str) -> str:
     kind = name.partition("@")[0]
     if kind not in KINDS:
         raise UserError(
-            f"evaluation.measures names {name!r}; choose of {', '.join(KINDS)}, with @EXTRACTOR where needed"
+            f"evaluation.measures names {name!r}; choose one of {', '.join(KINDS)}, with @EXTRACTOR where needed"
         )
     return kind
 
@@ -214,6 +216,7 @@ def load_suite(alignment: str | None, options: EvaluationOptions, device: torch.
     reader = find_reader(alignment)
     names = list(options.measures or usual(reader, options.num_images > 1))
     extractors: dict[str, Extractor] = {}
+    reals: dict[tuple[str | None, bool], Callable[[], Real]] = {}
     suite = Suite({}, device=torch.device(device) if world_size() > 1 else torch.device("cpu"))
     for name in names:
         kind = KINDS[kind_of(name)]
@@ -232,7 +235,10 @@ def load_suite(alignment: str | None, options: EvaluationOptions, device: torch.
                 raise UserError(
                     "alignment needs a classifier of the pipeline's images, and there is none; clip_score works for any"
                 )
-            real = real_of(name, extractor, options) if "real" in kind.needs and extractor is not None else None
+            real = None
+            if "real" in kind.needs and extractor is not None:
+                read = real_of(name, extractor, options, "each" in kind.needs)
+                real = reals.setdefault((chosen, "@" in name), read)
             suite.measures[name] = kind.make(name, Parts(reader, extractor, real))
         except UserError as error:
             suite.skipped[name] = str(error)
@@ -241,6 +247,8 @@ def load_suite(alignment: str | None, options: EvaluationOptions, device: torch.
             suite.says[name] = extractor.says
         elif "reader" in kind.needs and reader is not None:
             suite.says[name] = reader.measure
+    for read in reals.values():
+        read()  # what cannot be read is said before anything is drawn
     if suite.skipped:
         reasons = dict.fromkeys(suite.skipped.values())
         warnings.warn(f"not measured: {', '.join(suite.skipped)}: {'; '.join(reasons)}", stacklevel=2)
