@@ -18,4 +18,6 @@ EMBEDDED_PROMPTS = ("digits-train", "digits-heldout", "emoji-train", "emoji-held
 ALIGNMENTS = ("digits", "emoji")
 PRESETS = ("sd3-tiny-cpu", "sd3-medium", "sd35-large")
 MEASURES = ("mse", "ssim", "lpips", "distance", "alignment", "clip_score", "frechet", "kid", "precision", "cmmd")
+AGAINST_REAL = ("frechet", "kid", "precision", "cmmd")
+BY_NETWORK = ("distance", "clip_score", *AGAINST_REAL)  # which may be named with a network
 EXTRACTORS = ("inception", "inception-legacy", "clip", "dinov2", "efficientnet")

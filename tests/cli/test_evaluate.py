@@ -95,7 +95,9 @@ def test_other_programs_score(pruned, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--evaluation.measures", "[fid]"], "evaluation.measures names 'fid'; choose of mse, ssim"),
+        (["--evaluation.measures", "[fid]"], "evaluation.measures names 'fid'; choose one of mse, ssim"),
+        (["--evaluation.measures", "[mse@clip]"], "mse is measured without a named network"),
+        (["--evaluation.real", "photos"], "nothing is compared with it"),
         (["--evaluation.measures", "[frechet@vgg]"], "one of inception"),
         (["--evaluation.measures", "[mse,mse]"], "mse twice"),
         (["--evaluation.extractors", "{vgg: here}"], "evaluation.extractors names 'vgg'"),

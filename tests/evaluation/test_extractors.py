@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from obsdiff.errors import UserError
+from obsdiff.evaluation import real
 from obsdiff.evaluation.extractors import INCEPTION_FILE, load_extractor
 from obsdiff.evaluation.suite import load_suite
 from obsdiff.pruning.options import EvaluationOptions
@@ -114,12 +115,15 @@ def test_dinov2_gives_its_class_token(tmp_path, pictures):
 
 
 def test_what_cannot_be_loaded_says_what_to_fetch(tmp_path):
-    for name in ("inception", "clip", "dinov2"):
+    for name in ("inception", "inception-legacy", "clip", "dinov2"):
         with pytest.raises(UserError, match=f"{name}: FOLDER") as caught:
             load_extractor(name, str(tmp_path))
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no extractor is called vgg; choose one of inception"):
         load_extractor("vgg")
+    (tmp_path / INCEPTION_FILE).write_bytes(b"half of it")
+    with pytest.raises(UserError, match="is damaged; fetch it again"):
+        load_extractor("inception", str(tmp_path))
 
 
 def test_the_package_of_imagenet_weights(pictures):
@@ -128,9 +132,9 @@ def test_the_package_of_imagenet_weights(pictures):
     assert found.features(pictures[0]).shape == (9, 1280) and "no FID" in found.says
 
 
-def measures(weights, images, real, **options):
+def measures(weights, images, folder, **options):
     asked = ["frechet@inception", "kid@inception", "precision@inception"]
-    chosen = EvaluationOptions(measures=asked, extractors={"inception": str(weights)}, real=str(real), **options)
+    chosen = EvaluationOptions(measures=asked, extractors={"inception": str(weights)}, real=str(folder), **options)
     return load_suite(None, chosen).measure(images, [""] * len(images))
 
 
@@ -142,6 +146,19 @@ def test_real_images_of_a_folder_are_the_reference(weights, pictures, tmp_path, 
     monkeypatch.setattr("obsdiff.evaluation.real._extracted", lambda *_: pytest.fail("measured again"))
     assert measures(weights, images, folder, real_cache=str(tmp_path / "cache")) == found
     assert kept.name.startswith("real-")
+
+
+def test_real_images_are_read_once_for_all_measures(weights, pictures, monkeypatch):
+    read, extracted = [], real._extracted
+    monkeypatch.setattr(real, "_extracted", lambda *given: (read.append(1), extracted(*given))[1])
+    assert "recall@inception" in measures(weights, *pictures) and read == [1]
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_images_are_read(weights, pictures, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(real, "_extracted", lambda *_: pytest.fail("read"))
+    with pytest.raises(UserError, match="cannot write"):
+        measures(weights, *pictures, real_cache=str(tmp_path / "file" / "cache"))
 
 
 def test_real_images_of_other_content_are_measured_anew(weights, pictures, tmp_path):
@@ -159,16 +176,26 @@ def test_statistics_of_clean_fid_are_the_reference(weights, pictures, tmp_path):
     images, _ = pictures
     features = load_extractor("inception", str(weights)).features(images).numpy()
     numpy.savez(tmp_path / "real.npz", mu=features.mean(0), sigma=numpy.cov(features, rowvar=False))
-    found = measures(weights, images, tmp_path / "real.npz")
+    with pytest.warns(UserWarning, match="kid@inception needs real images, not only their statistics"):
+        found = measures(weights, images, tmp_path / "real.npz")
     assert found["frechet@inception"] == pytest.approx(0, abs=1e-3) and "kid@inception" not in found
     numpy.savez(tmp_path / "other.npz", mean=features.mean(0))
     with pytest.warns(UserWarning, match="holds no statistics"):
         measures(weights, images, tmp_path / "other.npz")
+    numpy.savez(tmp_path / "narrow.npz", mu=features.mean(0)[:9], sigma=numpy.eye(9))
+    with pytest.warns(UserWarning, match="statistics of 9 features, and frechet@inception has 2,048"):
+        measures(weights, images, tmp_path / "narrow.npz")
 
 
 def test_damaged_real_images_are_named(weights, pictures, tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"image 0 of .* cannot be read"):
-        measures(weights, pictures[0], tmp_path)
+    (tmp_path / "1.png").write_bytes(b"nor this")
+    asked = {"measures": ["frechet@inception"], "extractors": {"inception": str(weights)}, "real": str(tmp_path)}
+    for cache in ({}, {"real_cache": str(tmp_path / "cache")}):
+        with pytest.raises(UserError, match=r"image 0 of .* cannot be read"):
+            load_suite(None, EvaluationOptions(**asked, **cache))  # before anything is drawn
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(UserError, match="holds 1 images; at least 2 are needed"):
+        load_suite(None, EvaluationOptions(**asked))
     with pytest.warns(UserWarning, match="needs real images"):
         load_suite(None, EvaluationOptions(measures=["kid@inception"], extractors={"inception": str(weights)}))

@@ -51,6 +51,8 @@ def noisy(images, strength=0.1, seed=0):
 def test_names_are_those_that_the_options_take():
     assert tuple(KINDS) == names.MEASURES and tuple(EXTRACTORS) == names.EXTRACTORS
     assert set(KINDS) <= set(TITLES)
+    assert tuple(name for name, kind in KINDS.items() if "extractor" in kind.needs) == names.BY_NETWORK
+    assert tuple(name for name, kind in KINDS.items() if "real" in kind.needs) == names.AGAINST_REAL
 
 
 def test_fidelity_by_its_formulas(scans):
@@ -154,7 +156,9 @@ def test_images_that_are_not_finite_have_no_figures(scans, value):
     json.dumps(found, allow_nan=False)
 
 
-def test_precision_and_recall_by_loops():
+@pytest.mark.parametrize("part", [1000, 5])
+def test_precision_and_recall_by_loops(part, monkeypatch):
+    monkeypatch.setattr("obsdiff.evaluation.measures.distribution.PART", part)
     torch.manual_seed(0)
     own, real = torch.randn(12, 3, dtype=torch.float64), 0.5 + torch.randn(15, 3, dtype=torch.float64)
 
@@ -173,7 +177,9 @@ def test_precision_and_recall_by_loops():
     assert PrecisionRecall("precision", None, lambda: Real.of(real)).of(own[:3]) == {}
 
 
-def test_discrepancy_by_loops():
+@pytest.mark.parametrize("part", [1000, 5])
+def test_discrepancy_by_loops(part, monkeypatch):
+    monkeypatch.setattr("obsdiff.evaluation.measures.distribution.PART", part)
     torch.manual_seed(0)
     own, real = torch.randn(6, 4).double(), torch.randn(7, 4).double()
     unit = [side / side.norm(dim=1, keepdim=True) for side in (own, real)]

@@ -6,7 +6,18 @@ import re
 from dataclasses import dataclass
 
 from obsdiff.errors import UserError
-from obsdiff.names import ALLOCATIONS, DEAD, EXTRACTORS, FUSIONS, MEASURES, METHODS, STRUCTURED_METHODS, UNIT_METHODS
+from obsdiff.names import (
+    AGAINST_REAL,
+    ALLOCATIONS,
+    BY_NETWORK,
+    DEAD,
+    EXTRACTORS,
+    FUSIONS,
+    MEASURES,
+    METHODS,
+    STRUCTURED_METHODS,
+    UNIT_METHODS,
+)
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import RANK, Depth, Hybrid, is_bare, of_layers, of_units, parse_request
 from obsdiff.obs.timesteps import timestep_weights
@@ -194,15 +205,23 @@ def check_evaluation(evaluation: EvaluationOptions) -> None:
     check_seed("evaluation.seed + num_images", evaluation.seed + evaluation.num_images)
     for name in evaluation.measures:
         kind, at, extractor = name.partition("@")
+        if at and kind in MEASURES and kind not in BY_NETWORK:
+            raise UserError(f"evaluation.measures names {name!r}; {kind} is measured without a named network")
         if kind not in MEASURES or (at and extractor not in EXTRACTORS):
             raise UserError(
-                f"evaluation.measures names {name!r}; choose of {', '.join(MEASURES)}, with @ and one of "
+                f"evaluation.measures names {name!r}; choose one of {', '.join(MEASURES)}, with @ and one of "
                 f"{', '.join(EXTRACTORS)} where a named network measures"
             )
     if twice := [name for name in evaluation.measures if evaluation.measures.count(name) > 1]:
         raise UserError(f"evaluation.measures names {twice[0]} twice")
     if unknown := [name for name in evaluation.extractors if name not in EXTRACTORS]:
-        raise UserError(f"evaluation.extractors names {unknown[0]!r}; choose of {', '.join(EXTRACTORS)}")
+        raise UserError(f"evaluation.extractors names {unknown[0]!r}; choose one of {', '.join(EXTRACTORS)}")
+    kinds = [name.partition("@")[:2] for name in evaluation.measures]
+    if evaluation.real is not None and not any(kind in AGAINST_REAL and (at or kind == "cmmd") for kind, at in kinds):
+        raise UserError(
+            "evaluation.real is named, but nothing is compared with it; name a measure that is, such as "
+            "--evaluation.measures '[mse, frechet@inception]'"
+        )
 
 
 def _check_calibration(calibration: CalibrationOptions) -> None:
