@@ -63,15 +63,6 @@ def add_up(tensors: Sequence[Tensor]) -> None:
             distributed.all_reduce(tensor)
 
 
-def from_rank(value: T, source: int = 0) -> T:
-    """The ``value`` of process ``source``, on every process."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    distributed.broadcast_object_list(box, source)
-    return box[0]
-
-
 def broadcast_numbers(values: Sequence[float], device: torch.device | str) -> list[float]:
     """The first process's ``values`` on every process, as one small float64 tensor on ``device``."""
     if world_size() == 1:

@@ -185,11 +185,7 @@ def measured_summary(title: str, found: Mapping[str, Any], output: Path | None, 
     for name in named(evaluation[what]):
         beside = f" (dense {figure(evaluation['dense'], name)})" if name in evaluation.get("dense", {}) else ""
         rows.append((words(name), figure(evaluation[what], name) + beside))
-    for key, text in (
-        ("parameters", "parameters"),
-        ("denoiser_bytes", "bytes of the denoiser"),
-        ("flops", "FLOPs per call"),
-    ):
+    for key, text in SIZES.items():
         rows.append((text, " -> ".join(amount(size[key]) for size in sizes.values())))
     if (timed := found["latency"]) is not None:
         rows.append(
