@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obsdiff.evaluation.evaluate import evaluation_of
+from obsdiff.evaluation.evaluate import evaluation_of, remarks_on
 from obsdiff.evaluation.references import References
 from obsdiff.evaluation.suite import Suite
 from obsdiff.ranks import from_all
@@ -59,4 +59,7 @@ class Validation:
         """The last evaluation as reports hold it, beside the figures of the dense and the freshly pruned pipeline."""
         drawn = {"dense": self.refs.dense, "pruned": self.refs.pruned}
         figures = self.figures  # measuring others forgets nothing of them
-        return {**evaluation_of(self.suite, self.refs.prompts, self.refs.seeds, drawn), "recovered": figures}
+        found = evaluation_of(self.suite, self.refs.prompts, self.refs.seeds, drawn)
+        stages = {name: found[name] for name in drawn} | {"recovered": figures}
+        # the errors of single images are not kept
+        return found | stages | {"worst": [], "remarks": remarks_on(stages, found["few"])}
