@@ -102,6 +102,8 @@ def test_a_row_is_kept_by_content(tmp_path):
     assert key == key_of(unit, None, {}, dict(content))
     faster = replace(unit.pruning, calibration=CalibrationOptions(prompts="a-copy.txt", batch_size=9))
     assert key == key_of(replace(unit, pruning=faster), None, {}, content)
+    cached = replace(unit, evaluation=replace(unit.evaluation, real_cache="elsewhere"))
+    assert key == key_of(cached, None, {}, content)
     steps = CalibrationOptions(steps=3)
     others = [
         key_of(unit, None, {}, {"pipeline": "b"}),

@@ -192,7 +192,7 @@ def key_of(unit: Unit, recipe: str | None, budget: Mapping[str, float], content:
     calibration = replace(unit.pruning.calibration, **unnamed)
     material = {
         "pruning": _asked(replace(unit.pruning, calibration=calibration)),
-        "evaluation": _asked(replace(unit.evaluation, **unnamed)),
+        "evaluation": _asked(replace(unit.evaluation, **unnamed, real_cache=None)),
         "recovery": None if recipe is None else [_with_content(read_recipe(recipe)), dict(budget)],
         "content": content,
     }

@@ -127,6 +127,7 @@ def run_part(
             remove_leftovers(file.with_suffix(""))
         if not missing:
             continue
+        dense.suite.start()  # loads it: what cannot be measured is said before anything is pruned
         for name, row in _run(options, unit, dense, missing, fit):
             failed += row["error"] is not None
             say(f"[{at + 1}/{len(units)}] {unit}, {name}: {told(row)}")
