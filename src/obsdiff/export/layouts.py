@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,10 @@ def check_layout(layout: str, prompts: Sequence[str], source: str | None) -> Map
         raise UserError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     records: dict[str, Mapping[str, Any]] = {}
     if layout == "geneval" and source is not None and source.endswith(".jsonl"):
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-        records = {record["prompt"].strip(): record for record in map(json.loads, filter(str.strip, lines))}
+        records = {record["prompt"].strip(): record for record in _records(Path(source))}
     if layout == "dpg" and source is not None and source.endswith(".csv"):
-        with open(source, encoding="utf-8", newline="") as file:
-            records = {row.get("text", "").strip(): row for row in csv.DictReader(file)}
+        with open(source, encoding="utf-8-sig", newline="") as file:
+            records = {(row.get("text") or "").strip(): row for row in csv.DictReader(file)}
     if layout == "plain":
         return {prompt: {} for prompt in prompts}
     needed = {"geneval": "prompt", "dpg": "item_id"}[layout]
@@ -61,6 +61,15 @@ def check_layout(layout: str, prompts: Sequence[str], source: str | None) -> Map
             f"{DPG_SIDE**2} x the number of prompts"
         )
     return records
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file that have a prompt; other lines are named where the prompts are read."""
+    for line in file.read_text(encoding="utf-8-sig").splitlines():
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+                yield record
 
 
 def write_images(
