@@ -8,6 +8,8 @@ from PIL import Image
 
 import obsdiff
 from obsdiff.cli.main import main
+from obsdiff.errors import UserError
+from obsdiff.export.layouts import check_layout
 from tests.cli.test_commands import QUICK
 
 SMALL = ["--evaluation.num_images", "3", "--evaluation.batch_size", "2", "--device", "cpu"]
@@ -97,6 +99,14 @@ def test_other_programs_score(pruned, tmp_path, capsys):
     [
         (["--evaluation.measures", "[fid]"], "evaluation.measures names 'fid'; choose one of mse, ssim"),
         (["--evaluation.measures", "[mse@clip]"], "mse is measured without a named network"),
+        (
+            ["--scorers", "{reward: nowhere/python score.py}"],
+            "scorer reward: there is no program nowhere/python to run",
+        ),
+        (["--scorers", '{reward: "\'open"}'], "is no command"),
+        (["--scorers", "{mse: python}"], "a scorer cannot be called 'mse'"),
+        (["--overwrite", "true"], "name its folder with --output"),
+        (["--output", "new", "--images", "new/images"], "--images new/images is inside --output new"),
         (["--evaluation.real", "photos"], "nothing is compared with it"),
         (["--evaluation.measures", "[frechet@vgg]"], "one of inception"),
         (["--evaluation.measures", "[mse,mse]"], "mse twice"),
@@ -124,7 +134,9 @@ def test_images_lie_as_benchmarks_want_them(pruned, tmp_path, capsys):
         "00001/metadata.jsonl", "00001/samples/0000.png",
     }  # fmt: skip
     assert json.loads((tmp_path / "geneval" / "00001" / "metadata.jsonl").read_text()) == records[1]
-    table = "item_id,text\n7,a digit one\n9,a digit two\n"
+    table = (
+        "item_id,text,proposition_id\n7,a digit one,1\n7,a digit one,2\n9,a digit two,1\n"  # a row for each question
+    )
     (tmp_path / "dpg_bench.csv").write_text(table)
     known = ["--evaluation.prompts", str(tmp_path / "dpg_bench.csv"), "--evaluation.column", "text"]
     asked = ["--against", "none", "--layout", "dpg", "--device", "cpu"]
@@ -136,3 +148,23 @@ def test_images_lie_as_benchmarks_want_them(pruned, tmp_path, capsys):
     assert "name it with --images" in refused(capsys, pruned, "--layout", "dpg")
     assert "unknown layout 'grid'" in refused(capsys, pruned, *SMALL, "--layout", "grid", "--images", tmp_path / "x")
     assert "geneval needs" in refused(capsys, pruned, *SMALL, "--layout", "geneval", "--images", tmp_path / "x")
+
+
+def test_the_function_refuses_what_the_command_refuses(pruned):
+    pipe = obsdiff.load_pipeline(pruned)
+    for wrong, said in (
+        ({"measures": ["fid"]}, "evaluation.measures names 'fid'"),
+        ({"batch_size": 0}, "evaluation.batch_size"),
+        ({"what": "mine"}, "what is 'mine'; choose one of recovered, pruned, evaluated"),
+        ({"scorers": {"reward": "nowhere/python"}}, "there is no program"),
+    ):
+        with pytest.raises(UserError, match=said):
+            obsdiff.evaluate(pipe, **wrong)
+
+
+def test_lines_of_a_benchmark_that_do_not_parse_are_passed_over(tmp_path):
+    file = tmp_path / "evaluation_metadata.jsonl"
+    file.write_text('\ufeff{"prompt": "a", "tag": "x"}\n{broken\n{"prompt": 3}\n[1]\n', encoding="utf-8")
+    assert check_layout("geneval", ["a"], str(file)) == {"a": {"prompt": "a", "tag": "x"}}
+    with pytest.raises(UserError, match="says nothing of 'b'"):
+        check_layout("geneval", ["b"], str(file))

@@ -115,6 +115,8 @@ def checked_evaluate(options: EvaluateOptions) -> EvaluateOptions:
     )
     if options.layout != "plain" and images is None:
         raise UserError("layout says how images lie in a folder; name it with --images")
+    if options.overwrite and output is None:
+        raise UserError("overwrite replaces an earlier evaluation; name its folder with --output")
     source = check_source(options.pipeline)
     return replace(options, pipeline=source, against=against, output=output, images=images, evaluation=evaluation)
 

@@ -27,24 +27,29 @@ def main(args: Sequence[str] | None = None) -> None:
 
         device = choose_device(options.device, float64=False)
 
+        from obsdiff.evaluation.scorers import check_scorers
         from obsdiff.export.evaluate import FILE, asked_prompts, evaluate, origin_of, write_evaluation
         from obsdiff.export.layouts import INDEX, check_layout, write_images
         from obsdiff.export.summary import measured_summary
-        from obsdiff.files import check_folder, whole_folder
+        from obsdiff.files import check_apart, check_folder, check_writable, whole_folder
         from obsdiff.pruning.folder import load_pipeline
         from obsdiff.ranks import joined_processes, rank, wait_for_all
 
         output = None if options.output is None else Path(options.output)
+        images = None if options.images is None else Path(options.images)
+        check_apart(output=output, images=images)
         if output is not None:
             check_folder(output, FILE, "an evaluation", replace=options.overwrite)
-        if options.images is not None:
-            check_folder(Path(options.images), INDEX, "images", replace=False, hint="another --images")
+        if images is not None:
+            check_folder(images, INDEX, "images", replace=False, hint="another --images")
+        check_writable(*(place for place in (output, images) if place is not None))
+        check_scorers(options.scorers)
         what, against = origin_of(options.pipeline)
         against = against if options.against is None else None if options.against == NONE else options.against
         with joined_processes(device) as device:
             pipe = load_pipeline(options.pipeline, dtype=options.dtype, device=device)
             dense = None if against is None else load_pipeline(against, dtype=options.dtype, device=device)
-            prompts = asked_prompts(pipe, options.evaluation)
+            prompts = asked_prompts(pipe, options.evaluation, distinct=options.layout != "plain")
             records = check_layout(options.layout, prompts, options.evaluation.prompts)
             found = evaluate(
                 pipe,
@@ -53,6 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 scorers=options.scorers,
                 latency=options.latency,
                 quiet=False,
+                texts=prompts,
                 **asdict(options.evaluation),
             )
             if rank() == 0:
@@ -60,8 +66,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 if output is not None:
                     with whole_folder(output, FILE, replace=options.overwrite) as folder:
                         write_evaluation(folder, found, title)
-                if options.images is not None:
-                    with whole_folder(Path(options.images), INDEX) as folder:
+                if images is not None:
+                    with whole_folder(images, INDEX) as folder:
                         write_images(folder, options.layout, found["images"][what], prompts, found["seeds"], records)
                 print(measured_summary(title, found, output, time.perf_counter() - started))
             wait_for_all()

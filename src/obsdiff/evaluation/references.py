@@ -74,9 +74,10 @@ def draw(
     batch_size: int,
     alignment: str | None,
     allow_nonfinite: bool = False,
+    quiet: bool = False,
 ) -> Images:
     """The images of one pipeline, without guidance too where it has any and they can be measured."""
-    quiet = rank() > 0
+    quiet = quiet or rank() > 0
     guided = sample_shared(pipe, prompts, seeds, batch_size, quiet, allow_nonfinite)
     if not alignment or not UNGUIDED.keys() <= call_arguments(pipe).keys():
         return Images(guided, guided[:0])

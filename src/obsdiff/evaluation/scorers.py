@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +18,27 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.intervals import bootstrap_interval
 from obsdiff.evaluation.measures.base import Figures
 from obsdiff.evaluation.sampling import save_images
+from obsdiff.names import MEASURES
 
 METADATA = "metadata.jsonl"
+TAKEN = (*MEASURES, "psnr", "recall", "alignment_top5", "not_finite")
+
+
+def check_scorers(scorers: Mapping[str, str]) -> None:
+    """Refuse programs that are not there, and names of other figures, before anything is drawn.
+
+    Raises:
+        UserError: Naming the first one.
+    """
+    for name, command in scorers.items():
+        if name.partition("@")[0] in TAKEN or name.endswith(("_interval", "_groups", "_unguided")):
+            raise UserError(f"a scorer cannot be called {name!r}, as another figure is; choose another name")
+        try:
+            program = shlex.split(command)[:1]
+        except ValueError as error:
+            raise UserError(f"scorer {name} ({command}) is no command: {error}") from error
+        if not program or shutil.which(Path(program[0]).expanduser()) is None:
+            raise UserError(f"scorer {name}: there is no program {' '.join(program) or repr(command)} to run")
 
 
 def score(name: str, command: str, images: Tensor, prompts: Sequence[str]) -> Figures:
@@ -42,7 +62,9 @@ def score(name: str, command: str, images: Tensor, prompts: Sequence[str]) -> Fi
         rows = [{"file_name": file.name, "prompt": prompt} for file, prompt in zip(files, prompts, strict=True)]
         (Path(folder) / METADATA).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         try:
-            done = subprocess.run([*shlex.split(command), folder], capture_output=True, text=True, check=True)
+            program, *given = shlex.split(command)
+            called = [str(Path(program).expanduser()), *given, folder]
+            done = subprocess.run(called, capture_output=True, text=True, check=True)
             values = json.loads(done.stdout.strip().splitlines()[-1])
         except (OSError, ValueError, IndexError) as error:
             raise UserError(f"scorer {name} ({command}) gave no scores: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch import Tensor
 
 from obsdiff.allocation.clock import call_of, time_calls
 from obsdiff.allocation.latency import share_of
+from obsdiff.allocation.request import check_evaluation
+from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import check_measurable
-from obsdiff.evaluation.evaluate import DENSE, Images, evaluation_of
+from obsdiff.evaluation.evaluate import DENSE, RESULTS, Images, evaluation_of
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.references import draw
-from obsdiff.evaluation.scorers import score
+from obsdiff.evaluation.sampling import cycle_prompts
+from obsdiff.evaluation.scorers import check_scorers, score
 from obsdiff.evaluation.suite import load_suite
 from obsdiff.export.figures import evaluation_table
 from obsdiff.export.places import finite, pipeline_bytes
@@ -34,6 +37,7 @@ from obsdiff.models.subject import subject_of
 from obsdiff.pruning.folder import run_folder
 from obsdiff.pruning.manifest import read_manifest
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions
+from obsdiff.ranks import solved_in_turn
 from obsdiff.versions import versions
 
 FILE = "evaluation.json"
@@ -54,14 +58,22 @@ def origin_of(pipeline: str) -> tuple[str, str | None]:
     return "recovered" if manifest.get("recovery") else "pruned", manifest.get("pipeline")
 
 
-def asked_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
+def asked_prompts(pipe: Any, options: EvaluationOptions, distinct: bool = False) -> list[str]:
     """One prompt per image, of the named set or the pipeline's own.
+
+    Args:
+        pipe: What draws.
+        options: Of the evaluation.
+        distinct: Take a prompt that a named set holds several times as one: DPG-Bench has a row for each question.
 
     Raises:
         UserError: There is none, or it cannot be read.
     """
     if options.prompts is None and not info_of(pipe).prompts and not told_nothing(pipe, None):
         raise UserError("name what to draw: --evaluation.prompts FILE (.txt, .csv, .jsonl ...) or a data set")
+    if distinct and options.prompts is not None and not told_nothing(pipe, options.prompts):
+        once = list(dict.fromkeys(load_prompts(options.prompts, options.column)))
+        return cycle_prompts(once, options.num_images)
     prompts = evaluation_prompts(pipe, options, CalibrationOptions(prompts=options.prompts, column=options.column))
     if not prompts:
         raise UserError("evaluation.num_images is 0: there is nothing to measure")
@@ -76,6 +88,7 @@ def evaluate(
     scorers: Mapping[str, str] | None = None,
     latency: bool = True,
     quiet: bool = True,
+    texts: Sequence[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure a pipeline, as ``obsdiff evaluate`` and every report do.
@@ -87,6 +100,7 @@ def evaluate(
         scorers: Commands that score images, by the name of their figure (:func:`obsdiff.evaluation.scorers.score`).
         latency: Time one call of the denoisers, in turns.
         quiet: No progress bars.
+        texts: The prompts themselves, one per image; None takes those that the options name.
         options: As :class:`obsdiff.pruning.options.EvaluationOptions`: num_images, prompts, measures and so on.
 
     Returns:
@@ -99,7 +113,11 @@ def evaluate(
     """
     started = time.perf_counter()
     asked = EvaluationOptions(**options)
-    prompts = asked_prompts(pipe, asked)
+    check_evaluation(asked)
+    check_scorers(scorers or {})
+    if what not in RESULTS:
+        raise UserError(f"what is {what!r}; choose one of {', '.join(RESULTS)}")
+    prompts = asked_prompts(pipe, asked) if texts is None else list(texts)
     alignment = info_of(pipe).alignment
     check_measurable(prompts, alignment)
     suite = load_suite(alignment, asked, pipe.device)
@@ -107,11 +125,16 @@ def evaluate(
     pipes = {what: pipe} if against is None else {DENSE: against, what: pipe}
     drawn: dict[str, Images] = {}
     for name, each in pipes.items():
-        drawn[name] = draw(each, prompts, seeds, asked.batch_size, alignment, allow_nonfinite=name != DENSE)
+        drawn[name] = draw(
+            each, prompts, seeds, asked.batch_size, alignment, allow_nonfinite=name != DENSE, quiet=quiet
+        )
+    if len({images.guided.shape for images in drawn.values()}) > 1:
+        sizes = " and ".join(" x ".join(map(str, images.guided.shape[1:])) for images in drawn.values())
+        raise UserError(f"images of {sizes} (channels, height, width) cannot be compared; measure against none")
     evaluation = evaluation_of(suite, prompts, seeds, drawn)
-    for scorer, command in (scorers or {}).items():
-        for name, images in drawn.items():
-            evaluation[name] |= score(scorer, command, images.guided, prompts)
+    todo = [(scorer, command, name) for scorer, command in (scorers or {}).items() for name in drawn]
+    for (_, _, name), figures in solved_in_turn(todo, lambda one: score(*one[:2], drawn[one[2]].guided, prompts)):
+        evaluation[name] |= figures
     return {
         "evaluation": evaluation,
         "size": {name: _size(each) for name, each in pipes.items()},
