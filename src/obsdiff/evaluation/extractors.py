@@ -6,7 +6,6 @@ What one needs and lacks is a :class:`UserError` of one line; the measures that 
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,7 @@ def _efficientnet(source: str | None, device: str) -> Extractor:
 
     try:
         network, embed = lite0(source, device)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # files that are no weights raise several kinds
         raise UserError(f"efficientnet cannot be read from {source}; name a file of its weights") from error
 
     def features(images: Tensor) -> Tensor:
