@@ -24,7 +24,7 @@ def frechet_between(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covari
     root_a = _root(covariance_a)
     cross = torch.linalg.eigvalsh(root_a @ covariance_b @ root_a).clamp_min(0).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
-    return max(0.0, float(distance))
+    return float(distance.clamp_min(0))  # NaN stays NaN
 
 
 def _root(covariance: Tensor) -> Tensor:
