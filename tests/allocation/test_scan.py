@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import obsdiff
+from obsdiff.allocation import scan as scans
 from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.joint import joint_errors
@@ -219,7 +220,7 @@ def test_members_of_a_unit_are_pruned_together(setting):
     assert found.measured[unit.name][0.5] == pytest.approx(error, rel=1e-4)
 
 
-def test_two_processes_find_the_same(setting, tmp_path):
+def test_two_processes_find_the_same(setting, tmp_path, monkeypatch):
     """Each measures half of the layers, both end with all of them; and one clock decides for both."""
     script = tmp_path / "two.py"
     script.write_text(
@@ -233,6 +234,7 @@ def test_two_processes_find_the_same(setting, tmp_path):
         "units = units_of(graph, 'unstructured:0.5')[:7]\n"
         "found = scan(Solver(graph, statistics, SolveOptions('magnitude')), units, probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
+        "from obsdiff.allocation import scan as scans; scans.PRODUCTS = 12\n"
         "backward = scan(Solver(graph, statistics, SolveOptions('magnitude')), units, probe, '', by='backward')\n"
         "from obsdiff.allocation.allocate import allocate\n"
         "from obsdiff.allocation import latency\n"
@@ -266,6 +268,7 @@ def test_two_processes_find_the_same(setting, tmp_path):
     assert first == second and len(first[0]) == 7 and set(stored) == set(first[0])
     _, graph, statistics, probe = setting
     units = units_of(graph, "unstructured:0.5")[:7]
+    monkeypatch.setattr(scans, "PRODUCTS", 12)
     alone = scan(Solver(graph, statistics, SolveOptions("magnitude")), units, probe, "", by="backward")
     for kind, ours in zip(first[1:3], (alone.measured, alone.predicted), strict=True):
         assert kind.keys() == ours.keys()

@@ -153,7 +153,7 @@ def allocate(
         "uniform_joint_error": uniform,
         "scan": {
             **sensitivity.cost,
-            "by": options.scan.by,
+            "by": sensitivity.way,
             "note": sensitivity.note,
             "triples": sensitivity.triples,
             "bare_passes": scanned.bare_passes,
@@ -222,7 +222,7 @@ def _scanned(
         probe,
         conditioning_hash(subject.pipe, prompts),
         levels=options.scan.levels,
-        by=options.scan.by,
+        by=options.scan.way,
         store=store,
         quiet=quiet,
     )
@@ -285,5 +285,5 @@ def probe_for(
     triples, pipe = triples_of(subject.graph, units, scanning, calls), subject.pipe
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, settings.call)
     probe = record_probe(subject, conditioning, settings, triples)
-    passes = passes_needed(subject.graph, units, scanning.levels, scanning.by, len(probe))
+    passes = passes_needed(subject.graph, units, scanning.levels, scanning.way, len(probe))
     return probe, passes * len(probe) / calls

@@ -6,6 +6,7 @@ the others are predicted from gradients ("backward", :mod:`obsdiff.allocation.gr
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,8 +38,8 @@ MEASURED_STRUCTURED = (0.25, 0.5, 0.75)
 # Beside ranks the text stream's neurons go nearly all, where an extrapolated error is two to three times too small.
 MEASURED_BESIDE_RANKS = (0.25, 0.5, 0.75, 0.9, 0.98)
 MEASURED_RANK = (0.5, 0.75, 0.85, 0.95)  # errors of ranks fall by orders of magnitude
-VECTORS = 2  # random vectors per call that errors of layers are predicted with
-VECTORS_STRUCTURED = 4  # modules are few, so that what their errors are off by averages out less
+PRODUCTS = 320  # random vectors of all calls, from which errors of layers are predicted: they scatter by 8 % or more
+PRODUCTS_STRUCTURED = 640  # modules are few, so that what their errors are off by averages out less
 TAIL_TRIPLES = 32  # of the probe, on which a backward scan measures the largest share
 HELD_BYTES = 2**28  # changes of weights that one backward pass serves; of large denoisers as much as they take
 TRIPLES = 160
@@ -71,6 +72,11 @@ class Sensitivity:
     note: str = ""
     earlier_s: float = 0.0
 
+    @property
+    def way(self) -> str:
+        """Whether errors were predicted, "backward", or all were measured, "forward"."""
+        return BACKWARD if any(self.predicted.values()) else FORWARD
+
     def errors(self, name: str) -> dict[float, float]:
         """What is known of a unit's output error, by share removed."""
         measured, predicted = self.measured[name], self.predicted[name]
@@ -84,8 +90,8 @@ def levels_of(unit: Unit, shares: Sequence[float]) -> list[Pattern]:
 
 
 def measured_levels(unit: Unit, levels: Sequence[float] | None, by: str = FORWARD) -> list[Pattern]:
-    """The options at which the denoiser runs; levels None: the defaults of the unit's kind."""
-    if by == BACKWARD and levels is None:
+    """The options at which the denoiser runs; levels None: the unit's kind's; a backward scan has none."""
+    if by == BACKWARD:
         return levels_of(unit, SOLVED)[-1:]
     shares: Sequence[float] = MEASURED
     if isinstance(sparsest := unit.options[-1], Structured):
@@ -99,6 +105,16 @@ def passes_needed(
 ) -> float:
     """What a scan on so many triples costs, in multiples of the whole probe through the whole denoiser; a backward pass
     by inputs, not weights, counts as one."""
+    return _passes(graph, units, levels, way_of(graph, units, levels, by, triples), triples)
+
+
+def way_of(graph: Graph, units: Sequence[Unit], levels: Sequence[float] | None, by: str, triples: int) -> str:
+    """How units are scanned: few triples need so many vectors that running the denoiser costs less."""
+    costs = {way: _passes(graph, units, levels, way, triples) for way in {by, FORWARD}}
+    return by if costs[by] < costs[FORWARD] else FORWARD
+
+
+def _passes(graph: Graph, units: Sequence[Unit], levels: Sequence[float] | None, by: str, triples: int) -> float:
     stages, few = len(graph.stages), few_triples(triples, by) / triples
     runs = stages * (1 + (few if few < 1 else 0))  # the dense outputs
     first = at = 0
@@ -107,7 +123,7 @@ def passes_needed(
             runs += stages - first  # moving on
             first = part[0].stage
         if by == BACKWARD:
-            runs += (1 + vectors_of(units)) * (stages - first)
+            runs += (1 + vectors_of(units, triples)) * (stages - first)
         if few == 1:
             at = first
         for unit in part:
@@ -120,9 +136,10 @@ def passes_needed(
     return runs / stages
 
 
-def vectors_of(units: Sequence[Unit]) -> int:
-    """Random vectors per call that the errors of units are predicted with."""
-    return VECTORS_STRUCTURED if isinstance(units[0].options[-1], Structured) else VECTORS
+def vectors_of(units: Sequence[Unit], triples: int) -> int:
+    """Random vectors per triple that the errors of units are predicted with."""
+    structured = isinstance(units[0].options[-1], Structured)
+    return math.ceil((PRODUCTS_STRUCTURED if structured else PRODUCTS) / triples)
 
 
 def few_triples(triples: int, by: str) -> int:
@@ -159,7 +176,7 @@ def triples_of(graph: Graph, units: Sequence[Unit], scanning: ScanOptions, calls
     """Triples to record, where a calibration pass makes ``calls`` calls of the denoiser (prompts times steps)."""
     if scanning.triples is not None:
         return min(scanning.triples, calls)
-    passes = passes_needed(graph, units, scanning.levels, scanning.by)
+    passes = passes_needed(graph, units, scanning.levels, scanning.way)
     return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes)))
 
 
@@ -184,9 +201,9 @@ def scan(
         units: Without limits, so that a store serves every allocation; in the order of a forward pass.
         probe: Where to measure.
         prompts: Hash of what the probe's denoiser was told (:func:`obsdiff.pruning.calibrate.conditioning_hash`).
-        levels: Shares to measure at; None: :data:`MEASURED`, or of a backward scan the largest.
+        levels: Shares to measure at, of a forward scan; None: :data:`MEASURED`.
         by: "forward", or "backward": errors at the other shares are predicted, where the denoiser can be differentiated
-            and there is memory for it; else they are measured, and the note says so.
+            and there is memory for it (else they are measured, and the note says so), if that costs less.
         store: Folder to keep the results in; what it holds of the same settings is not measured again.
         quiet: No progress bar.
 
@@ -199,7 +216,7 @@ def scan(
     missing = [unit for unit in units if unit.name not in found.measured]
     if not missing:
         return found
-    scanner = _Scanner(solver, missing, probe, levels, by)
+    scanner = _Scanner(solver, missing, probe, levels, way_of(solver.graph, units, levels, by, len(probe)))
     found.cost["passes"] += world_size() * scanner.passes()  # the dense outputs
     started = saved = time.perf_counter()
     scanned = solved_in_turn(missing, scanner.measure)
@@ -283,7 +300,7 @@ class _Scanner:
                 errors = predicted_errors(
                     self.whole,
                     {name: list(found.values()) for name, found in self.candidates.items()},
-                    vectors_of(part),
+                    vectors_of(part, len(self.whole.probe)),
                 )
             except NotDifferentiable as error:
                 self.note = f"errors were measured at all shares, not predicted from gradients: {error}"
