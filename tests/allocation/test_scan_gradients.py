@@ -8,22 +8,21 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.allocation import scan as scans
+from obsdiff.allocation import effort
 from obsdiff.allocation.candidates import Candidate, Solver
 from obsdiff.allocation.curves import corrected_errors
-from obsdiff.allocation.gradients import NotDifferentiable, predicted_errors
-from obsdiff.allocation.restart import Restart
-from obsdiff.allocation.scan import (
-    FILE,
+from obsdiff.allocation.effort import (
     SOLVED,
     TAIL_TRIPLES,
     levels_of,
     measured_levels,
     parts_of,
     passes_needed,
-    scan,
     way_of,
 )
+from obsdiff.allocation.gradients import NotDifferentiable, predicted_errors
+from obsdiff.allocation.restart import Restart
+from obsdiff.allocation.scan import FILE, scan
 from obsdiff.allocation.units import removed
 from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.options import PruningOptions, ScanOptions
@@ -39,8 +38,8 @@ PATTERNS = ["unstructured:0.5", "2:4", "structured:0.5", "structured:0.5+rank:8"
 @pytest.fixture(autouse=True)
 def few_vectors(monkeypatch):
     """Two for each of the probe's six calls, of modules four; a scan would take so many that it pays to measure."""
-    monkeypatch.setattr(scans, "PRODUCTS", 12)
-    monkeypatch.setattr(scans, "PRODUCTS_STRUCTURED", 24)
+    monkeypatch.setattr(effort, "PRODUCTS", 12)
+    monkeypatch.setattr(effort, "PRODUCTS_STRUCTURED", 24)
 
 
 def moved(restart, candidate):
@@ -174,7 +173,7 @@ def test_a_large_denoiser_is_predicted_in_parts(setting, monkeypatch):  # noqa: 
     given = (units, probe, "")
     whole = scan(Solver(graph, statistics, SolveOptions("magnitude")), *given, by="backward")
     own = sum(p.numel() * p.element_size() for p in graph.denoiser.parameters())
-    monkeypatch.setattr(scans, "HELD_BYTES", 0)
+    monkeypatch.setattr(effort, "HELD_BYTES", 0)
     parts = parts_of(graph, units, "backward")
     assert len(parts) > 2 and [unit for part in parts for unit in part] == units
     sizes = [sum(48 * graph.weight(n).numel() for unit in part for n in unit.members) for part in parts]
@@ -190,7 +189,7 @@ def test_a_large_denoiser_is_predicted_in_parts(setting, monkeypatch):  # noqa: 
 def test_the_largest_share_is_measured_on_some_calls(setting, monkeypatch):  # noqa: F811
     _, graph, statistics, probe = setting
     assert len(probe) < TAIL_TRIPLES
-    monkeypatch.setattr(scans, "TAIL_TRIPLES", 3)
+    monkeypatch.setattr(effort, "TAIL_TRIPLES", 3)
     units = units_of(graph, "unstructured:0.5")[3:9:2]
     solver = Solver(graph, statistics, SolveOptions("magnitude"))
     found = scan(solver, units, probe, "", by="backward")
