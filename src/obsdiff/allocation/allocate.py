@@ -223,7 +223,7 @@ def _scanned(
         probe,
         conditioning_hash(subject.pipe, prompts),
         levels=options.scan.levels,
-        by=options.scan.way,
+        by=options.scan.by,
         store=store,
         quiet=quiet,
     )
@@ -286,5 +286,5 @@ def probe_for(
     triples, pipe = triples_of(subject.graph, units, scanning, calls), subject.pipe
     conditioning = prompts if isinstance(prompts, Conditioning) else encode_prompts(pipe, prompts, settings.call)
     probe = record_probe(subject, conditioning, settings, triples)
-    passes = passes_needed(subject.graph, units, scanning.levels, scanning.way, len(probe))
+    passes = passes_needed(subject.graph, units, scanning.levels, scanning.by, len(probe))
     return probe, passes * len(probe) / calls

@@ -117,5 +117,5 @@ def triples_of(graph: Graph, units: Sequence[Unit], scanning: ScanOptions, calls
     """Triples to record, where a calibration pass makes ``calls`` calls of the denoiser (prompts times steps)."""
     if scanning.triples is not None:
         return min(scanning.triples, calls)
-    passes = passes_needed(graph, units, scanning.levels, scanning.way)
+    passes = passes_needed(graph, units, scanning.levels, scanning.by)
     return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes)))

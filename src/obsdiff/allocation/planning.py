@@ -148,7 +148,7 @@ def describe_scan(graph: Graph, plan: Plan, options: PruningOptions, prompts: in
     """For people: what a sensitivity scan is about to run, unless its folder holds it already."""
     units = make_units(graph, parted(plan)[0], Limits(share=options.limits.share))
     triples = triples_of(graph, units, options.scan, prompts * steps)
-    passes = passes_needed(graph, units, options.scan.levels, options.scan.way, triples) * triples / (prompts * steps)
+    passes = passes_needed(graph, units, options.scan.levels, options.scan.by, triples) * triples / (prompts * steps)
     return (
         f"sensitivity scan: {len(units)} layers or groups on {triples} recorded calls, {passes:.1f} times the denoiser "
         "calls of a calibration pass"

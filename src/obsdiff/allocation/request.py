@@ -144,7 +144,7 @@ def _check_depth(depth: Depth, options: PruningOptions) -> None:
     told += [f"calibration.{k}" for k in ("tokens", "damping") if getattr(given, k) != getattr(calibration, k)]
     told += ["calibration.packages"] if (given.packages or 1) > 1 else []
     told += ["scan.levels"] if options.scan.levels is not None else []
-    told += ["scan.by"] if options.scan.by is not None else []
+    told += ["scan.by"] if options.scan.by != default.scan.by else []
     told += ["dead remove"] if options.dead == "remove" else []
     if told:
         raise UserError(f"{depth} alone prunes no layers, so --{told[0]} has no effect; leave it out, or add a pattern")
@@ -178,7 +178,7 @@ def check_scan(scan: ScanOptions) -> None:
             raise UserError(f"scan.levels holds {level:g}; levels are shares removed, above 0 and below 1")
     if scan.levels is not None and not scan.levels:
         raise UserError("scan.levels is empty; give at least one share, or leave it out")
-    if scan.by not in (None, FORWARD, BACKWARD):
+    if scan.by not in (FORWARD, BACKWARD):
         raise UserError(f"--scan.by is {scan.by!r}; it is {FORWARD} or {BACKWARD}")
     if scan.by == BACKWARD and scan.levels is not None:
         raise UserError("a backward scan has no levels; leave out --scan.levels, or use --scan.by forward")

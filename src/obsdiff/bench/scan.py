@@ -70,7 +70,7 @@ def bench_scan(
     started = time.perf_counter()
     probe, bare = probe_for(subject, units, conditioning, settings, scanning)
     told = conditioning_hash(pipe, conditioning)
-    found = scan(solver, units, probe, told, levels=scanning.levels, by=scanning.way)
+    found = scan(solver, units, probe, told, levels=scanning.levels, by=scanning.by)
     scan_s = time.perf_counter() - started
     costs = costs_of(subject, units, default_budget(graph, base), settings.call)
     added = check_additivity(solver, base, units, costs, found, probe, plans)

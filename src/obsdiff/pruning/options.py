@@ -86,19 +86,13 @@ class ScanOptions:
             0.5, 0.75, beside ranks also 0.9 and 0.98; ranks: 0.5, 0.75, 0.85, 0.95).
         triples: Recorded (latent, step, prompt) triples to measure on, for depth too; default: 160, or fewer where the
             scan would run the denoiser on more than 12 times what a calibration pass does.
-        by: backward (errors are predicted from gradients of the output, and the denoiser runs at the largest share, on
-            32 of the triples; where that costs less) or forward (it runs at a few shares, on all triples). Default:
-            backward, or forward where levels are named.
+        by: forward (the denoiser runs at a few shares, on all triples) or backward (errors are predicted from gradients
+            of its output, and it runs at the largest share, on 32 of the triples; where that costs less).
     """
 
     levels: Sequence[float] | None = None
     triples: int | None = None
-    by: str | None = None
-
-    @property
-    def way(self) -> str:
-        """What ``by`` comes to."""
-        return self.by or (BACKWARD if self.levels is None else FORWARD)
+    by: str = FORWARD
 
 
 @dataclass(frozen=True)
