@@ -56,7 +56,8 @@ SCAN = {
     "fingerprint": {"a": 1},
     "triples": 4,
     "cost": {"scan_s": 1.0, "solve_s": 1.0, "passes": 2.0},
-    "units": {"x": {"solved": [[0.5, 0.1], [0.9, 0.2]], "measured": [[0.5, 0.1]]}},
+    "note": "",
+    "units": {"x": {"solved": [[0.5, 0.1], [0.9, 0.2]], "measured": [[0.9, 0.1]], "predicted": [[0.5, 0.1]]}},
 }
 TIMES = {"times": {"x": [0.5, 0.1], "y": [[0.5, 0.4], [1.0, 0.8]]}}
 

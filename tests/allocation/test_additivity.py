@@ -34,7 +34,13 @@ def test_bench_scan_prints_one_json_line(capsys, monkeypatch):
     assert found["ratio"] == pytest.approx(found["scan_s"] / found["calibrate_s"], rel=0.05)
     low, high = found["rank_correlation_interval"]
     assert found["rank_correlation"] > 0.8 and -1 < low < found["rank_correlation"] < high <= 1
-    for wrong in (["--triples", "0"], ["--preset", "sd3-tiny-cpu", "--pipeline", "digits-sd3"], ["--pipeline", "none"]):
+    assert found["by"] == "forward"  # so few calls would need more vectors than there are runs
+    for wrong in (
+        ["--triples", "0"],
+        ["--by", "sideways"],
+        ["--preset", "sd3-tiny-cpu", "--pipeline", "digits-sd3"],
+        ["--pipeline", "none"],
+    ):
         with pytest.raises(SystemExit):
             main(["bench", "scan", *wrong])
 

@@ -9,20 +9,14 @@ import pytest
 import torch
 
 import obsdiff
+from obsdiff.allocation import effort
 from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.curves import error_curve
+from obsdiff.allocation.effort import MEASURED_RANK, MEASURED_STRUCTURED, levels_of, measured_levels, passes_needed
 from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.probe import power, record_probe
 from obsdiff.allocation.restart import Restart
-from obsdiff.allocation.scan import (
-    FILE,
-    MEASURED_RANK,
-    MEASURED_STRUCTURED,
-    levels_of,
-    measured_levels,
-    passes_needed,
-    scan,
-)
+from obsdiff.allocation.scan import FILE, scan
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
@@ -219,7 +213,7 @@ def test_members_of_a_unit_are_pruned_together(setting):
     assert found.measured[unit.name][0.5] == pytest.approx(error, rel=1e-4)
 
 
-def test_two_processes_find_the_same(setting, tmp_path):
+def test_two_processes_find_the_same(setting, tmp_path, monkeypatch):
     """Each measures half of the layers, both end with all of them; and one clock decides for both."""
     script = tmp_path / "two.py"
     script.write_text(
@@ -233,6 +227,7 @@ def test_two_processes_find_the_same(setting, tmp_path):
         "units = units_of(graph, 'unstructured:0.5')[:7]\n"
         "found = scan(Solver(graph, statistics, SolveOptions('magnitude')), units, probe, '', levels=LEVELS,\n"
         f"             store=__import__('pathlib').Path({str(tmp_path)!r}) / 'store')\n"
+        "from obsdiff.allocation import effort; effort.PRODUCTS = 12\n"
         "backward = scan(Solver(graph, statistics, SolveOptions('magnitude')), units, probe, '', by='backward')\n"
         "from obsdiff.allocation.allocate import allocate\n"
         "from obsdiff.allocation import latency\n"
@@ -266,6 +261,7 @@ def test_two_processes_find_the_same(setting, tmp_path):
     assert first == second and len(first[0]) == 7 and set(stored) == set(first[0])
     _, graph, statistics, probe = setting
     units = units_of(graph, "unstructured:0.5")[:7]
+    monkeypatch.setattr(effort, "PRODUCTS", 12)
     alone = scan(Solver(graph, statistics, SolveOptions("magnitude")), units, probe, "", by="backward")
     for kind, ours in zip(first[1:3], (alone.measured, alone.predicted), strict=True):
         assert kind.keys() == ours.keys()

@@ -8,20 +8,21 @@ import pytest
 import torch
 
 import obsdiff
+from obsdiff.allocation import effort
 from obsdiff.allocation.candidates import Candidate, Solver
 from obsdiff.allocation.curves import corrected_errors
-from obsdiff.allocation.gradients import NotDifferentiable, predicted_errors
-from obsdiff.allocation.restart import Restart
-from obsdiff.allocation.scan import (
-    FILE,
+from obsdiff.allocation.effort import (
     SOLVED,
     TAIL_TRIPLES,
     levels_of,
     measured_levels,
     parts_of,
     passes_needed,
-    scan,
+    way_of,
 )
+from obsdiff.allocation.gradients import NotDifferentiable, predicted_errors
+from obsdiff.allocation.restart import Restart
+from obsdiff.allocation.scan import FILE, scan
 from obsdiff.allocation.units import removed
 from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.options import PruningOptions, ScanOptions
@@ -32,6 +33,13 @@ from tests.conftest import make_pipe
 
 STEP = 1e-2  # of the central difference, as a share of the change
 PATTERNS = ["unstructured:0.5", "2:4", "structured:0.5", "structured:0.5+rank:8"]
+
+
+@pytest.fixture(autouse=True)
+def few_vectors(monkeypatch):
+    """Two for each of the probe's six calls, of modules four; a scan would take so many that it pays to measure."""
+    monkeypatch.setattr(effort, "PRODUCTS", 12)
+    monkeypatch.setattr(effort, "PRODUCTS_STRUCTURED", 24)
 
 
 def moved(restart, candidate):
@@ -145,25 +153,27 @@ def test_a_backward_scan_is_near_a_forward_one(setting, pattern, tmp_path):  # n
         scan(Solver(graph, statistics, options), *given, store=tmp_path)
 
 
-def test_shares_that_are_named_are_measured(setting):  # noqa: F811
+def test_few_calls_are_measured_as_vectors_cost_more(setting, monkeypatch):  # noqa: F811
     _, graph, statistics, probe = setting
-    [unit] = units_of(graph, "unstructured:0.5")[:1]
-    solver = Solver(graph, statistics, SolveOptions("magnitude"))
-    forward = scan(solver, [unit], probe, "", levels=[0.5, 0.9])
-    found = scan(solver, [unit], probe, "", levels=[0.5, 0.9], by="backward")
-    assert found.measured == forward.measured and set(found.predicted[unit.name]) >= {0.5, 0.9, 0.98}
-    assert found.errors(unit.name)[0.5] == forward.measured[unit.name][0.5]
+    units = units_of(graph, "unstructured:0.5")[:4]
+    monkeypatch.undo()
+    assert way_of(graph, units, None, "backward", 6) == "forward" == way_of(graph, units, None, "forward", 160)
+    assert way_of(graph, units_of(graph, "unstructured:0.5"), None, "backward", 160) == "backward"
+    found, forward = (
+        scan(Solver(graph, statistics, SolveOptions("magnitude")), units, probe, "", by=by)
+        for by in ("backward", "forward")
+    )
+    assert found.measured == forward.measured and not any(found.predicted.values()) and found.note == ""
+    assert found.cost["passes"] == pytest.approx(passes_needed(graph, units, None, "backward", len(probe)))
 
 
 def test_a_large_denoiser_is_predicted_in_parts(setting, monkeypatch):  # noqa: F811
-    from obsdiff.allocation import scan as module
-
     _, graph, statistics, probe = setting
     units = units_of(graph, "unstructured:0.5")
     given = (units, probe, "")
     whole = scan(Solver(graph, statistics, SolveOptions("magnitude")), *given, by="backward")
     own = sum(p.numel() * p.element_size() for p in graph.denoiser.parameters())
-    monkeypatch.setattr(module, "HELD_BYTES", 0)
+    monkeypatch.setattr(effort, "HELD_BYTES", 0)
     parts = parts_of(graph, units, "backward")
     assert len(parts) > 2 and [unit for part in parts for unit in part] == units
     sizes = [sum(48 * graph.weight(n).numel() for unit in part for n in unit.members) for part in parts]
@@ -177,11 +187,9 @@ def test_a_large_denoiser_is_predicted_in_parts(setting, monkeypatch):  # noqa: 
 
 
 def test_the_largest_share_is_measured_on_some_calls(setting, monkeypatch):  # noqa: F811
-    from obsdiff.allocation import scan as module
-
     _, graph, statistics, probe = setting
     assert len(probe) < TAIL_TRIPLES
-    monkeypatch.setattr(module, "TAIL_TRIPLES", 3)
+    monkeypatch.setattr(effort, "TAIL_TRIPLES", 3)
     units = units_of(graph, "unstructured:0.5")[3:9:2]
     solver = Solver(graph, statistics, SolveOptions("magnitude"))
     found = scan(solver, units, probe, "", by="backward")
@@ -219,11 +227,14 @@ def test_a_layer_behind_a_cut_is_measured_the_others_are_predicted(setting, cut)
     """Its gradient is zero, but not its effect."""
     _, graph, statistics, probe = setting
     names = ["transformer_blocks.1.ff.net.0.proj", "transformer_blocks.2.ff.net.2"]
-    units = [unit for unit in units_of(graph, "unstructured:0.5") if unit.name in names]
+    units = units_of(graph, "unstructured:0.5")
+    at = {unit.name: unit for unit in units}
     cut("transformer_blocks.1.ff.net.2")
     found = scan(Solver(graph, statistics, SolveOptions("magnitude")), units, probe, "", by="backward")
     assert found.note == "" and not found.predicted[names[0]] and found.predicted[names[1]]
-    assert len(found.measured[names[0]]) == len(measured_levels(units[0], None)) and len(found.measured[names[1]]) == 1
+    assert (
+        len(found.measured[names[0]]) == len(measured_levels(at[names[0]], None)) and len(found.measured[names[1]]) == 1
+    )
 
 
 def test_rows_that_are_mixed_are_found(setting):  # noqa: F811
@@ -283,5 +294,7 @@ def test_an_allocation_goes_by_it(tmp_path):
     assert backward["achieved"] == pytest.approx(0.6, abs=1e-3)
     assert backward["joint_error"] < 1.5 * forward["joint_error"] < backward["uniform_joint_error"]
     assert backward["scan"]["by"] == "backward" and backward["scan"]["note"] == ""
-    with pytest.raises(obsdiff.UserError, match=r"--scan\.by is 'sideways'"):
-        obsdiff.allocate(pipe, PruningOptions(scan=ScanOptions(by="sideways")), statistics, prompts)
+    both = ScanOptions(levels=[0.5], by="backward")
+    for wrong, said in ((ScanOptions(by="sideways"), "'sideways'; it is"), (both, "no levels")):
+        with pytest.raises(obsdiff.UserError, match=said):
+            obsdiff.allocate(pipe, PruningOptions(scan=wrong), statistics, prompts)

@@ -6,10 +6,10 @@ import torch
 import obsdiff
 from obsdiff.allocation.allocate import settings_of
 from obsdiff.allocation.candidates import Solver
+from obsdiff.allocation.effort import levels_of
 from obsdiff.allocation.gradients import predicted_errors
 from obsdiff.allocation.probe import record_probe
 from obsdiff.allocation.restart import Restart
-from obsdiff.allocation.scan import levels_of
 from obsdiff.allocation.units import make_units
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.layers import SolveOptions

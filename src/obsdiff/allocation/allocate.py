@@ -14,6 +14,7 @@ from obsdiff.allocation.budget import Costs, Unmet, costs_of, table_cost
 from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.depth import choose_stages
+from obsdiff.allocation.effort import passes_needed, triples_of
 from obsdiff.allocation.joint import joint_errors
 from obsdiff.allocation.knapsack import choose
 from obsdiff.allocation.latency import latency_costs, meet_latency, timing_of
@@ -21,7 +22,7 @@ from obsdiff.allocation.owl import owl_offsets
 from obsdiff.allocation.planning import check_options, depth_of, rule_of, solve_options
 from obsdiff.allocation.probe import Probe, record_probe
 from obsdiff.allocation.request import Budget, parse_budget
-from obsdiff.allocation.scan import Sensitivity, passes_needed, scan, triples_of
+from obsdiff.allocation.scan import Sensitivity, scan
 from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
@@ -153,7 +154,7 @@ def allocate(
         "uniform_joint_error": uniform,
         "scan": {
             **sensitivity.cost,
-            "by": options.scan.by,
+            "by": sensitivity.way,
             "note": sensitivity.note,
             "triples": sensitivity.triples,
             "bare_passes": scanned.bare_passes,

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from obsdiff.allocation.effort import MOST_PASSES, TRIPLES
 from obsdiff.allocation.planning import depth_of
 from obsdiff.allocation.probe import Probe, record_probe
 from obsdiff.allocation.restart import Restart
-from obsdiff.allocation.scan import BROKEN, MOST_PASSES, TRIPLES
+from obsdiff.allocation.scan import BROKEN
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, encode_prompts

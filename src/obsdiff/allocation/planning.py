@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from obsdiff.allocation.effort import passes_needed, triples_of
 from obsdiff.allocation.request import check_values
-from obsdiff.allocation.scan import passes_needed, triples_of
 from obsdiff.allocation.units import make_units
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError

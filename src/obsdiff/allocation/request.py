@@ -191,6 +191,8 @@ def check_scan(scan: ScanOptions) -> None:
         raise UserError("scan.levels is empty; give at least one share, or leave it out")
     if scan.by not in (FORWARD, BACKWARD):
         raise UserError(f"--scan.by is {scan.by!r}; it is {FORWARD} or {BACKWARD}")
+    if scan.by == BACKWARD and scan.levels is not None:
+        raise UserError("a backward scan has no levels; leave out --scan.levels, or use --scan.by forward")
 
 
 def check_evaluation(evaluation: EvaluationOptions) -> None:

@@ -14,16 +14,16 @@ from typing import Any
 
 from obsdiff.allocation.candidates import Candidate, Solver
 from obsdiff.allocation.curves import corrected_errors
+from obsdiff.allocation.effort import SOLVED, few_triples, levels_of, measured_levels, parts_of, vectors_of, way_of
 from obsdiff.allocation.gradients import NotDifferentiable, predicted_errors
 from obsdiff.allocation.probe import Probe
 from obsdiff.allocation.restart import Restart
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.files import read_json, write_json
-from obsdiff.models.graph import Graph
-from obsdiff.obs.pattern import NM, Pattern, Structured
+from obsdiff.obs.pattern import NM, Pattern
 from obsdiff.progress import track
-from obsdiff.pruning.options import BACKWARD, FORWARD, ScanOptions
+from obsdiff.pruning.options import BACKWARD, FORWARD
 from obsdiff.pruning.statistics import check_fingerprint
 from obsdiff.pruning.surgery import Edits
 from obsdiff.ranks import rank, solved_in_turn, world_size
@@ -31,18 +31,6 @@ from obsdiff.ranks import rank, solved_in_turn, world_size
 FILE = "sensitivity.json"
 FORMAT = 3
 SAVE_EVERY_S = 30.0
-SOLVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)  # shares at which layers are solved
-MEASURED = (0.5, 0.8, 0.98)  # and those at which the denoiser runs; the last is the usual ceiling: no extrapolation
-MEASURED_STRUCTURED = (0.25, 0.5, 0.75)
-# Beside ranks the text stream's neurons go nearly all, where an extrapolated error is two to three times too small.
-MEASURED_BESIDE_RANKS = (0.25, 0.5, 0.75, 0.9, 0.98)
-MEASURED_RANK = (0.5, 0.75, 0.85, 0.95)  # errors of ranks fall by orders of magnitude
-VECTORS = 2  # random vectors per call that errors of layers are predicted with
-VECTORS_STRUCTURED = 4  # modules are few, so that what their errors are off by averages out less
-TAIL_TRIPLES = 32  # of the probe, on which a backward scan measures the largest share
-HELD_BYTES = 2**28  # changes of weights that one backward pass serves; of large denoisers as much as they take
-TRIPLES = 160
-MOST_PASSES = 12.0  # cost of a scan that chooses its own number of triples, in bare passes over the calibration set
 BROKEN = 1e9  # stands for an error that is not finite
 
 
@@ -71,96 +59,15 @@ class Sensitivity:
     note: str = ""
     earlier_s: float = 0.0
 
+    @property
+    def way(self) -> str:
+        """Whether errors were predicted, "backward", or all were measured, "forward"."""
+        return BACKWARD if any(self.predicted.values()) else FORWARD
+
     def errors(self, name: str) -> dict[float, float]:
         """What is known of a unit's output error, by share removed."""
         measured, predicted = self.measured[name], self.predicted[name]
         return corrected_errors(self.solved[name], predicted, measured) if predicted else measured
-
-
-def levels_of(unit: Unit, shares: Sequence[float]) -> list[Pattern]:
-    """The unit's options nearest to ``shares``, each once, without the dense one."""
-    found = {min(unit.options, key=lambda option: abs(removed(option) - share)) for share in shares}
-    return sorted((option for option in found if removed(option) > 0), key=removed)
-
-
-def measured_levels(unit: Unit, levels: Sequence[float] | None, by: str = FORWARD) -> list[Pattern]:
-    """The options at which the denoiser runs; levels None: the defaults of the unit's kind."""
-    if by == BACKWARD and levels is None:
-        return levels_of(unit, SOLVED)[-1:]
-    shares: Sequence[float] = MEASURED
-    if isinstance(sparsest := unit.options[-1], Structured):
-        usual = MEASURED_BESIDE_RANKS if unit.beside_ranks else MEASURED_STRUCTURED
-        shares = usual if sparsest.rank is None else MEASURED_RANK
-    return levels_of(unit, levels or shares)
-
-
-def passes_needed(
-    graph: Graph, units: Sequence[Unit], levels: Sequence[float] | None, by: str = FORWARD, triples: int = 1
-) -> float:
-    """What a scan on so many triples costs, in multiples of the whole probe through the whole denoiser; a backward pass
-    by inputs, not weights, counts as one."""
-    stages, few = len(graph.stages), few_triples(triples, by) / triples
-    runs = stages * (1 + (few if few < 1 else 0))  # the dense outputs
-    first = at = 0
-    for part in parts_of(graph, units, by):
-        if graph.chain and part[0].stage > first:
-            runs += stages - first  # moving on
-            first = part[0].stage
-        if by == BACKWARD:
-            runs += (1 + vectors_of(units)) * (stages - first)
-        if few == 1:
-            at = first
-        for unit in part:
-            if graph.chain and unit.stage > at:
-                runs += few * (stages - at)
-                at = unit.stage
-            runs += few * len(measured_levels(unit, levels, by)) * (stages - at)
-        if few == 1:
-            first = at
-    return runs / stages
-
-
-def vectors_of(units: Sequence[Unit]) -> int:
-    """Random vectors per call that the errors of units are predicted with."""
-    return VECTORS_STRUCTURED if isinstance(units[0].options[-1], Structured) else VECTORS
-
-
-def few_triples(triples: int, by: str) -> int:
-    """How many of so many triples the denoiser runs on with a unit pruned."""
-    return min(triples, TAIL_TRIPLES) if by == BACKWARD else triples
-
-
-def parts_of(graph: Graph, units: Sequence[Unit], by: str) -> list[list[Unit]]:
-    """The units, those together that one backward pass serves; of a forward scan each alone."""
-    if by == FORWARD:
-        return [[unit] for unit in units]
-    own = sum(parameter.numel() * parameter.element_size() for parameter in graph.denoiser.parameters())
-    parts: list[list[Unit]] = []
-    held = 0
-    for unit in units:
-        weights = {name: graph.weight(name).numel() for name in _changed(graph, unit)}
-        size = 4 * len(levels_of(unit, SOLVED)) * sum(weights.values())
-        if not parts or held + size > max(HELD_BYTES, own):
-            parts.append([])
-            held = 0
-        parts[-1].append(unit)
-        held += size
-    return parts
-
-
-def _changed(graph: Graph, unit: Unit) -> list[str]:
-    """The layers whose weights a candidate changes."""
-    if not isinstance(unit.options[-1], Structured):
-        return list(unit.members)
-    return [s.layer for name in unit.members for s in graph.group_of[name].consumers]
-
-
-def triples_of(graph: Graph, units: Sequence[Unit], scanning: ScanOptions, calls: int) -> int:
-    """Triples to record, where a calibration pass makes ``calls`` calls of the denoiser (prompts times steps)."""
-    if scanning.triples is not None:
-        return min(scanning.triples, calls)
-    passes = passes_needed(graph, units, scanning.levels, scanning.by)
-    return max(4, min(TRIPLES, calls, int(MOST_PASSES * calls / passes)))
 
 
 def scan(
@@ -184,9 +91,9 @@ def scan(
         units: Without limits, so that a store serves every allocation; in the order of a forward pass.
         probe: Where to measure.
         prompts: Hash of what the probe's denoiser was told (:func:`obsdiff.pruning.calibrate.conditioning_hash`).
-        levels: Shares to measure at; None: :data:`MEASURED`, or of a backward scan the largest.
+        levels: Shares to measure at, of a forward scan; None: :data:`MEASURED`.
         by: "forward", or "backward": errors at the other shares are predicted, where the denoiser can be differentiated
-            and there is memory for it; else they are measured, and the note says so.
+            and there is memory for it (else they are measured, and the note says so), if that costs less.
         store: Folder to keep the results in; what it holds of the same settings is not measured again.
         quiet: No progress bar.
 
@@ -199,7 +106,7 @@ def scan(
     missing = [unit for unit in units if unit.name not in found.measured]
     if not missing:
         return found
-    scanner = _Scanner(solver, missing, probe, levels, by)
+    scanner = _Scanner(solver, missing, probe, levels, way_of(solver.graph, units, levels, by, len(probe)))
     found.cost["passes"] += world_size() * scanner.passes()  # the dense outputs
     started = saved = time.perf_counter()
     scanned = solved_in_turn(missing, scanner.measure)
@@ -283,7 +190,7 @@ class _Scanner:
                 errors = predicted_errors(
                     self.whole,
                     {name: list(found.values()) for name, found in self.candidates.items()},
-                    vectors_of(part),
+                    vectors_of(part, len(self.whole.probe)),
                 )
             except NotDifferentiable as error:
                 self.note = f"errors were measured at all shares, not predicted from gradients: {error}"

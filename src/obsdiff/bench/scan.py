@@ -33,7 +33,7 @@ def bench_scan(
     preset: Preset,
     pattern: str,
     method: str,
-    triples: int | None,
+    scanning: ScanOptions,
     plans: int,
 ) -> dict[str, Any]:
     """Time a calibration pass and a scan, then compare predicted and measured errors of random plans.
@@ -42,7 +42,7 @@ def bench_scan(
         name: Of the preset or pipeline.
         pipe, conditioning, preset: What to run (:mod:`obsdiff.bench.workloads`).
         pattern, method: How layers are pruned.
-        triples: Recorded calls; None: as for prune.
+        scanning: How the scan measures.
         plans: Random plans to compare.
 
     Returns:
@@ -68,8 +68,9 @@ def bench_scan(
     solver = Solver(graph, statistics, SolveOptions(method))
     settings = settings_of(statistics, preset.batch_size)
     started = time.perf_counter()
-    probe, bare = probe_for(subject, units, conditioning, settings, ScanOptions(triples=triples))
-    found = scan(solver, units, probe, conditioning_hash(pipe, conditioning))
+    probe, bare = probe_for(subject, units, conditioning, settings, scanning)
+    told = conditioning_hash(pipe, conditioning)
+    found = scan(solver, units, probe, told, levels=scanning.levels, by=scanning.by)
     scan_s = time.perf_counter() - started
     costs = costs_of(subject, units, default_budget(graph, base), settings.call)
     added = check_additivity(solver, base, units, costs, found, probe, plans)
@@ -79,6 +80,7 @@ def bench_scan(
         "calibrate_s": round(calibrate_s, 3),
         "scan_s": round(scan_s, 3),
         "ratio": round(scan_s / calibrate_s, 3),
+        "by": found.way,
         "triples": len(probe),
         "bare_passes": round(bare, 3),
         "plans": plans,

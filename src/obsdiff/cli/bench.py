@@ -73,9 +73,13 @@ def _scan(args: Sequence[str]) -> None:
         from obsdiff.bench.workloads import build, workload_of
         from obsdiff.devices import choose_device
         from obsdiff.errors import UserError
+        from obsdiff.pruning.options import BACKWARD, FORWARD, ScanOptions
 
+        scanning = ScanOptions(triples=options.triples, by=options.by)
         if options.plans < 0 or (options.triples is not None and options.triples < 1):
             raise UserError("plans must be at least 0 and triples at least 1")
+        if options.by not in (FORWARD, BACKWARD):
+            raise UserError(f"--by is {options.by!r}; it is {FORWARD} or {BACKWARD}")
         if options.pipeline is not None and options.preset is not None:
             raise UserError("give a preset or a pipeline, not both")
         name = options.pipeline or options.preset or "sd3-tiny-cpu"
@@ -85,9 +89,7 @@ def _scan(args: Sequence[str]) -> None:
         else:
             given = {**_given(options), "device": choose_device(options.device)}
             pipe, conditioning, preset = workload_of(name, **given)
-        found = bench_scan(
-            name, pipe, conditioning, preset, options.pattern, options.method, options.triples, options.plans
-        )
+        found = bench_scan(name, pipe, conditioning, preset, options.pattern, options.method, scanning, options.plans)
         print(json.dumps(found))
 
 

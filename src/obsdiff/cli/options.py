@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from obsdiff.pruning.options import EvaluationOptions
+from obsdiff.pruning.options import FORWARD, EvaluationOptions
 
 
 @dataclass
@@ -129,6 +129,7 @@ class BenchScanOptions:
         pattern: As for prune.
         method: As for prune.
         triples: Recorded calls to measure on; default: as for prune.
+        by: forward or backward, as prune's scan.by.
         plans: Random plans whose predicted and measured errors are compared.
         device: cpu, cuda or cuda:NUMBER; default: the preset's; of a pipeline cuda if there is one, else cpu.
         dtype: Default: the preset's, or as the pipeline was saved.
@@ -143,6 +144,7 @@ class BenchScanOptions:
     pattern: str = "unstructured:0.5"
     method: str = "obs"
     triples: int | None = None
+    by: str = FORWARD
     plans: int = 0
     device: str | None = None
     dtype: str | None = None

@@ -82,17 +82,17 @@ class ScanOptions:
     """How layers' sensitivity is measured, for the measured allocation.
 
     Args:
-        levels: Shares removed at which the denoiser runs; default: the largest, or of a forward scan 0.5, 0.8, 0.98
-            (structured: 0.25, 0.5, 0.75, beside ranks also 0.9 and 0.98; ranks: 0.5, 0.75, 0.85, 0.95).
+        levels: Shares removed at which a forward scan runs the denoiser; default: 0.5, 0.8, 0.98 (structured: 0.25,
+            0.5, 0.75, beside ranks also 0.9 and 0.98; ranks: 0.5, 0.75, 0.85, 0.95).
         triples: Recorded (latent, step, prompt) triples to measure on, for depth too; default: 160, or fewer where the
             scan would run the denoiser on more than 12 times what a calibration pass does.
-        by: backward (errors are predicted from gradients of the output, and the denoiser runs at the largest share, on
-            32 of the triples) or forward (it runs at a few shares, on all triples).
+        by: forward (the denoiser runs at a few shares, on all triples) or backward (errors are predicted from gradients
+            of its output, and it runs at the largest share, on 32 of the triples; where that costs less).
     """
 
     levels: Sequence[float] | None = None
     triples: int | None = None
-    by: str = BACKWARD
+    by: str = FORWARD
 
 
 @dataclass(frozen=True)
