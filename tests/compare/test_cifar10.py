@@ -62,7 +62,7 @@ def test_it_runs_from_its_configs(toy):
         "budget": "{steps: 2}",
         "seeds": "[0]",
         "calibration": "{num_prompts: 2}",
-        "evaluation": "{num_images: 2, measures: [mse, ssim]}",
+        "evaluation": "{num_images: 2, measures: [mse, ssim], real: null}",
         "shown": "2",
     }
     options = [str(part) for name, value in chosen.items() for part in (f"--{name}", value)]

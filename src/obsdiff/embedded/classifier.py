@@ -50,6 +50,6 @@ def load_classifier(device: str | torch.device = "cpu") -> DigitClassifier:
     from safetensors.torch import load
 
     weights = files("obsdiff.data.assets").joinpath("digits-classifier", "model.safetensors").read_bytes()
-    model = DigitClassifier()
+    model = DigitClassifier().float()  # whatever is the default while a run in another dtype makes it
     model.load_state_dict(load(weights))
     return model.to(device).eval().requires_grad_(False)

@@ -50,7 +50,7 @@ def load_encoder() -> EmojiEncoder:
     from safetensors.torch import load
 
     weights = load(files("obsdiff.data.assets").joinpath("emoji-encoder", "model.safetensors").read_bytes())
-    model = EmojiEncoder(len(weights["head.weight"]))
+    model = EmojiEncoder(len(weights["head.weight"])).float()
     model.load_state_dict(
         {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     )

@@ -317,9 +317,8 @@ class Recovery(lightning.LightningModule):
         return DataLoader(range(len(refs.prompts)), batch_size=self.evaluation.batch_size) if refs is not None else []  # type: ignore[arg-type]
 
     def _draw(self, indices: Tensor, allow_nonfinite: bool = False) -> Tensor:
-        refs = self.frozen.refs
+        refs, chosen = self.frozen.refs, indices.tolist()
         assert refs is not None
-        chosen = indices.tolist()
         prompts, seeds = [refs.prompts[i] for i in chosen], [refs.seeds[i] for i in chosen]
         with drawing(self.start.pipe):
             return sample(self.start.pipe, prompts, seeds, batch_size=len(chosen), allow_nonfinite=allow_nonfinite)
@@ -328,7 +327,8 @@ class Recovery(lightning.LightningModule):
         assert self.validation is not None
         grid = find(self.trainer, SampleGrid)
         drawn = self._draw(batch, allow_nonfinite=True)  # measured as such; one process alone must not stop
-        self.validation.take(batch, drawn, 0 if grid is None else grid.shown)
+        with drawing(self.start.pipe):  # measured in float32 whatever the run's precision is
+            self.validation.take(batch, drawn, 0 if grid is None else grid.shown)
 
     test_step = validation_step
 
