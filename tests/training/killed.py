@@ -9,7 +9,7 @@ from importlib import import_module
 MOMENTS = {
     "calibration": ("obsdiff.obs.hessian", "Gram.add", 40, False),
     "statistics written": ("obsdiff.pruning.calibrate", "save_statistics", 1, True),
-    "scanning": ("obsdiff.allocation.scan", "_measure", 20, False),
+    "scanning": ("obsdiff.allocation.scan", "_Scanner.measure", 20, False),
     "solving": ("obsdiff.pruning.apply", "solve_site", 3, False),
     "reconstructing": ("obsdiff.pruning.reconstruct", "_train", 2, False),
     "pruned pipeline half written": ("obsdiff.training.stage", "write_pipeline", 1, True),

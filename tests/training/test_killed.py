@@ -1,6 +1,7 @@
 """kill -9 at any moment, then the same command (with --ckpt_path last once there is a checkpoint): the same weights."""
 
 import signal
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def uninterrupted(pipe_folder, tmp_path_factory):
         return found[pattern]
 
     return run
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_a_moment_waits_for_is_there(moment):
+    module, path, *_ = MOMENTS[moment]
+    found = import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert callable(found)
 
 
 EMA = ("--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5")
