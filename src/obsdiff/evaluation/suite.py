@@ -221,30 +221,13 @@ def load_suite(alignment: str | None, options: EvaluationOptions, device: torch.
     for name in names:
         kind = KINDS[kind_of(name)]
         try:
-            chosen = name.partition("@")[2] or EXTRACTED_BY.get(kind_of(name)) or alignment
-            extractor = None
-            if "extractor" in kind.needs:
-                if chosen is None:
-                    raise UserError(f"{name} needs an extractor: {name}@inception, {name}@dinov2, {name}@clip ...")
-                if chosen not in extractors:
-                    extractors[chosen] = load_extractor(chosen, options.extractors.get(chosen), str(device))
-                extractor = extractors[chosen]
-                if "texts" in kind.needs and extractor.texts is None:
-                    raise UserError(f"{name} needs an extractor that embeds texts, such as clip")
-            if "reader" in kind.needs and reader is None:
-                raise UserError(
-                    "alignment needs a classifier of the pipeline's images, and there is none; clip_score works for any"
-                )
-            real = None
-            if "real" in kind.needs and extractor is not None:
-                read = real_of(name, extractor, options, "each" in kind.needs)
-                real = reals.setdefault((chosen, "@" in name), read)
-            suite.measures[name] = kind.make(name, Parts(reader, extractor, real))
+            parts = _parts_of(name, alignment, options, str(device), extractors, reals)
+            suite.measures[name] = kind.make(name, parts)
         except UserError as error:
             suite.skipped[name] = str(error)
             continue
-        if extractor is not None:
-            suite.says[name] = extractor.says
+        if parts.extractor is not None:
+            suite.says[name] = parts.extractor.says
         elif "reader" in kind.needs and reader is not None:
             suite.says[name] = reader.measure
     for read in reals.values():
@@ -253,3 +236,37 @@ def load_suite(alignment: str | None, options: EvaluationOptions, device: torch.
         reasons = dict.fromkeys(suite.skipped.values())
         warnings.warn(f"not measured: {', '.join(suite.skipped)}: {'; '.join(reasons)}", stacklevel=2)
     return suite
+
+
+def _parts_of(
+    name: str,
+    alignment: str | None,
+    options: EvaluationOptions,
+    device: str,
+    extractors: dict[str, Extractor],
+    reals: dict[tuple[str | None, bool], Callable[[], Real]],
+) -> Parts:
+    """What a measure is made of; what several need is loaded once and kept in ``extractors`` and ``reals``.
+
+    Raises:
+        UserError: Something is missing; says what.
+    """
+    kind, reader = KINDS[kind_of(name)], find_reader(alignment)
+    if "reader" in kind.needs and reader is None:
+        raise UserError(
+            "alignment needs a classifier of the pipeline's images, and there is none; clip_score works for any"
+        )
+    if "extractor" not in kind.needs:
+        return Parts(reader)
+    chosen = name.partition("@")[2] or EXTRACTED_BY.get(kind_of(name)) or alignment
+    if chosen is None:
+        raise UserError(f"{name} needs an extractor: {name}@inception, {name}@dinov2, {name}@clip ...")
+    if chosen not in extractors:
+        extractors[chosen] = load_extractor(chosen, options.extractors.get(chosen), device)
+    extractor = extractors[chosen]
+    if "texts" in kind.needs and extractor.texts is None:
+        raise UserError(f"{name} needs an extractor that embeds texts, such as clip")
+    if "real" not in kind.needs:
+        return Parts(reader, extractor)
+    read = real_of(name, extractor, options, "each" in kind.needs)
+    return Parts(reader, extractor, reals.setdefault((chosen, "@" in name), read))
