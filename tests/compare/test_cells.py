@@ -8,7 +8,7 @@ from obsdiff.compare.cells import check, key_of, part_of, units_of
 from obsdiff.compare.options import CompareOptions
 from obsdiff.compare.run import Dense, _kept
 from obsdiff.errors import UserError
-from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions, ScanOptions
 
 RECIPE = "configs/recover/distill.yaml"
 
@@ -44,6 +44,13 @@ def test_a_method_may_bring_its_refit():
         check(options(methods=["obs", "magic+refit"]))
 
 
+def test_scan_options_reach_measured_cells_alone():
+    scan = ScanOptions(by="backward")
+    given = options(methods=["obs"], patterns=["unstructured:0.5"], allocations=["uniform", "measured"], scan=scan)
+    uniform, measured = units_of(given)[0]
+    assert uniform.pruning.scan == ScanOptions() and measured.pruning.scan == scan
+
+
 def test_what_does_not_go_together_is_left_out_with_the_reason():
     units, left_out = units_of(options(patterns=["2:4", "structured:0.5"], seeds=[0, 1]))
     assert [(unit.method, unit.pattern) for unit in units[:3]] == [
@@ -72,6 +79,8 @@ def test_what_does_not_go_together_is_left_out_with_the_reason():
         ({"recipes": {"a": "configs/prune/digits.yaml"}}, "names no classes of model and data"),
         ({"recipes": {"one shot": RECIPE}}, "cannot be called"),
         ({"recipes": {"a": RECIPE, "b": RECIPE}}, "recipes a and b say the same"),
+        ({"scan": ScanOptions(by="backward")}, "belong to measured allocations"),
+        ({"scan": ScanOptions(by="sideways"), "allocations": ["measured"]}, "scan.by is 'sideways'"),
         ({"evaluation": EvaluationOptions(num_images=1)}, "at least 2"),
         ({"jobs": 0}, "jobs is 0"),
     ],

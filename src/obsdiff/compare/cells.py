@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from obsdiff.allocation.request import check_evaluation, check_method, check_values
+from obsdiff.allocation.request import check_evaluation, check_method, check_scan, check_values
 from obsdiff.compare.options import CompareOptions
 from obsdiff.costs import Cost
 from obsdiff.errors import UserError
 from obsdiff.numbers import check_number, check_seed, check_whole
-from obsdiff.pruning.options import EvaluationOptions, PruningOptions
+from obsdiff.pruning.options import EvaluationOptions, PruningOptions, ScanOptions
 from obsdiff.yamlfiles import read_yaml
 
 REFIT = "+refit"  # added to a method: what it leaves by least squares
@@ -91,6 +91,7 @@ def _request(options: CompareOptions, method: str, pattern: str, allocation: str
         allocation=allocation,
         seed=seed,
         calibration=options.calibration,
+        scan=options.scan if allocation == "measured" else ScanOptions(),
     )
 
 
@@ -122,6 +123,9 @@ def check(options: CompareOptions) -> None:
         check_method(method.removesuffix(REFIT))
     for allocation in options.allocations:
         check_values(PruningOptions(allocation=allocation))
+    check_scan(options.scan)
+    if options.scan != ScanOptions() and "measured" not in options.allocations:
+        raise UserError("scan options belong to measured allocations, and allocations names none")
     if options.reference not in options.methods:
         raise UserError(f"reference {options.reference} is none of the methods {', '.join(options.methods)}")
     for seed in options.seeds:

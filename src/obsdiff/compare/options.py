@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, ScanOptions
 
 
 @dataclass(kw_only=True)
@@ -30,6 +30,7 @@ class CompareOptions:
         seeds: Of calibration, noise and training; each has its own evaluation images.
         reference: The method that the others are compared with.
         calibration: How layer inputs are measured, once for all methods that ask for the same weighting.
+        scan: How sensitivity is measured for measured allocations, once for each method, seed and kind of pattern.
         evaluation: Images of each cell. The noise seeds of the second of ``seeds`` follow those of the first.
         jobs: Processes that work side by side on this machine.
         devices: Where they work, in turns, such as [cuda:0, cuda:1]; default: cuda if there is one, else cpu.
@@ -48,6 +49,7 @@ class CompareOptions:
     seeds: list[int] = field(default_factory=lambda: [0])
     reference: str = "obs"
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    scan: ScanOptions = field(default_factory=ScanOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     jobs: int = 1
     devices: list[str] = field(default_factory=list)
