@@ -148,6 +148,22 @@ def test_a_file_that_a_recipe_names_counts_by_its_content(tmp_path):
     assert keys[0] != keys[1]
 
 
+def test_real_images_and_weights_count_by_their_content(tmp_path):
+    [unit] = units_of(options(methods=["obs"]))[0]
+
+    def key(name, text):
+        folder = tmp_path / name
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "a.png").write_text(text)
+        weights = tmp_path / f"{name}.safetensors"
+        weights.write_text(text)
+        real, extractors = EvaluationOptions(real=str(folder)), EvaluationOptions(extractors={"clip": str(weights)})
+        return [key_of(replace(unit, evaluation=evaluation), None, {}, {}) for evaluation in (real, extractors)]
+
+    first, copied, other = key("a", "one"), key("b", "one"), key("c", "two")
+    assert first == copied and first[0] != other[0] and first[1] != other[1]
+
+
 def test_what_is_measured_alike_is_kept_in_one_place_and_nothing_else(tmp_path):
     dense = Dense("digits-sd3", "cpu", tmp_path, EvaluationOptions())
     dense.__dict__["content"] = {"transformer": "a"}

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def key_of(unit: Unit, recipe: str | None, budget: Mapping[str, float], content:
     calibration = replace(unit.pruning.calibration, **unnamed)
     material = {
         "pruning": _asked(replace(unit.pruning, calibration=calibration)),
-        "evaluation": _asked(replace(unit.evaluation, **unnamed, real_cache=None)),
+        "evaluation": _with_content(_asked(replace(unit.evaluation, **unnamed, real_cache=None)), folders=True),
         "recovery": None if recipe is None else [_with_content(read_recipe(recipe)), dict(budget)],
         "content": content,
     }
@@ -213,12 +214,28 @@ def _asked(options: Any) -> dict[str, Any]:
     return found
 
 
-def _with_content(node: Any) -> Any:
-    """The same configuration with a hash in place of the name of every file that it names."""
+def _with_content(node: Any, folders: bool = False) -> Any:
+    """The same configuration with a hash in place of the name of every file, and if asked folder, that it names."""
     if isinstance(node, Mapping):
-        return {key: _with_content(value) for key, value in node.items()}
+        return {key: _with_content(value, folders) for key, value in node.items()}
     if isinstance(node, list):
-        return [_with_content(value) for value in node]
-    if isinstance(node, str) and Path(node).is_file():
-        return hashlib.sha256(Path(node).read_bytes()).hexdigest()
+        return [_with_content(value, folders) for value in node]
+    if isinstance(node, str):
+        path = Path(node).expanduser()
+        if path.is_file():
+            return _hash(path)
+        if folders and path.is_dir():
+            return _folder_hash(path.absolute())
     return node
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _folder_hash(folder: Path) -> str:
+    """Of all files below a folder and their names; taken once, since they may be many and a comparison changes none."""
+    inside = {str(file.relative_to(folder)): _hash(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    return hashlib.sha256(json.dumps(inside).encode()).hexdigest()
