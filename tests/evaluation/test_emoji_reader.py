@@ -75,6 +75,7 @@ def test_what_names_no_emoji_cannot_be_judged():
         check_measurable(["a red apple", "a zeppelin"], "emoji")
     assert "\n" not in str(caught.value)
     check_measurable(["icon of a red apple"], "emoji")
+    check_measurable(["a zeppelin"], "emoji", ["mse", "clip_score"])  # nobody asks what is seen
 
 
 def test_unknown_words_are_said_once_and_left_out():

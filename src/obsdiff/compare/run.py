@@ -89,7 +89,7 @@ class Dense:
         pipe = self.pipe
         prompts = evaluation_prompts(pipe, unit.evaluation, unit.pruning.calibration)
         alignment = info_of(pipe).alignment
-        check_measurable(prompts, alignment)
+        check_measurable(prompts, alignment, unit.evaluation.measures)
         seeds = list(range(unit.evaluation.seed, unit.evaluation.seed + len(prompts)))
         key = digest([self.content, prompts, seeds, call_arguments(pipe)])
         file = self.shared / f"dense-{key[:16]}.safetensors"

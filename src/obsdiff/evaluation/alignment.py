@@ -113,15 +113,18 @@ def in_known_words(prompts: Sequence[str], alignment: str | None) -> list[str]:
     return [text for text, _ in spelt]
 
 
-def check_measurable(prompts: Sequence[str], alignment: str | None) -> None:
+def check_measurable(prompts: Sequence[str], alignment: str | None, measures: Sequence[str] | None = None) -> None:
     """See, before there are images, that they will be measurable.
 
     Args:
         prompts: Of the evaluation; all empty where the pipeline takes none.
         alignment: The name of a reader, or None where nothing reads the images.
+        measures: Those that are named; without alignment among them prompts may ask for anything.
 
     Raises:
         UserError: A prompt asks for nothing that the reader can tell.
     """
+    if measures and "alignment" not in measures:
+        return
     if (reader := find_reader(alignment)) is not None and any(prompts):
         reader.wanted(prompts)

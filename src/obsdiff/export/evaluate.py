@@ -119,7 +119,7 @@ def evaluate(
         raise UserError(f"what is {what!r}; choose one of {', '.join(RESULTS)}")
     prompts = asked_prompts(pipe, asked) if texts is None else list(texts)
     alignment = info_of(pipe).alignment
-    check_measurable(prompts, alignment)
+    check_measurable(prompts, alignment, asked.measures)
     suite = load_suite(alignment, asked, pipe.device)
     seeds = list(range(asked.seed, asked.seed + len(prompts)))
     pipes = {what: pipe} if against is None else {DENSE: against, what: pipe}

@@ -83,7 +83,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         calibration_prompts(pipe, options),
         evaluation_prompts(pipe, options.evaluation, options.calibration),
     )
-    check_measurable(evaluated, info_of(pipe).alignment)
+    check_measurable(evaluated, info_of(pipe).alignment, options.evaluation.measures)
     seeds = list(range(options.evaluation.seed, options.evaluation.seed + len(evaluated)))
     reused = statistics is not None and (statistics / INDEX).exists()
     if not quiet:

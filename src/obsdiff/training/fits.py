@@ -70,7 +70,7 @@ def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
     if source is None:
         raise UserError("give --model.evaluation.prompts, or --model.evaluation.num_images 0 for no evaluation")
     prompts = cycle_prompts(load_prompts(source, options.column), options.num_images)
-    check_measurable(prompts, info.alignment)
+    check_measurable(prompts, info.alignment, options.measures)
     return prompts
 
 
