@@ -3,6 +3,7 @@ real images from folders, tables and statistics."""
 
 import json
 
+import datasets
 import numpy
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_dinov2_gives_its_class_token(tmp_path, pictures):
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(tmp_path)
     found = load_extractor("dinov2", str(tmp_path))
     assert found.features(pictures[0]).shape == (9, 16) and found.texts is None
+    assert json.loads(found.prepares)["crop_size"]["height"] == 28
     grey = found.features(torch.rand(2, 1, 20, 20))
     assert grey.shape == (2, 16) and bool(grey.isfinite().all())
 
@@ -170,6 +172,14 @@ def test_real_images_of_other_content_are_measured_anew(weights, pictures, tmp_p
     measures(weights, images, other, real_cache=str(tmp_path / "cache"))
     measures(weights, images, folder, real_cache=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_column_of_real_images_is_found(weights, pictures, tmp_path):
+    images, folder = pictures
+    content = {"img": [{"bytes": file.read_bytes(), "path": None} for file in sorted(folder.iterdir())]}
+    table = datasets.Dataset.from_dict(content, features=datasets.Features({"img": datasets.Image()}))
+    table.to_parquet(tmp_path / "real.parquet")
+    assert measures(weights, images, tmp_path / "real.parquet") == measures(weights, images, folder)
 
 
 def test_statistics_of_clean_fid_are_the_reference(weights, pictures, tmp_path):

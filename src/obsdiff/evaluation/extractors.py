@@ -33,6 +33,7 @@ class Extractor:
         texts: Texts to embeddings (n, d) in the same space, where it has any.
         real: Features of real images that it brings, where it does.
         network: What computes them, by whose weights kept features are known again; None where it brings its own.
+        prepares: Settings of its preprocessing, by which they are known again too.
     """
 
     says: str
@@ -40,6 +41,7 @@ class Extractor:
     texts: Callable[[Sequence[str]], Tensor] | None = None
     real: Callable[[], Tensor] | None = None
     network: nn.Module | None = None
+    prepares: str = ""
 
 
 def load_extractor(name: str, source: str | None = None, device: str = "cpu") -> Extractor:
@@ -118,7 +120,9 @@ def _transformer(
         return network.get_text_features(**given).pooler_output.float().cpu()
 
     says = f"{type(network).__name__} of {place}"
-    return Extractor(says, _in_parts(features), texts if has_texts else None, network=network)
+    return Extractor(
+        says, _in_parts(features), texts if has_texts else None, network=network, prepares=prepare.to_json_string()
+    )
 
 
 def _clip(source: str | None, device: str) -> Extractor:

@@ -59,7 +59,7 @@ class EvaluationOptions:
             a file, a folder or a hub id.
         real: Real images for the measures with a named network: a folder, a parquet file, a Hugging Face dataset
             (owner/name), or an .npz with statistics of clean-fid.
-        real_column: Image column of a table or dataset.
+        real_column: Image column of a table or dataset; default: image or img, whichever is there.
         real_split: Which split.
         real_cache: Folder to keep the features of real images in, by their content.
     """
@@ -72,7 +72,7 @@ class EvaluationOptions:
     measures: list[str] = field(default_factory=list)
     extractors: Mapping[str, str] = field(default_factory=dict)
     real: str | None = None
-    real_column: str = "image"
+    real_column: str | None = None
     real_split: str = "train"
     real_cache: str | None = None
 

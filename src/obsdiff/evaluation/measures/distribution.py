@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obsdiff.diffusion.frechet import frechet_between
+from obsdiff.diffusion.frechet import factor_of, frechet_between
 from obsdiff.evaluation.measures.base import Batch, Figures, Measure
 
 NEIGHBOURS = 3  # of precision and recall, as published
@@ -22,17 +22,18 @@ class Real:
 
     Attributes:
         features: Of each, (m, d); None where only their moments are known.
-        mean, covariance: Of the features, float64 (d,) and (d, d).
+        mean: Of the features, float64 (d,).
+        factor: Of their covariance, float64 (r, d).
     """
 
     features: Tensor | None
     mean: Tensor
-    covariance: Tensor
+    factor: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> Real:
         """Of features (m, d)."""
-        return cls(features, features.double().mean(0), torch.cov(features.double().T))
+        return cls(features, features.double().mean(0), factor_of(features))
 
 
 class Distribution(Measure):
@@ -64,7 +65,7 @@ class Frechet(Distribution):
 
     def of(self, features: Tensor) -> Figures:
         real = self.real()
-        return {self.name: frechet_between(features.mean(0), torch.cov(features.T), real.mean, real.covariance)}
+        return {self.name: frechet_between(features.mean(0), factor_of(features), real.mean, real.factor)}
 
 
 class KernelDistance(Distribution):
