@@ -69,8 +69,7 @@ class Inputs:
             self._check(batch["image"], lambda shape: check_images(self.subject, shape, "a training batch"))
             images = batch["image"].to(device)
             height, width = (int(side) for side in images.shape[-2:])
-            told = list(batch["prompt"]) if "prompt" in batch else self._unsaid(batch)
-            encoded = self.encode(told, (height, width))
+            encoded = self.encode(self._told(batch), (height, width))
             clean = encode_images(self.subject.pipe, images, generator)
             check_encoded(self.subject, clean.shape[1:], self.encode.latents)
             noise = torch.randn(clean.shape, generator=generator).to(clean)
@@ -101,11 +100,13 @@ class Inputs:
         aim = None if answers is None else drop_prompts(answers, dropped)[ANSWER]
         return Told(latents, times, drop_prompts(embeds, dropped), shared, aim=aim), target
 
-    def _unsaid(self, batch: Mapping[str, Any]) -> list[str]:
-        """Prompts of images that come without."""
-        if not told_nothing(self.subject.pipe):
+    def _told(self, batch: Mapping[str, Any]) -> list[str]:
+        """Prompts of images; empty for a pipeline that draws without, whatever its images are called."""
+        if told_nothing(self.subject.pipe):
+            return [""] * len(batch["image"])
+        if "prompt" not in batch:
             raise UserError(f"a training batch needs image and prompt; it has {sorted(batch)}")
-        return [""] * len(batch["image"])
+        return list(batch["prompt"])
 
     def _check(self, tensor: Tensor, check: Callable[[tuple[int, ...]], None]) -> None:
         """Data modules that say nothing of their images are checked when the first of a shape comes."""
