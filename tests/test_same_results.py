@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "measured": {"pattern": "unstructured:0.6", "allocation": True},
     "structured, measured": {"pattern": "structured:0.3", "allocation": True},
 }
+SLOW = (("digits-sd3", "measured"), ("digits-sd3", "structured, measured"))
 PIPELINES = {
     "digits-sd3": lambda: obsdiff.load_pipeline("digits-sd3"),
     "dual": lambda: make_pipe(dual_attention_layers=(0, 1)),
@@ -85,8 +86,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("pipeline", "case"),
+    [
+        pytest.param(pipeline, case, marks=pytest.mark.slow if (pipeline, case) in SLOW else ())
+        for pipeline in PIPELINES
+        for case in CASES
+    ],
+)
 def test_results_are_those_of_before(pipeline, case):
     recorded = json.loads(RECORDED.read_text())
     wanted, found = recorded[pipeline][case], result(pipeline, **CASES[case])

@@ -194,6 +194,7 @@ def test_a_call_that_another_call_has_slowed_down_is_not_counted(monkeypatch):
     assert found == pytest.approx([0.008, 0.006, 9.0])
 
 
+@pytest.mark.slow
 def test_a_new_process_loads_both_denoisers(monkeypatch):
     """Also what was shrunk before; and its failures are one line."""
     monkeypatch.setattr(clock, "PROCESS_S", 0.5)

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from obsdiff.allocation import latency
+from obsdiff.allocation.planning import rule_of
 from obsdiff.cli.main import main
+from obsdiff.pruning.options import CalibrationOptions, PruningOptions
 from tests.allocation.test_latency import Clocks
 from tests.cli.test_commands import ARTIFACTS, prune, refused
 
@@ -45,7 +48,8 @@ def test_a_measured_run_leaves_its_plan_and_picture(measured, capsys):
 
 def test_its_plan_serves_other_methods_and_its_scan_other_budgets(pipe_folder, measured, tmp_path):
     folder, stores, report = measured
-    other = prune(pipe_folder, tmp_path / "w", "--method", "wanda", "--plan", str(folder / "out" / "plan.yaml"))
+    plan = folder / "out" / "plan.yaml"
+    other = prune(pipe_folder, tmp_path / "w", "--method", "wanda", "--allocation", "null", "--plan", str(plan))
     assert other["sparsity"]["per_layer"] == pytest.approx(report["sparsity"]["per_layer"], abs=2e-3)
     assert (other["rule"], other["method"], other["allocation"]) == ("measured", "wanda", None)
     again = prune(pipe_folder, tmp_path / "b", *SCAN, *stores, "--budget", "parameters:0.8")
@@ -85,16 +89,16 @@ def test_a_latency_budget_says_how_it_was_measured(pipe_folder, tmp_path, monkey
     assert f"{record['achieved']:.4%} ({record['achieved']:.2%} to {record['achieved']:.2%} in a new process)" in page
 
 
-def test_the_default_allocation_is_the_methods_own(pipe_folder, tmp_path):
+def test_the_default_allocation_is_the_methods_own():
     """Measured for those whom it was shown to pay; uniform for N:M kernels, packages and published baselines."""
-    rules = {
-        "measured": [[], ["--pattern", "structured:0.5"], ["--method", "admm"], ["--pattern", "unstructured:0.99"]],
-        "uniform": [["--pattern", "2:4"], ["--method", "wanda"], ["--calibration.packages", "2"],
-                    ["--method", "magnitude", "--pattern", "structured:0.5"]],
+    rules: dict[str, list[dict[str, Any]]] = {
+        "measured": [{}, {"pattern": "structured:0.5"}, {"method": "admm"}, {"pattern": "unstructured:0.99"}],
+        "uniform": [{"pattern": "2:4"}, {"method": "wanda"}, {"calibration": CalibrationOptions(packages=2)},
+                    {"method": "magnitude", "pattern": "structured:0.5"}],
     }  # fmt: skip
-    for rule, runs in rules.items():
-        for i, more in enumerate(runs):
-            assert prune(pipe_folder, tmp_path / f"{rule}{i}", *more)["rule"] == rule, more
+    for rule, requests in rules.items():
+        for asked in requests:
+            assert rule_of(PruningOptions(**asked)) == rule, asked
 
 
 def test_mistakes(pipe_folder, measured, tmp_path, capsys):

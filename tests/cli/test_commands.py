@@ -14,7 +14,9 @@ from obsdiff.cli.main import main
 from obsdiff.criteria import METHODS
 
 ROOT = Path(__file__).parents[2]
-QUICK = ["--calibration.num_prompts", "4", "--evaluation.num_images", "4"]
+# uniform, since half of the time would go into a scan
+QUICK = ["--calibration.num_prompts", "4", "--evaluation.num_images", "4", "--allocation", "uniform"]
+UNSEEN = ["--evaluation.num_images", "0"]
 ARTIFACTS = {
     "pipeline", "pruning.json", "plan.yaml", "masks.safetensors", "report.json", "report.md", "samples.png",
 }  # fmt: skip
@@ -35,6 +37,7 @@ def test_prune_script_leaves_exactly_the_artifacts(pipe_folder, tmp_path):
             "--output",
             str(tmp_path / "out"),
             *QUICK,
+            "--allocation=null",
         ],
         capture_output=True,
         text=True,
@@ -123,23 +126,23 @@ def test_options_have_effects(pipe_folder, tmp_path):
         "dtype": ["--dtype", "bfloat16"],
     }
     for name, more in changed.items():
-        report = prune(pipe_folder, tmp_path / name, *more)
+        report = prune(pipe_folder, tmp_path / name, *more, *UNSEEN)
         assert report["layer_error"]["mean"] != plain["layer_error"]["mean"], name
-    batch = prune(pipe_folder, tmp_path / "batch", "--calibration.batch_size", "1")
+    batch = prune(pipe_folder, tmp_path / "batch", "--calibration.batch_size", "1", *UNSEEN)
     assert batch["layer_error"]["mean"] == pytest.approx(plain["layer_error"]["mean"], rel=1e-3)
-    fewer = prune(pipe_folder, tmp_path / "fewer", "--include", "['*.ff.*']", "--exclude", "['*.net.2']")
+    fewer = prune(pipe_folder, tmp_path / "fewer", "--include", "['*.ff.*']", "--exclude", "['*.net.2']", *UNSEEN)
     assert set(fewer["sparsity"]["per_layer"]) == {f"transformer_blocks.{i}.ff.net.0.proj" for i in range(3)}
-    spared = prune(pipe_folder, tmp_path / "spared", "--spare_blocks", "[0,-1]")
+    spared = prune(pipe_folder, tmp_path / "spared", "--spare_blocks", "[0,-1]", *UNSEEN)
     assert all(".1." in name for name in spared["sparsity"]["per_layer"])
     ranked = [
-        prune(pipe_folder, tmp_path / fusion, "--pattern", "structured:heads=0.5,ffn=0", "--fusion", fusion)
+        prune(pipe_folder, tmp_path / fusion, "--pattern", "structured:heads=0.5,ffn=0", "--fusion", fusion, *UNSEEN)
         for fusion in ("reciprocal_rank", "relative_error")
     ]
     assert all(report["parameters"]["pruned"] < report["parameters"]["dense"] for report in ranked)
     seeded = prune(pipe_folder, tmp_path / "e", "--evaluation.seed", "7", "--evaluation.prompts", "digits-train")
     assert seeded["evaluation"]["first_seed"] == 7
     assert seeded["evaluation"]["pruned"]["mse"] != plain["evaluation"]["pruned"]["mse"]
-    none = prune(pipe_folder, tmp_path / "none", "--evaluation.num_images", "0")
+    none = prune(pipe_folder, tmp_path / "none", *UNSEEN)
     assert none["evaluation"] is None and not (tmp_path / "none" / "samples.png").exists()
 
 

@@ -11,7 +11,8 @@ from tests.training.test_several_processes import run_two
 
 
 def test_two_processes_write_one_result(pipe_folder, tmp_path):
-    options = ["--pipeline", str(pipe_folder), *QUICK, "--pattern", "unstructured:0.6", "--calibration.batch_size", "2"]
+    options = ["--pipeline", str(pipe_folder), *QUICK, "--allocation=null", "--pattern", "unstructured:0.6"]
+    options += ["--calibration.batch_size", "2"]
     scan = ["--scan.levels", "[0.5,0.9]", "--scan.triples", "4", "--sensitivity"]
     run_two(ROOT / "prune.py", *options, *scan, tmp_path / "scan2", "--output", tmp_path / "two")
     main(["prune", *options, *scan, str(tmp_path / "scan1"), "--output", str(tmp_path / "one")])

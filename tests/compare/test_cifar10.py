@@ -52,6 +52,7 @@ def toy(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_it_runs_from_its_configs(toy):
     chosen = {
         "pipeline": toy / "ddpm-cifar10",

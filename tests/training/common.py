@@ -37,6 +37,7 @@ def arguments(pipe_folder, output, *extra, pattern="unstructured:0.5", steps=6, 
         f"--model.output={output}",
         f"--model.pruning.pattern={pattern}",
         "--model.pruning.spare_blocks=[]",
+        "--model.pruning.allocation=uniform",  # half of the time would go into a scan
         "--model.pruning.calibration.num_prompts=4",
         "--model.optimization.lr=1e-3",
         "--model.optimization.weight_decay=0.1",

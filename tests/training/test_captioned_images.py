@@ -11,6 +11,7 @@ from tests.training.common import assert_same, fit, result
 
 
 @pytest.mark.filterwarnings("ignore:1 of")
+@pytest.mark.slow
 def test_goes_on_with_the_same_images_and_captions(pipe_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     images = []

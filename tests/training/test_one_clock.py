@@ -9,6 +9,7 @@ from tests.training.common import ROOT, assert_same
 from tests.training.test_several_processes import run_two
 
 
+@pytest.mark.slow
 def test_schedule_and_end_are_the_first_process_s(pipe_folder, tmp_path):
     run_two(ROOT / "tests" / "training" / "clocks.py", pipe_folder, tmp_path)
     for name in ("wall_s", "device_s"):

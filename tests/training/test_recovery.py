@@ -10,6 +10,7 @@ import obsdiff
 from obsdiff.cli.train import main
 from tests.training.common import PATTERNS, arguments, assert_same, assert_zero, fit, result
 
+RESUMED = (("unstructured:0.5", True), ("structured:0.5", False))  # the others take as long each
 EMA = ("--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5")
 ALL_LOSSES = (
     "--model.objective.denoise=1",
@@ -20,9 +21,10 @@ ALL_LOSSES = (
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_run_leaves_a_pipeline_that_loads_and_a_whole_report(pipe_folder, tmp_path, pattern, images):
-    fit(pipe_folder, tmp_path / "run", *ALL_LOSSES, pattern=pattern)
+    measured = pattern != "2:4"
+    rule = f"--model.pruning.allocation={'measured' if measured else 'uniform'}"
+    fit(pipe_folder, tmp_path / "run", *ALL_LOSSES, rule, pattern=pattern)
     folder = tmp_path / "run" / "recovered"
-    measured = pattern != "2:4"  # N:M stays uniform unless asked
     expected = {"pipeline", "pruning.json", "masks.safetensors", "report.json", "report.md", "samples.png"}
     expected |= {"ratios.png"} if measured else set()
     assert {path.name for path in folder.iterdir()} == expected
@@ -59,6 +61,7 @@ def test_second_order_matching_trains(pipe_folder, tmp_path):
     assert_zero(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_memory_only(pipe_folder, tmp_path):
     losses = ("--model.objective.distill_features=1",)
     fit(pipe_folder, tmp_path / "plain", *losses, steps=2)
@@ -68,8 +71,14 @@ def test_gradient_checkpointing_changes_memory_only(pipe_folder, tmp_path):
         torch.testing.assert_close(saving[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("images", [True, False])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("pattern", "images"),
+    [
+        pytest.param(pattern, images, marks=() if (pattern, images) in RESUMED else pytest.mark.slow)
+        for pattern in PATTERNS
+        for images in (True, False)
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(pipe_folder, tmp_path, pattern, images, monkeypatch):
     from obsdiff.training import recovery
 

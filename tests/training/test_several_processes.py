@@ -49,7 +49,10 @@ FSDP = (
 )
 
 
-@pytest.mark.parametrize("strategy", [("--trainer.strategy=ddp",), FSDP], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(("--trainer.strategy=ddp",), id="ddp", marks=pytest.mark.slow), pytest.param(FSDP, id="fsdp2")],
+)
 def test_zeros_survive_two_processes(pipe_folder, tmp_path, strategy):
     extra = (*strategy, "--trainer.devices=2", "--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5")
     run_two(ROOT / "train.py", "fit", *arguments(pipe_folder, tmp_path / "run", *extra))

@@ -11,6 +11,7 @@ from obsdiff.callbacks.progress import BudgetProgress
 from obsdiff.cli.main import main
 from tests.training.common import arguments, fit, fit_elsewhere
 
+MEASURED = "--model.pruning.allocation=measured"
 SHOWN = ("--trainer.enable_progress_bar=true", "--trainer.enable_model_summary=true")
 
 
@@ -25,7 +26,7 @@ def said(pipe_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(progress, "FIRST_S", 0.0)  # a line for each update
         patch.setattr("obsdiff.callbacks.progress.REFRESH_S", 0.0)
-        fit(pipe_folder, output, *SHOWN, *extra, steps=6)
+        fit(pipe_folder, output, *SHOWN, *extra, MEASURED, steps=6)
     return output, out.getvalue(), err.getvalue()
 
 
@@ -125,7 +126,7 @@ def test_time_budgets_are_shown_as_a_share():
 
 def test_validate_and_predict_say_what_they_found(said, pipe_folder, capsys):
     output, _, _ = said
-    args = arguments(pipe_folder, output)
+    args = arguments(pipe_folder, output, MEASURED)
     main(["train", "validate", *args, "--ckpt_path=last"])
     shown = capsys.readouterr().out
     assert shown.startswith("evaluated") and "MSE to dense  " in shown and "2 images" in shown
@@ -154,7 +155,7 @@ def test_a_bar_that_is_turned_off_or_brought_is_respected():
 def test_the_command_itself_is_short(said, pipe_folder):
     """In a process of its own, with Lightning's bar and table as they are by default, and nothing left to do."""
     output, _, _ = said
-    args = [arg for arg in arguments(pipe_folder, output) if "enable_" not in arg]
+    args = [arg for arg in arguments(pipe_folder, output, MEASURED) if "enable_" not in arg]
     done = fit_elsewhere("fit", *args, "--ckpt_path=last")
     assert done.stderr == ""
     assert done.stdout.startswith("finished: ") and len(done.stdout.splitlines()) == 9
