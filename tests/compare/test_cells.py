@@ -44,6 +44,18 @@ def test_a_method_may_bring_its_refit():
         check(options(methods=["obs", "magic+refit"]))
 
 
+def test_variants_change_other_options_alone():
+    variants = {"usual": {}, "late": {"calibration": {"weighting": "log_increase"}}, "plain": {"refit": False}}
+    given = options(methods=["obs"], calibration=CalibrationOptions(steps=7), variants=variants)
+    usual, late, plain = units_of(given)[0]
+    assert [unit.variant for unit in (usual, late, plain)] == list(variants)
+    assert late.pruning == replace(usual.pruning, calibration=CalibrationOptions(steps=7, weighting="log_increase"))
+    assert plain.pruning == replace(usual.pruning, refit=False) and str(late) == "2:4 by obs, uniform, late, seed 0"
+    without = units_of(options(methods=["obs"], calibration=CalibrationOptions(steps=7)))[0]
+    assert key_of(usual, None, {}, {}) == key_of(without[0], None, {}, {}) != key_of(late, None, {}, {})
+    assert given.compared_with == ("variant", "usual") and options().compared_with == ("method", "obs")
+
+
 def test_scan_options_reach_measured_cells_alone():
     scan = ScanOptions(by="backward")
     given = options(methods=["obs"], patterns=["unstructured:0.5"], allocations=["uniform", "measured"], scan=scan)
@@ -81,6 +93,12 @@ def test_what_does_not_go_together_is_left_out_with_the_reason():
         ({"recipes": {"a": RECIPE, "b": RECIPE}}, "recipes a and b say the same"),
         ({"scan": ScanOptions(by="backward")}, "belong to measured allocations"),
         ({"scan": ScanOptions(by="sideways"), "allocations": ["measured"]}, "scan.by is 'sideways'"),
+        ({"variants": {"a": {"dampening": 1}}}, "variants.a names 'dampening'; choose of scan, limits"),
+        ({"variants": {"a": {"calibration": {"damp": 1}}}}, "variants.a.calibration names 'damp'; choose of prompts"),
+        ({"variants": {"a": {"seed": 1}}}, "variants.a names 'seed'"),
+        ({"variants": {"a": {"calibration": {"damping": -1}}}}, "damping"),
+        ({"variants": {"a": {"calibration": 3}}}, "variants.a.calibration is 3"),
+        ({"variants": {"a": {}, "b": {}}}, "the variants a and b say the same"),
         ({"evaluation": EvaluationOptions(num_images=1)}, "at least 2"),
         ({"jobs": 0}, "jobs is 0"),
     ],

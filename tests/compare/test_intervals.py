@@ -53,6 +53,7 @@ def test_no_ratio_to_nothing():
 def row(method, seed, mse, hits=(1.0, 0.0), frechet=2.0, error=None, **more):
     return {
         "method": method, "pattern": "2:4", "allocation": "uniform", "recipe": "one shot", "seed": seed, "error": error,
+        "variant": "",
         "per_image": {"mse": mse, "alignment": list(hits)}, "evaluation": {"pruned": {"frechet": frechet}},
         "costs": {
             "solving": {"denoiser_flops": 5.0, "wall_s": 1.0}, "calibration": {"denoiser_flops": 1.0, "wall_s": 2.0},
@@ -68,13 +69,24 @@ def test_lines_pair_what_has_the_same_seed():
         row("wanda", 1, [4.0, 4.0], frechet=1.0),
         row("wanda", 0, None, error="out of memory"),
     ]
-    obs, wanda = lines_of(rows, "obs")
+    obs, wanda = lines_of(rows, ("method", "obs"))
     assert obs.ratio is None and obs.mse.value == 2.0 and obs.alignment.value == 0.5
     assert len(wanda.rows) == 1 and wanda.ratio.value == 2.0 and wanda.ratio.low == 2.0
     assert wanda.flops == 6.0 and wanda.wall_s == 3.0
     assert "Fréchet" in wanda.remark and obs.remark == ""
 
 
+def test_variants_are_compared_with_the_first_of_the_same_method():
+    rows = [
+        row(method, 0, [factor * scale] * 2, variant=variant)
+        for method, scale in (("obs", 1.0), ("wanda", 8.0))
+        for variant, factor in (("usual", 1.0), ("late", 3.0))
+    ]
+    found = {(line.method, line.variant): line.ratio for line in lines_of(rows, ("variant", "usual"))}
+    assert found["obs", "usual"] is None and found["wanda", "usual"] is None
+    assert found["obs", "late"].value == found["wanda", "late"].value == 3.0
+
+
 def test_an_image_that_is_not_finite_leaves_no_figure():
-    [line] = lines_of([row("obs", 0, [1.0, None])], "obs")
+    [line] = lines_of([row("obs", 0, [1.0, None])], ("method", "obs"))
     assert line.mse is None and line.ratio is None and line.alignment.value == 0.5

@@ -160,7 +160,7 @@ def test_every_config_instantiates(path):
         options = parse_options(PruneOptions, "obsdiff prune", ["--config", str(path)])
         parse_pattern(options.pattern)
         find_method(options.method)
-    elif path.parent.name == "compare":
+    elif path.parent.name in ("compare", "ablate"):
         from obsdiff.cli.parse import parse_options
         from obsdiff.compare.cells import units_of
         from obsdiff.compare.options import CompareOptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from obsdiff.pruning.options import EvaluationOptions, PruningOptions, ScanOptio
 from obsdiff.yamlfiles import read_yaml
 
 REFIT = "+refit"  # added to a method: what it leaves by least squares
+AXES = ("pattern", "budget", "method", "plan", "allocation", "seed")  # what a variant cannot say
 ONE_SHOT = "one shot"  # the name of a row that nothing was trained for
 
 
@@ -28,7 +30,7 @@ class Unit:
     """What is pruned once; each of its rows is a recovery from there, or none.
 
     Attributes:
-        method, pattern, allocation, seed: As the options name them.
+        method, pattern, allocation, variant, seed: As the options name them; the variant is "" where there are none.
         pruning: The whole request.
         evaluation: Its images.
     """
@@ -36,12 +38,14 @@ class Unit:
     method: str
     pattern: str
     allocation: str
+    variant: str
     seed: int
     pruning: PruningOptions
     evaluation: EvaluationOptions
 
     def __str__(self) -> str:
-        return f"{self.pattern} by {self.method}, {self.allocation}, seed {self.seed}"
+        variant = f", {self.variant}" if self.variant else ""
+        return f"{self.pattern} by {self.method}, {self.allocation}{variant}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class LeftOut:
     method: str
     pattern: str
     allocation: str
+    variant: str
     reason: str
 
 
@@ -62,29 +67,30 @@ def units_of(options: CompareOptions) -> tuple[list[Unit], list[LeftOut]]:
     """
     check(options)
     units, left_out = [], []
+    axes = (options.methods, options.patterns, options.allocations, options.variants or {"": {}})
     for at, seed in enumerate(options.seeds):
-        for method in options.methods:
-            for pattern in options.patterns:
-                for allocation in options.allocations:
-                    pruning = _request(options, method, pattern, allocation, seed)
-                    try:
-                        _check_together(pruning)
-                    except UserError as error:
-                        if at == 0:
-                            left_out.append(LeftOut(method, pattern, allocation, str(error)))
-                        continue
-                    own = options.evaluation
-                    images = replace(own, seed=own.seed + at * own.num_images)
-                    units.append(Unit(method, pattern, allocation, seed, pruning, images))
+        own = options.evaluation
+        images = replace(own, seed=own.seed + at * own.num_images)
+        for what in itertools.product(*axes):
+            pruning = _request(options, *what, seed)
+            try:
+                _check_together(pruning)
+            except UserError as error:
+                if at == 0:
+                    left_out.append(LeftOut(*what, str(error)))
+                continue
+            units.append(Unit(*what, seed, pruning, images))
     if not units:
         reasons = "; ".join(dict.fromkeys(found.reason for found in left_out))
         raise UserError(f"no method goes with any of the patterns and allocations: {reasons}")
     return units, left_out
 
 
-def _request(options: CompareOptions, method: str, pattern: str, allocation: str, seed: int) -> PruningOptions:
+def _request(
+    options: CompareOptions, method: str, pattern: str, allocation: str, variant: str, seed: int
+) -> PruningOptions:
     text, _, budget = pattern.partition(" ")
-    return PruningOptions(
+    usual = PruningOptions(
         pattern=text,
         budget=budget.strip() or None,
         method=method.removesuffix(REFIT),
@@ -94,6 +100,26 @@ def _request(options: CompareOptions, method: str, pattern: str, allocation: str
         calibration=options.calibration,
         scan=options.scan if allocation == "measured" else ScanOptions(),
     )
+    return _changed(usual, options.variants[variant], f"variants.{variant}") if variant else usual
+
+
+def _changed(options: Any, changes: Any, what: str) -> Any:
+    """Options, a dataclass, with some of them replaced, inner ones one by one.
+
+    Raises:
+        UserError: There is no such option, or it is an axis of the comparison.
+    """
+    if not isinstance(changes, Mapping):
+        raise UserError(f"{what} is {changes!r}; give options by name, such as {{calibration: {{damping: 0.1}}}}")
+    known = [field.name for field in fields(options) if field.name not in AXES]
+    if wrong := [name for name in changes if name not in known]:
+        raise UserError(f"{what} names {wrong[0]!r}; choose of {', '.join(known)}")
+    values = {name: getattr(options, name) for name in changes}
+    found = {
+        name: _changed(values[name], change, f"{what}.{name}") if is_dataclass(values[name]) else change
+        for name, change in changes.items()
+    }
+    return replace(options, **found)
 
 
 def _check_together(pruning: PruningOptions) -> None:
@@ -119,9 +145,14 @@ def check(options: CompareOptions) -> None:
         if double := [value for at, value in enumerate(values) if value in values[:at]]:
             raise UserError(f"{name} names {double[0]} twice")
     for pattern in options.patterns:
-        check_values(_request(options, "obs", pattern, "uniform", 0))
+        check_values(_request(options, "obs", pattern, "uniform", "", 0))
     for method in (*options.methods, options.reference):
         check_method(method.removesuffix(REFIT))
+    for name, other in itertools.combinations(options.variants, 2):
+        if options.variants[name] == options.variants[other]:
+            raise UserError(f"the variants {name} and {other} say the same; leave one out")
+    for variant in options.variants:
+        check_values(_request(options, options.methods[0], options.patterns[0], options.allocations[0], variant, 0))
     for allocation in options.allocations:
         check_values(PruningOptions(allocation=allocation))
     check_scan(options.scan)

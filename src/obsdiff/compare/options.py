@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, ScanOptions
 
@@ -23,6 +24,8 @@ class CompareOptions:
         patterns: Patterns, as for prune; "PATTERN BUDGET", such as "structured parameters:0.5", for a budget.
         allocations: How sparsity is shared out among layers: uniform, measured or owl. Where one does not go with a
             pattern or method, the cell is left out and the report says why.
+        variants: By name, other options of prune, such as {usual: {}, late: {calibration: {weighting: log_increase}}}:
+            every combination is run with each, and compared with itself under the first, in place of the reference.
         recipes: By name, YAML files of recoveries (configs/recover); what they say of pipeline, pruning, folders, seeds
             and evaluation is replaced. Each starts from the same pruned pipeline.
         budget: Limits of every recovery, over those of its recipe, such as {steps: 500}: steps, images, denoiser_flops,
@@ -44,6 +47,7 @@ class CompareOptions:
     methods: list[str]
     patterns: list[str]
     allocations: list[str] = field(default_factory=lambda: ["uniform"])
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
     budget: Mapping[str, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -55,3 +59,8 @@ class CompareOptions:
     devices: list[str] = field(default_factory=list)
     part: str | None = None
     shown: int = 8
+
+    @property
+    def compared_with(self) -> tuple[str, str]:
+        """What a row is compared with: the row that is the same but for this, a key of rows and its value."""
+        return ("variant", next(iter(self.variants))) if self.variants else ("method", self.reference)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,13 +37,16 @@ def write_report(options: CompareOptions, rows: Sequence[Row], left_out: Sequenc
     """
     output = Path(options.output)
     write_text(output / RESULTS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    order: list[Sequence[str]] = [options.patterns, [ONE_SHOT, *options.recipes], options.allocations, options.methods]
+    variants = list(options.variants) or [""]
+    order = [options.patterns, [ONE_SHOT, *options.recipes], options.allocations, options.methods, variants]
     lines = sorted(
-        lines_of(rows, options.reference),
+        lines_of(rows, options.compared_with),
         key=lambda line: [names.index(getattr(line, what)) for names, what in zip(order, WHAT, strict=True)],
     )
     shown = {
         "options": options,
+        "axis": options.compared_with[0],
+        "reference": options.compared_with[1],
         "settings": settings_text(options),
         "patterns": {pattern: [line for line in lines if line.pattern == pattern] for pattern in options.patterns},
         "lines": lines,
@@ -113,13 +117,16 @@ def draw_lines(lines: Sequence[Line], options: CompareOptions) -> str:
     from matplotlib.figure import Figure
 
     recipes = list(dict.fromkeys(line.recipe for line in lines))
-    colours = dict(zip(options.methods, colormaps["tab10"].colors * 4, strict=False))  # type: ignore[attr-defined]
+    variants = list(options.variants) or [""]
+    coloured = list(itertools.product(options.methods, variants))
+    colours = dict(zip(coloured, colormaps["tab10"].colors * len(coloured), strict=False))  # type: ignore[attr-defined]
     figure = Figure(figsize=(11, 0.6 + 3.6 * len(recipes)), dpi=110, layout="constrained")
     panels = figure.subplots(len(recipes), 1, squeeze=False, sharey=True, sharex=True)[:, 0]
-    kinds = [(method, rule) for rule in options.allocations for method in options.methods]
+    kinds = [(rule, *what) for rule in options.allocations for what in coloured]
     for panel, recipe in zip(panels, recipes, strict=True):
-        for at, (method, rule) in enumerate(kinds):
-            found = [line for line in lines if (line.method, line.allocation, line.recipe) == (method, rule, recipe)]
+        for at, (rule, *what) in enumerate(kinds):
+            own = (recipe, rule, *what)
+            found = [line for line in lines if (line.recipe, line.allocation, line.method, line.variant) == own]
             found = [line for line in found if line.mse is not None and line.mse.low > 0]
             if not found:
                 continue
@@ -131,10 +138,10 @@ def draw_lines(lines: Sequence[Line], options: CompareOptions) -> str:
                 [mark.value for mark in marks],
                 [[mark.value - mark.low for mark in marks], [mark.high - mark.value for mark in marks]],
                 fmt="o" if rule == options.allocations[0] else "^",
-                color=colours[method],
+                color=colours[what[0], what[1]],
                 markersize=5,
                 capsize=2,
-                label=method if len(options.allocations) == 1 else f"{method}, {rule}",
+                label=", ".join(filter(None, [*what, rule if len(options.allocations) > 1 else ""])),
             )
         panel.set_yscale("log")
         panel.set_ylabel(f"MSE to dense\n{recipe}")

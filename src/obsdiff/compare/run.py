@@ -154,6 +154,7 @@ def collect(options: CompareOptions, units: Sequence[Unit], dense: Dense) -> tup
     for unit in units:
         # what they are called now: a row is kept by what was done, whatever it was called then
         called = {"method": unit.method, "pattern": unit.pattern, "allocation": unit.allocation, "seed": unit.seed}
+        called["variant"] = unit.variant
         for name, file in rows_of(options, unit, dense).items():
             if file.is_file():
                 rows.append({**read_json(file, "a row of a comparison"), **called, "recipe": name})
@@ -185,6 +186,7 @@ def _run(
                 "method": unit.method,
                 "pattern": unit.pattern,
                 "allocation": unit.allocation,
+                "variant": unit.variant,
                 "seed": unit.seed,
                 "recipe": name,
                 "error": failure,

@@ -13,19 +13,19 @@ from obsdiff.compare.intervals import Interval, mean_interval, ratio_interval
 from obsdiff.evaluation.evaluate import result_of
 
 Row = Mapping[str, Any]
-WHAT = ("pattern", "recipe", "allocation", "method")
+WHAT = ("pattern", "recipe", "allocation", "method", "variant")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method, pattern, allocation and recovery, over all seeds.
+    """One method, pattern, allocation, variant and recovery, over all seeds.
 
     Attributes:
-        pattern, recipe, allocation, method: What was done.
+        pattern, recipe, allocation, method, variant: What was done.
         rows: Of each seed, finished ones only.
         mse: To the dense images.
-        ratio: Of the mse to that of the reference method with the same pattern, allocation and recovery; None for the
-            reference itself and where it is not there.
+        ratio: Of the mse to that of the reference that is the same otherwise; None for the reference itself and where
+            it is not there.
         alignment, top5: Share of images that show what was asked for; None where nothing reads them.
         perceptual: Mean distance in the reader's features, if it has such.
         frechet: Mean over seeds.
@@ -38,6 +38,7 @@ class Line:
     recipe: str
     allocation: str
     method: str
+    variant: str
     rows: Sequence[Row]
     mse: Interval | None
     ratio: Interval | None
@@ -54,22 +55,23 @@ class Line:
         return _mean(self.rows, *path)
 
 
-def lines_of(rows: Sequence[Row], reference: str) -> list[Line]:
+def lines_of(rows: Sequence[Row], reference: tuple[str, str]) -> list[Line]:
     """The lines, in the order in which their first rows come.
 
     Args:
         rows: Contents of finished and failed rows; failed ones are left out.
-        reference: The method that the others are compared with.
+        reference: One of :data:`WHAT` and its value in the lines that the others are compared with.
     """
     held: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row["error"] is None:
             held.setdefault(tuple(row[key] for key in WHAT), []).append(row)
-    return [_line(what, found, held.get((*what[:3], reference), [])) for what, found in held.items()]
+    at, value = WHAT.index(reference[0]), reference[1]
+    return [_line(what, found, held.get((*what[:at], value, *what[at + 1 :]), [])) for what, found in held.items()]
 
 
 def _line(what: tuple[str, ...], rows: list[Row], others: list[Row]) -> Line:
-    pattern, recipe, allocation, method = what
+    pattern, recipe, allocation, method, variant = what
     mse = _interval(rows, "mse")
     ratio = None
     if others and others is not rows and mse is not None and _interval(others, "mse") is not None:
@@ -88,6 +90,7 @@ def _line(what: tuple[str, ...], rows: list[Row], others: list[Row]) -> Line:
         recipe,
         allocation,
         method,
+        variant,
         rows,
         mse,
         ratio,
