@@ -29,7 +29,9 @@ from obsdiff.models.calling import PromptEncoder, default_dtype, drawing
 from obsdiff.models.graph import stages_of
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.loading import check_source
+from obsdiff.models.released import release
 from obsdiff.models.subject import Subject
+from obsdiff.models.texts import texts_kept
 from obsdiff.numbers import check_seed
 from obsdiff.paths import user_path
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
@@ -163,7 +165,8 @@ class Recovery(lightning.LightningModule):
         costs = costs_before(start, dense_flops, recording_of(self.trainer)) if fitting else {}
         if fitting and (budget := find(self.trainer, Budget)) is not None:
             budget.check(sum(costs.values(), Cost()), "already cost")
-        refs = self._references(start, device)
+        with texts_kept(start.pipe):  # so that its text encoders can leave before the next images are drawn
+            refs = self._references(start, device)
         for name, model in start.pipe.components.items():
             if isinstance(model, nn.Module) and name not in start.subject.components:
                 model.requires_grad_(False)
@@ -178,6 +181,8 @@ class Recovery(lightning.LightningModule):
         guided = "distill_guided" in self.weights
         recorded = teacher is None and any(term in self.weights for term in TEACHER_TERMS)
         self.inputs = Inputs(start.subject, PromptEncoder(start.pipe), self.prompt_dropout, guided, common, recorded)
+        if recording is not None:
+            release(start.pipe)  # trajectories hold all that training needs but the denoiser
 
     def needs_teacher(self, dense: Subject) -> bool:
         """Whether the dense denoiser has to run in every step: its recorded answers may be all that the losses need."""
