@@ -75,7 +75,8 @@ def test_the_result_is_the_average(pipe_folder, tmp_path):
     fit(pipe_folder, tmp_path / "run", *EMA, "--model.pruning.method=magnitude", images=False, folder=tmp_path / "traj")
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     average, last = (
-        {name.removeprefix("denoiser."): tensor for name, tensor in saved[part].items()} for part in ("ema", "state_dict")
+        {name.removeprefix("denoiser."): tensor for name, tensor in saved[part].items()}
+        for part in ("ema", "state_dict")
     )
     written = result(tmp_path / "run")
     assert_same({name: written[name] for name in average}, average)

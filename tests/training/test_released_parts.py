@@ -39,9 +39,7 @@ class Watch(lightning.Callback):
 
 def evaluated(pipe_folder, tmp_path, name):
     options = EvaluationOptions(num_images=2, prompts="digits-heldout")
-    return recovery(
-        pipe_folder, tmp_path / name, Recovery, objective=Objective(distill_output=1.0), evaluation=options
-    )
+    return recovery(pipe_folder, tmp_path / name, Recovery, objective=Objective(distill_output=1.0), evaluation=options)
 
 
 def data(pipe_folder, tmp_path):
