@@ -79,6 +79,8 @@ class Run:
         root = Path(config.get("trainer.default_root_dir") or ".")
         self.trusted = config.get("weights_only") is False
         self.checkpoint = check_resume(str(asked), folders, output, root, subcommand == "fit", self.trusted)
+        if self.checkpoint is not None:
+            config["ckpt_path"] = str(self.checkpoint)
 
     def says_finished(self, trainer: Any, module: Any) -> bool:
         """Say what a fit is about to do; or, if nothing is left to do, say that, and return True."""

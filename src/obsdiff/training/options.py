@@ -37,7 +37,7 @@ class Trained:
             LoRA: all pruned layers).
         lora_rank: Train a LoRA of this rank that respects the mask, instead of the weights.
         lora_alpha: Scale of the LoRA: alpha / rank.
-        frozen_dtype: With a LoRA: bfloat16 halves the weights that it is on, which are rounded; it stays float32 itself.
+        frozen_dtype: With a LoRA: bfloat16 halves the weights that it is on, and rounds them; it stays float32 itself.
             Default: float32.
         gradient_checkpointing: Save memory, recompute activations in the backward pass.
     """
