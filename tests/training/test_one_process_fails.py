@@ -15,7 +15,7 @@ def test_an_error_of_one_process_ends_all_with_one_message(pipe_folder, tmp_path
     extra = ("--trainer.strategy=ddp", "--trainer.devices=2", "--model.pruning.method=magnitude")
     args = ["fit", *arguments(pipe_folder, tmp_path / "run", *extra)]
     script = ROOT / "tests" / "training" / "one_fails.py"
-    command = [*TORCHRUN, str(script), where, str(process), *args]
+    command = [*TORCHRUN, "--nproc-per-node=2", str(script), where, str(process), *args]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
     assert done.stderr.count("obsdiff train: the disk of this process is gone") == 1
