@@ -27,13 +27,14 @@ class Live(TorchDispatchMode):
     Attributes:
         now: Bytes that are alive.
         peak: The most that were.
+        made: All that were made, whether alive still or not.
         operations: How many ran.
     """
 
     def __init__(self, unknown: int | None = None) -> None:
         super().__init__()
         self.unknown = unknown
-        self.now = self.peak = self.operations = 0
+        self.now = self.peak = self.made = self.operations = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -57,6 +58,7 @@ class Live(TorchDispatchMode):
         size = storage.nbytes()
         self._known.add(key)
         self.now += size
+        self.made += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, key, size)
 

@@ -7,11 +7,11 @@ as the weights.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from torch.utils._pytree import tree_map_only
 from obsdiff.errors import UserError
 from obsdiff.files import read_json
 from obsdiff.models.denoisers import denoisers_of
-from obsdiff.models.info import PipelineInfo, attach_info, info_of, read_info
+from obsdiff.models.info import PipelineInfo, attach_info, read_info
 from obsdiff.models.live import live_in
 from obsdiff.models.loading import find_pipeline
 from obsdiff.models.register import LIBRARY, register
 
 META, CPU = torch.device("meta"), torch.device("cpu")
+METHODS = ("forward", "encode", "decode")  # by which pipelines ask their models
 PEAKS = "obsdiff_peaks"  # on the pipeline: the most that each of its models took within one call, bytes
 _LONGEST = 512  # tokens of a text, where no file says how many a tokenizer gives
 _CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")  # what is fetched of a hub repository
@@ -64,15 +65,9 @@ def open_weightless(source: str, dtype: str = "float32", name: str | None = None
     return _running(kind, given, PipelineInfo(name or source, **read_info(folder)))
 
 
-def without_models(pipe: Any) -> Any:
-    """The same pipeline without weights; ``pipe`` stays as it is."""
-    parts = {key: part for key in _accepted(type(pipe)) if (part := _own(pipe, key)) is not None}
-    copies = {key: _emptied(part) if isinstance(part, nn.Module) else part for key, part in parts.items()}
-    return _running(type(pipe), copies, info_of(pipe))
-
-
-def _own(pipe: Any, key: str) -> Any:
-    return pipe.components[key] if key in pipe.components else pipe.config.get(key)
+def is_weightless(pipe: Any) -> bool:
+    """Whether a pipeline was made here."""
+    return PEAKS in vars(pipe)
 
 
 def _accepted(kind: Any) -> list[str]:
@@ -134,15 +129,6 @@ def _model(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _emptied(model: nn.Module) -> nn.Module:
-    """A copy without weights, in the same dtypes."""
-    memo: dict[int, Any] = {
-        id(x): nn.Parameter(x.detach().to(META), requires_grad=False) if isinstance(x, nn.Parameter) else x.to(META)
-        for x in (*model.parameters(), *model.buffers())
-    }
-    return copy.deepcopy(model, memo).eval()
-
-
 def _running(kind: Any, parts: Mapping[str, Any], info: PipelineInfo) -> Any:
     """The pipeline, whose models answer with zeros."""
     pipe = type(kind.__name__, (kind,), {"_execution_device": CPU})(**parts)
@@ -152,7 +138,7 @@ def _running(kind: Any, parts: Mapping[str, Any], info: PipelineInfo) -> Any:
             for key, buffer in [*part.named_buffers()] if name == "vae" else ():
                 owner, _, own = key.rpartition(".")  # the pipeline itself reads them, to undo a normalisation
                 setattr(part.get_submodule(owner), own, torch.zeros(buffer.shape, dtype=buffer.dtype))
-            for method in ("forward", "encode", "decode"):
+            for method in METHODS:
                 if hasattr(part, method):
                     setattr(part, method, _answering(getattr(part, method), name, peaks, part in denoisers))
     vars(pipe)[PEAKS] = peaks
@@ -163,6 +149,7 @@ def _running(kind: Any, parts: Mapping[str, Any], info: PipelineInfo) -> Any:
 
 def _answering(method: Any, name: str, peaks: dict[str, int], traced: bool) -> Any:
     """A model's method that answers on the CPU; if it is ``traced``, only where it is given real tensors."""
+    known: dict[str, tuple[int, Any]] = {}
 
     @functools.wraps(method)
     def answer(*args: Any, **kwargs: Any) -> Any:
@@ -171,10 +158,44 @@ def _answering(method: Any, name: str, peaks: dict[str, int], traced: bool) -> A
         if traced and not real:
             return method(*args, **kwargs)
         given, named = tree_map_only(Tensor, lambda x: x.to(META), (args, kwargs))
+        if (key := repr((given, named))) not in known:
+            held: list[Any] = []
+            live = live_in(lambda: held.append(method(*given, **named)), unknown=0)
+            known[key] = live.peak, held[0]
+        peak, found = known[key]
+        peaks[name] = max(peaks.get(name, 0), peak)
+        return _zeros(found)
+
+    return answer
+
+
+@contextmanager
+def peaks_of_models(pipe: Any) -> Iterator[dict[str, int]]:
+    """The most that each model of a pipeline takes within one call while it runs, in bytes by component."""
+    peaks: dict[str, int] = vars(pipe).get(PEAKS, {})
+    if peaks or is_weightless(pipe):
+        peaks.clear()
+        yield peaks
+        return
+    changed = []
+    for name, part in pipe.components.items():
+        for key in METHODS if isinstance(part, nn.Module) else ():
+            if hasattr(part, key) and key not in vars(part):
+                setattr(part, key, _counted(getattr(part, key), name, peaks))
+                changed.append((part, key))
+    try:
+        yield peaks
+    finally:
+        for part, key in changed:
+            delattr(part, key)
+
+
+def _counted(method: Any, name: str, peaks: dict[str, int]) -> Any:
+    @functools.wraps(method)
+    def answer(*args: Any, **kwargs: Any) -> Any:
         held: list[Any] = []
-        live = live_in(lambda: held.append(method(*given, **named)), unknown=0)
-        peaks[name] = max(peaks.get(name, 0), live.peak)
-        return _zeros(held[0])
+        peaks[name] = max(peaks.get(name, 0), live_in(lambda: held.append(method(*args, **kwargs))).peak)
+        return held[0]
 
     return answer
 

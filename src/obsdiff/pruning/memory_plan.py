@@ -1,7 +1,7 @@
 """What a prune needs of memory, from shapes alone: each formula says what it counts.
 
 Nothing here looks at values or runs anything. Activations come as they were counted on the meta device
-(:mod:`obsdiff.pruning.call_memory`); all the rest is arithmetic on the shapes of weights.
+(:mod:`obsdiff.evaluation.call_memory`); all the rest is arithmetic on the shapes of weights.
 """
 
 from __future__ import annotations
@@ -13,19 +13,8 @@ FLOAT, BOOL = 4, 1  # bytes of statistics and solves, and of a mask's entry whil
 SWEEPS = ("obs", "obs-diff", "sparsegpt")  # methods that factorise H and go through its columns
 SCORED = {"wanda": 7.0, "dsnot": 11.5}  # times a layer's weights that scoring and sorting them by rows takes
 BLOCK = 128  # columns that a sweep holds three more copies of
+ENCODED = 32  # prompts that text encoders get at once
 COPIES = 2  # of all images, while those of the batches are joined
-
-
-@dataclass(frozen=True)
-class Growing:
-    """Bytes that grow with the number of prompts (or images) in a batch."""
-
-    fixed: int
-    each: int
-
-    def at(self, count: int) -> int:
-        """For so many."""
-        return self.fixed + self.each * count
 
 
 @dataclass(frozen=True)
@@ -38,8 +27,11 @@ class SiteShape:
         rows: Outputs of each layer that is pruned by it, in one of the groups.
         groups: Of a convolution.
         biased: Whether biases take up the mean, so that a solve goes by centred inputs.
-        cut: Whether units go, not single weights.
+        masked: Whether single weights go.
+        cut: Whether units go.
         kept: Share of the layers' weights that are stored afterwards: those of cut layers become smaller.
+        producers: Entries that are left of weights that lose rows, where units go.
+        together: The same for sites whose layers are cut in one go; "" where it is alone.
         tokens: Rows of it that a call with one prompt gives.
     """
 
@@ -48,8 +40,11 @@ class SiteShape:
     rows: tuple[int, ...] = ()
     groups: int = 1
     biased: bool = True
+    masked: bool = True
     cut: bool = False
     kept: float = 1.0
+    producers: int = 0
+    together: str = ""
     tokens: int = 0
 
     @property
@@ -70,6 +65,8 @@ class Solving:
         centred: Whether the method itself selects on centred inputs where biases take up the mean.
         once: Whether a site's statistics are let go when it is solved (they serve this prune alone).
         stored: Whether they lie on disk, and memory holds one site's at a time once they are measured.
+        reused: Whether they lie there already.
+        passes: Whether gradients or gates are measured, by backward passes.
     """
 
     method: str
@@ -79,6 +76,8 @@ class Solving:
     centred: bool = False
     once: bool = True
     stored: bool = False
+    reused: bool = False
+    passes: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ class Scan:
         stages: Entries of the weights that are pruned in each stage.
         probe: Bytes of the recorded calls and of what is kept between stages.
         cut: Whether units go, not single weights.
+        backward: Bytes of candidates that one backward pass serves; 0 where there is none.
     """
 
     levels: int
@@ -98,6 +98,7 @@ class Scan:
     stages: tuple[int, ...]
     probe: int
     cut: bool = False
+    backward: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,13 @@ class Shapes:
     Attributes:
         weights: Bytes by component of the pipeline, in its dtype.
         element: Bytes of one weight of the denoiser.
-        sites: Whose statistics are measured, in the order of a forward pass; those of cut layers first.
-        kept: Of sites measured for a store alone, nothing is solved: their ``rows`` are empty.
-        call: Activations of one call of the denoiser.
+        sites: Whose statistics are measured, in the order of a forward pass; those that are measured for a store
+            alone have no rows.
+        call: Activations of a call of the denoiser, for each prompt in it.
         observed: The same while statistics are measured, with what adding to them takes.
-        text: The text encoders' activations.
-        decode: The autoencoder's.
+        made: All that such a call makes, for each prompt: what a backward pass keeps, or somewhat more.
+        text: The text encoders' activations, for each prompt.
+        decode: The autoencoder's, for each image.
         prompt: Bytes of one encoded prompt.
         image: Bytes of one image, float32.
         imports: What the process holds before anything is loaded.
@@ -121,10 +123,11 @@ class Shapes:
     weights: Mapping[str, int]
     element: int
     sites: tuple[SiteShape, ...]
-    call: Growing
-    observed: Growing
-    text: Growing
-    decode: Growing
+    call: int
+    observed: int
+    made: int
+    text: int
+    decode: int
     prompt: int
     image: int
     imports: int = 0
@@ -268,18 +271,21 @@ def cut_bytes(sites: Sequence[SiteShape], solving: Solving) -> int:
 def changed_bytes(site: SiteShape, element: int) -> tuple[int, int]:
     """What a solved site leaves until the prune ends, on the device and on the host: its new weights, beside the dense
     ones that are put back if anything fails, and masks of one byte an entry."""
-    return int(site.kept * site.weights) * element, 0 if site.cut else site.weights * BOOL
+    stays = int(site.kept * site.weights)
+    return (stays + site.producers) * element, stays * BOOL if site.masked else 0
 
 
 def scan_bytes(scan: Scan, shapes: Shapes, solving: Solving) -> int:
     """What a scan that runs the denoiser holds beside weights and statistics: every level of the layers of one stage
-    (float32 weights and masks), and the larger of solving a site at all levels and a call; the recorded calls."""
+    (float32 weights and masks), or those that one backward pass serves; the recorded calls; and the larger of solving
+    a site at all levels and a call, which a backward pass keeps whole."""
     held = scan.levels * max(scan.stages, default=0) * (FLOAT + (0 if scan.cut else BOOL))
     if scan.cut:
         work = max((cut_bytes([s], solving) for s in shapes.sites if s.rows), default=0)
     else:
         work = max((solve_bytes(s, solving, shapes.element, scan.levels) for s in shapes.sites if s.rows), default=0)
-    return held + scan.probe + max(work, shapes.call.at(scan.rows))
+    calling = scan.rows * (shapes.made if scan.backward else shapes.call)
+    return max(held, scan.backward) + scan.probe + max(work, calling)
 
 
 # ---- the run, moment by moment
@@ -321,7 +327,7 @@ def _moments(
     drawn = images * shapes.image
     yield Moment("loading", weights, process | weights)
     batch = min(batches.images, images)
-    drawing = max(shapes.text.at(batch), shapes.call.at(batch), shapes.decode.at(batch))
+    drawing = batch * max(shapes.text, shapes.call, shapes.decode)
     if images:
         yield Moment("drawing", weights | {"activations": drawing}, process | {"images": COPIES * drawn})
     host = process | {"images": drawn, "prompts": prompts * shapes.prompt if solving.measured else 0}
@@ -332,12 +338,16 @@ def _moments(
         held = sum(statistics_bytes(site, solving.gram) for site in sites) if solving.measured else 0
         so_far = weights | {"changed weights": changed}
         masked = host | {"masks": masks}
-        if solving.measured:
+        if solving.measured and not solving.reused:
             what = f"calibrating, pass {number} of {len(batches.packages)}"
-            calling = shapes.observed.at(min(batches.prompts, prompts))
+            calling = shapes.observed * min(batches.prompts, prompts)
             saving = max(statistics_bytes(site, solving.gram) for site in sites) if solving.stored else 0
             yield Moment(what, so_far | {"Hessians": held, "activations": calling}, masked | {"store": saving})
-            yield Moment("encoding prompts", so_far | {"activations": shapes.text.at(min(32, prompts))}, masked)
+            yield Moment("encoding prompts", so_far | {"activations": shapes.text * min(ENCODED, prompts)}, masked)
+        if solving.passes:
+            own = {"gradients": FLOAT * sum(site.weights for site in sites)}
+            kept_whole = {"activations": shapes.made * min(batches.prompts, prompts)}
+            yield Moment("backward passes", so_far | {"Hessians": held} | own | kept_whole, masked)
         if scan is not None:
             kept = 0 if solving.stored else held
             scanning = scan_bytes(scan, shapes, solving)
@@ -360,16 +370,18 @@ def _moments(
 
 
 def _together(sites: Sequence[SiteShape]) -> Iterator[list[SiteShape]]:
-    """Sites as they are solved: each by itself, but those without layers never."""
+    """Sites as they are solved: those that are cut in one go, else each by itself; those without layers never."""
+    found: dict[str, list[SiteShape]] = {}
     for site in sites:
         if site.rows:
-            yield [site]
+            found.setdefault(site.together or site.name, []).append(site)
+    yield from found.values()
 
 
 def _work(sites: Sequence[SiteShape], solving: Solving, element: int) -> int:
     cut = [site for site in sites if site.cut]
     return max(
         cut_bytes(cut, solving) if cut else 0,
-        *(solve_bytes(site, solving, element) for site in sites if not site.cut),
+        *(solve_bytes(site, solving, element) for site in sites if site.masked),
         0,
     )
