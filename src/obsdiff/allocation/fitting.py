@@ -32,6 +32,7 @@ from obsdiff.pruning.time_plan import TimePlan, products_per_s, time_plan
 
 MOST_PACKAGES = 16  # tried; each is a whole calibration pass
 CONTEXT_BYTES = 600 * 2**20  # assumed of a CUDA device: its context and the workspaces of its libraries
+RUN_BYTES = 120 * 2**20  # of libraries that a run first needs while it runs, measured on a CPU (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -160,15 +161,13 @@ def _planned(
     graph = subject.graph
     plan = first_plan(graph, options)
     stored = statistics is not None
-    call = call_arguments(
-        subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale
-    )
+    call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
     steps = int(call.get("num_inference_steps") or 1)
     drawn = options.evaluation.num_images > 0
     observer = observer_for(needs_for(options, statistics) - PASSES)
     calls = call_shapes(subject, call, sites_of(graph, plan, stored), observer, drawn)
     imports = resident_memory_bytes() if imports is None else imports
-    shapes = shapes_of(subject, plan, calls, stored, max(imports, 0))
+    shapes = shapes_of(subject, plan, calls, stored, max(imports, 0) + RUN_BYTES)
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics))
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
     work = _Work(subject, plan, options, statistics, shapes, solving, scan, torch.device(device).type == "cpu")
@@ -234,7 +233,11 @@ def _with(options: PruneOptions, prompts: int, images: int, packages: int, least
 def _may_split(work: _Work) -> bool:
     """Whether sites may be measured in several passes: nobody said how many, and one calibration is not needed."""
     options = work.options
-    once = work.statistics is not None or allocates(options) or isinstance(of_layers(parse_request(options.pattern)), Hybrid)
+    once = (
+        work.statistics is not None
+        or allocates(options)
+        or isinstance(of_layers(parse_request(options.pattern)), Hybrid)
+    )
     return options.calibration.packages is None and not once and work.solving.measured
 
 
@@ -253,7 +256,9 @@ def _refusal(planned: Planned, work: _Work, room: Room, device: str) -> str:
     most = memory.host_bytes if over_host else memory.device_bytes + CONTEXT_BYTES
     moment = memory.host if over_host or memory.device is None else memory.device
     needed = f"this prune takes at least {bytes_text(most)} of {name} memory, while {moment.name}"
-    return f"{needed}; --{name}_memory is {bytes_text(limit or 0)}. What would fit: {_what_fits(work, room, device, most)}"
+    return (
+        f"{needed}; --{name}_memory is {bytes_text(limit or 0)}. What would fit: {_what_fits(work, room, device, most)}"
+    )
 
 
 def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:

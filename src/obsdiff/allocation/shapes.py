@@ -118,7 +118,9 @@ def solving_of(options: PruningOptions, plan: Plan, graph: Graph, statistics: Pa
     )
 
 
-def scan_of(subject: Subject, plan: Plan, options: PruningOptions, calls: CallShapes, prompts: int, steps: int) -> Scan | None:
+def scan_of(
+    subject: Subject, plan: Plan, options: PruningOptions, calls: CallShapes, prompts: int, steps: int
+) -> Scan | None:
     """The scan of a measured allocation, if there is one."""
     if rule_of(options) != "measured" or not plan.entries:
         return None

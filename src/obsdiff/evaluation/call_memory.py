@@ -1,4 +1,4 @@
-"""What the calls of a pipeline take of memory, counted on the meta device (or on real weights, where they are there)."""
+"""What the calls of a pipeline take of memory, counted on the meta device, or on weights that are there."""
 
 from __future__ import annotations
 
@@ -134,9 +134,7 @@ def _hooked(hooks: Sequence[tuple[nn.Module, Callable[..., None]]], with_kwargs:
             handle.remove()
 
 
-def _observers(
-    subject: Subject, sites: Sequence[Site], observer: str, device: torch.device
-) -> dict[str, Observer]:
+def _observers(subject: Subject, sites: Sequence[Site], observer: str, device: torch.device) -> dict[str, Observer]:
     """Of nothing yet, one for each shape."""
     shapes = {site.name: weight_matrices(subject.graph.layer(site.name)).shape for site in sites}
     found = {key: OBSERVERS[observer].empty(key[1], key[0], device) for key in {(s[0], s[2]) for s in shapes.values()}}

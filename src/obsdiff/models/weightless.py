@@ -61,7 +61,9 @@ def open_weightless(source: str, dtype: str = "float32", name: str | None = None
             f"the configs of {source} do not make a pipeline without weights ({type(error).__name__}: {reason})"
         ) from error
     missing = inspect.signature(kind.__init__).parameters
-    given = {key: value for key, value in parts.items() if value is not None or missing[key].default is missing[key].empty}
+    given = {
+        key: value for key, value in parts.items() if value is not None or missing[key].default is missing[key].empty
+    }
     return _running(kind, given, PipelineInfo(name or source, **read_info(folder)))
 
 

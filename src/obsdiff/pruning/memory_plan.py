@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from obsdiff.criteria import METHODS
+from obsdiff.obs.observers import PASSES
+
 FLOAT, BOOL = 4, 1  # bytes of statistics and solves, and of a mask's entry while it is held
 SWEEPS = ("obs", "obs-diff", "sparsegpt")  # methods that factorise H and go through its columns
 SCORED = {"wanda": 7.0, "dsnot": 11.5}  # times a layer's weights that scoring and sorting them by rows takes
@@ -215,20 +218,22 @@ def statistics_bytes(site: SiteShape, gram: bool) -> int:
 
 def moments_bytes(site: SiteShape, solving: Solving) -> int:
     """What solving makes of a site's statistics: the covariance, in place where they are let go (``once``), and H
-    beside it where the mean is no bias's to take up; for one group at a time."""
+    beside it where the method selects by it or no bias takes up the mean; for one group at a time."""
     square = FLOAT * site.columns**2
     covariance = 0 if solving.once and not solving.stored else square
-    return covariance + (0 if site.biased and (solving.centred or solving.method not in SWEEPS) else square)
+    selects = bool(METHODS[solving.method].needs - PASSES) and not (solving.centred and site.biased)
+    return covariance + (square if selects or (solving.refits and not site.biased) else 0)
 
 
 def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels: int = 1) -> int:
     """The workspace of solving a site's single weights, its results included, beyond its statistics.
 
-    With n columns, R rows of all layers, r of the largest, all of it float32 and for one group: the covariance's mirror
-    image (n²); the Cholesky factor and what it is made of (2 n²); of the sweep the factor, the weights, their changes,
-    pivots and results (n² + 4.5 R n) and three blocks of 128 columns; of the refit the solutions, and eight matrices
-    like the largest layer; of methods that sort rows, sorted indices. Results (weight and mask) are 1.25 R n, twice
-    where groups are joined. Weights in half precision are held in float32, too.
+    With n columns, R rows of all layers, r of the largest, all of it float32 and for one group: what mirroring the
+    covariance and checking it make (1.75 n²); the Cholesky factor and what it is made of (2 n²); of the sweep the
+    factor, the weights, their changes, pivots and results (n² + 4.5 R n) and three blocks of 128 columns; of admm the
+    spectrum with LAPACK's workspace (5 n²); of the refit the solutions, and eight matrices like the largest layer; of
+    methods that sort rows, sorted indices. Results (weight and mask) are 1.25 R n, twice where groups are joined.
+    Weights in half precision are held in float32, too.
 
     Args:
         site: What is solved.
@@ -240,7 +245,7 @@ def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels:
     largest = max(site.rows, default=0)
     dense = 0 if element == FLOAT else total * n
     gram = solving.measured and solving.gram
-    work = [2.5 * total * n, 3.0 * largest * n + 1.25 * total * n]
+    work = [2.5 * total * n]
     if solving.method in SWEEPS:
         work += [2 * n * n, n * n + 4.5 * total * n + 3 * min(BLOCK, n) * total]
     elif solving.method == "admm":
@@ -250,7 +255,7 @@ def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels:
     if solving.refits and gram:
         work += [2.25 * total * n + 8 * largest * n]
     square = moments_bytes(site, solving) if gram else 0
-    mirrored = n * n if gram else 0
+    mirrored = 1.75 * n * n if gram else 0
     return square + int(FLOAT * (dense + max(mirrored, *work)))
 
 
@@ -314,18 +319,18 @@ def memory_plan(
     """
     measured = [site for site in shapes.sites if solving.measured]
     store = sum(statistics_bytes(site, solving.gram) for site in measured) if solving.stored else 0
-    moments = tuple(_moments(shapes, solving, batches, prompts, images, scan))
+    moments = tuple(_moments(shapes, solving, batches, prompts, images, on_host, scan))
     masks = sum(changed_bytes(site, shapes.element)[1] for site in shapes.sites)
     return MemoryPlan(batches, moments, on_host, store, sum(shapes.weights.values()) + masks // 8)
 
 
 def _moments(
-    shapes: Shapes, solving: Solving, batches: Batches, prompts: int, images: int, scan: Scan | None
+    shapes: Shapes, solving: Solving, batches: Batches, prompts: int, images: int, on_host: bool, scan: Scan | None
 ) -> Iterator[Moment]:
     weights = {"weights": sum(shapes.weights.values())}
     process = {"process": shapes.imports}
     drawn = images * shapes.image
-    yield Moment("loading", weights, process | weights)
+    yield Moment("loading", weights, process if on_host else process | weights)  # all is read by the host
     batch = min(batches.images, images)
     drawing = batch * max(shapes.text, shapes.call, shapes.decode)
     if images:
@@ -342,12 +347,13 @@ def _moments(
             what = f"calibrating, pass {number} of {len(batches.packages)}"
             calling = shapes.observed * min(batches.prompts, prompts)
             saving = max(statistics_bytes(site, solving.gram) for site in sites) if solving.stored else 0
-            yield Moment(what, so_far | {"Hessians": held, "activations": calling}, masked | {"store": saving})
+            writing = {"file": saving} if saving else {}
+            yield Moment(what, so_far | {"Hessians": held, "activations": calling}, masked | writing)
             yield Moment("encoding prompts", so_far | {"activations": shapes.text * min(ENCODED, prompts)}, masked)
         if solving.passes:
-            own = {"gradients": FLOAT * sum(site.weights for site in sites)}
-            kept_whole = {"activations": shapes.made * min(batches.prompts, prompts)}
-            yield Moment("backward passes", so_far | {"Hessians": held} | own | kept_whole, masked)
+            whole = {"activations": shapes.made * min(batches.prompts, prompts)}
+            whole["gradients"] = FLOAT * sum(site.weights for site in sites)
+            yield Moment("backward passes", so_far | {"Hessians": held} | whole, masked)
         if scan is not None:
             kept = 0 if solving.stored else held
             scanning = scan_bytes(scan, shapes, solving)

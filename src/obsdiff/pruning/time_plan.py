@@ -10,7 +10,7 @@ import torch
 from obsdiff.obs.refit import STEPS
 from obsdiff.pruning.memory_plan import SWEEPS, Shapes, Solving
 
-# Shares of the speed of a large float32 product, measured on the preset of ``obsdiff bench prune`` (docs/performance.md)
+# Shares of the speed of a large float32 product, measured on the preset of ``obsdiff bench prune``
 FORWARD, STATISTICS, SWEEP, REFIT, FACTOR = 0.5, 0.7, 0.075, 0.45, 0.11
 OPERATION_S = 12e-6  # of Python and torch around each of a call's operations
 SIDE = 1024  # of the product that is timed
