@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.evaluation.call_memory import call_shapes
 from obsdiff.errors import UserError
+from obsdiff.evaluation.call_memory import call_shapes
 from obsdiff.files import write_json
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info, call_arguments
 from obsdiff.models.subject import subject_of

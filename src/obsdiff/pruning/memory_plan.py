@@ -371,8 +371,8 @@ def _moments(
     if images:
         after = process | {"masks": masks, "images": (1 + COPIES) * drawn}
         yield Moment("drawing pruned images", weights | {"activations": drawing}, after)
-    largest = max(shapes.weights.values(), default=0)
-    yield Moment("writing", weights, process | {"masks": masks, "images": 2 * drawn, "file": largest})
+    fetched = {} if on_host else {"weights": max(shapes.weights.values(), default=0)}  # one component at a time
+    yield Moment("writing", weights, process | {"masks": masks, "images": 2 * drawn} | fetched)
 
 
 def _together(sites: Sequence[SiteShape]) -> Iterator[list[SiteShape]]:
