@@ -159,7 +159,7 @@ def test_a_store_holds_all_statistics_on_disk():
 
 
 def test_a_scan_holds_all_levels_of_a_stage():
-    scan = Scan(12, 32, (5_000, 10_000), 800)
+    scan = Scan(4, 12, 32, (5_000, 10_000), 800)
     planned = plan(scan=scan, solving=Solving("obs", True, True, centred=True, once=False))
     held = moment(planned, "scanning").device["scan"]
     assert held == scan_bytes(scan, SHAPES, Solving("obs", True, True, centred=True, once=False))

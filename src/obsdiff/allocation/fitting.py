@@ -28,7 +28,7 @@ from obsdiff.pruning.manifest import read_manifest
 from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solving, memory_plan
 from obsdiff.pruning.options import Limits, PruneOptions
 from obsdiff.pruning.plan import Plan, packages_of, parted
-from obsdiff.pruning.time_plan import TimePlan, products_per_s, time_plan
+from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, products_per_s, time_plan
 
 MOST_PACKAGES = 16  # tried; each is a whole calibration pass
 CONTEXT_BYTES = 600 * 2**20  # assumed of a CUDA device: its context and the workspaces of its libraries
@@ -172,29 +172,18 @@ def _planned(
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
     work = _Work(subject, plan, options, statistics, shapes, solving, scan, torch.device(device).type == "cpu")
     memory, chosen = _fit(work, room)
-    here = torch.device(device).type == "cpu" or torch.cuda.is_available()
     spent = None
-    if here:
+    if torch.device(device).type == "cpu" or torch.cuda.is_available():
         scanned = 0.0
         if scan is not None:
             units = make_units(graph, parted(plan)[0], Limits(share=options.limits.share))
-            triples = scan.probe // max(calls.arguments + calls.stage, 1)
-            scanned = triples * passes_needed(graph, units, options.scan.levels, options.scan.by, triples)
-        spent = time_plan(
-            shapes,
-            solving,
-            speed=products_per_s(device),
-            call_flops=(flops or denoiser_flops(subject, call)) * calls.rows,
-            operations=calls.operations,
-            passes=len(memory.batches.packages),
-            prompts=settings.num_prompts,
-            batch_size=memory.batches.prompts,
-            steps=steps,
-            images=options.evaluation.num_images,
-            image_batch=memory.batches.images,
-            scan_passes=scanned,
-            levels=1 if scan is None else scan.levels,
-        )
+            ways = options.scan.levels, options.scan.by
+            scanned = scan.triples * passes_needed(graph, units, *ways, scan.triples)
+        images, levels = options.evaluation.num_images, 1 if scan is None else scan.levels
+        flops = (flops or denoiser_flops(subject, call)) * calls.rows
+        speed = Speed(products_per_s(device), flops, calls.operations)
+        amount = Amount(settings.num_prompts, steps, images, scanned, levels)
+        spent = time_plan(shapes, solving, memory.batches, speed, amount)
     notes = [calls.note] if calls.note else []
     if options.reconstruction.steps:
         notes.append("the reconstruction of stages is not counted")

@@ -134,6 +134,7 @@ def scan_of(
     way = way_of(graph, units, options.scan.levels, options.scan.by, triples)
     own = sum(p.numel() * p.element_size() for p in subject.denoiser.parameters())
     return Scan(
+        triples,
         levels,
         max(1, min(triples, BATCH_ROWS // calls.rows)),
         tuple(stages),

@@ -88,6 +88,7 @@ class Scan:
     """A sensitivity scan.
 
     Attributes:
+        triples: Recorded calls.
         levels: Shares at which every layer is solved.
         rows: Prompts' worth of rows in one of its calls.
         stages: Entries of the weights that are pruned in each stage.
@@ -96,6 +97,7 @@ class Scan:
         backward: Bytes of candidates that one backward pass serves; 0 where there is none.
     """
 
+    triples: int
     levels: int
     rows: int
     stages: tuple[int, ...]

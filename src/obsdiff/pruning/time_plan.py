@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from obsdiff.obs.refit import STEPS
-from obsdiff.pruning.memory_plan import SWEEPS, Shapes, Solving
+from obsdiff.pruning.memory_plan import SWEEPS, Batches, Shapes, Solving
 
 # Shares of the speed of a large float32 product, measured on the preset of ``obsdiff bench prune``
 FORWARD, STATISTICS, SWEEP, REFIT, FACTOR = 0.5, 0.7, 0.075, 0.45, 0.11
 OPERATION_S = 12e-6  # of Python and torch around each of a call's operations
+HOOK_OPERATIONS = 10  # of adding a call to the statistics of one site
+SCAN_ROWS = 16  # prompts in a call of a scan, in the mean
 SIDE = 1024  # of the product that is timed
 
 
@@ -49,60 +51,67 @@ def products_per_s(device: torch.device | str) -> float:
     return best
 
 
-def time_plan(
-    shapes: Shapes,
-    solving: Solving,
-    *,
-    speed: float,
-    call_flops: float,
-    operations: int,
-    passes: int,
-    prompts: int,
-    batch_size: int,
-    steps: int,
-    images: int,
-    image_batch: int,
-    scan_passes: float = 0.0,
-    levels: int = 1,
-) -> TimePlan:
-    """How long it takes.
+@dataclass(frozen=True)
+class Speed:
+    """How fast the denoiser and solves are.
 
-    Forward passes by their FLOPs; statistics half a product of each input with itself; of each Hessian a Cholesky
-    factor (n³ / 3), a sweep (R n²) and a refit (2 R n² a step).
-
-    Args:
-        shapes, solving: As for memory.
-        speed: FLOP/s of a product (:func:`products_per_s`).
+    Attributes:
+        products_per_s: FLOP/s of a product (:func:`products_per_s`).
         call_flops: Of a call with one prompt, guidance included.
         operations: Of torch, in a call.
-        passes: Of the calibration.
-        prompts, batch_size, steps: Of a pass.
-        images, image_batch: Of the evaluation, by each of two pipelines.
-        scan_passes: What a scan runs, in calls with one prompt.
-        levels: Patterns at which a scan solves each layer.
     """
 
-    def calls_s(count: float, batch: float) -> float:
-        return count * call_flops / (speed * FORWARD) + count / max(batch, 1) * operations * OPERATION_S
+    products_per_s: float
+    call_flops: float
+    operations: int
 
+    def calls_s(self, count: float, batch: float) -> float:
+        """Seconds for calls with ``count`` prompts in all, so many at a time."""
+        computing = count * self.call_flops / (self.products_per_s * FORWARD)
+        return computing + count / max(batch, 1) * self.operations * OPERATION_S
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much there is to do.
+
+    Attributes:
+        prompts, steps: Of a calibration pass; an evaluation has as many steps.
+        images: Of the evaluation, by each of two pipelines.
+        scan_calls: What a scan runs, in calls with one prompt.
+        levels: Patterns at which it solves each layer.
+    """
+
+    prompts: int
+    steps: int
+    images: int
+    scan_calls: float = 0.0
+    levels: int = 1
+
+
+def time_plan(shapes: Shapes, solving: Solving, batches: Batches, speed: Speed, amount: Amount) -> TimePlan:
+    """How long it takes: forward passes by their FLOPs; statistics half a product of each input with itself; of each
+    Hessian a Cholesky factor (n³ / 3), a sweep (R n²) and a refit (2 R n² a step, half of the steps that it may
+    take)."""
     products = solve = 0.0
-    for site in shapes.sites if solving.measured else ():
-        n, total = site.columns, site.weights // max(site.columns, 1)
-        if solving.gram:
-            products += prompts * steps * site.tokens * site.groups * n * n * (1 + 128 / n)
-        if not site.rows or not solving.gram:
+    calls, passes = amount.prompts * amount.steps, len(batches.packages)
+    again = 1 + (amount.levels if amount.scan_calls else 0)
+    for site in shapes.sites if solving.measured and solving.gram else ():
+        n, rows = site.columns, site.groups * sum(site.rows)
+        products += calls * site.tokens * site.groups * n * n * (1 + 128 / n)
+        if not site.rows:
             continue
-        factor = site.groups * n**3 / 3 / FACTOR if solving.method in SWEEPS or site.cut else 0.0
-        sweep = total * n * n / SWEEP if solving.method in SWEEPS else 0.0
-        refits = 2 * STEPS / 2 * total * n * n / REFIT if solving.refits else 0.0
-        again = 1 + (levels if scan_passes else 0)
+        swept = solving.method in SWEEPS
+        factor = site.groups * n**3 / 3 / FACTOR if swept or site.cut else 0.0
+        sweep = rows * n * n / SWEEP if swept else 0.0
+        refits = STEPS * rows * n * n / REFIT if solving.refits else 0.0
         solve += factor * min(again, 2) + again * (sweep + refits)
-    hooks = 10 * len(shapes.sites) * OPERATION_S * passes * prompts * steps / max(batch_size, 1)
-    calibrate_s = passes * calls_s(prompts * steps, batch_size) + products / (speed * STATISTICS) + hooks
-    measured = solving.measured and not solving.reused
+    hooks = HOOK_OPERATIONS * len(shapes.sites) * OPERATION_S * calls / max(batches.prompts, 1)
+    calibrate_s = passes * (speed.calls_s(calls, batches.prompts) + hooks)
+    calibrate_s += products / (speed.products_per_s * STATISTICS)
     return TimePlan(
-        calibrate_s if measured else 0.0,
-        calls_s(scan_passes, 16),
-        solve / speed,
-        calls_s(2 * images * steps, image_batch),
+        calibrate_s if solving.measured and not solving.reused else 0.0,
+        speed.calls_s(amount.scan_calls, SCAN_ROWS),
+        solve / speed.products_per_s,
+        speed.calls_s(2 * amount.images * amount.steps, batches.images),
     )
