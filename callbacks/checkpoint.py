@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,14 @@ import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from obsdiff.callbacks.find import is_trial
 from obsdiff.errors import UserError
 from obsdiff.files import check_writable, whole_file
+from obsdiff.ranks import rank, wait_for_all
+
+BEFORE = "last-before.ckpt"  # the one before, for the moment in which a folder takes its place
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -76,7 +82,7 @@ class LastCheckpoint(ModelCheckpoint):
             path = str(Path(str(self.dirpath)) / "last.ckpt")
             before = Path(path).exists()
             try:
-                self._save_checkpoint(trainer, path)
+                self._save_whole(trainer, Path(path))
             except UserError as error:
                 kept = (
                     "the checkpoint before it is intact, go on from it with --ckpt_path last"
@@ -85,3 +91,29 @@ class LastCheckpoint(ModelCheckpoint):
                 )
                 raise UserError(f"at step {trainer.global_step}: {error}; {kept}") from error
             self.last_model_path = path
+
+    def _save_whole(self, trainer: lightning.Trainer, path: Path) -> None:
+        """Save a checkpoint; of a folder of shards too the one before stays until the new one is complete."""
+        if not isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
+            self._save_checkpoint(trainer, str(path))
+            return
+        part, before = path.with_name(f"{path.name}.part"), path.with_name(BEFORE)
+        if rank() == 0:
+            _remove(part)
+        wait_for_all()
+        self._save_checkpoint(trainer, str(part))
+        wait_for_all()
+        if rank() == 0:
+            if path.exists() and (part.is_dir() or path.is_dir()):
+                _remove(before)
+                path.rename(before)
+            os.replace(part, path)
+            _remove(before)
+        wait_for_all()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -31,14 +31,16 @@ class Export(lightning.Callback):
             return
         budget = find(trainer, Budget)
         loss = trainer.callback_metrics.get("loss")
-        with averaged_weights(trainer, pl_module):
+        with averaged_weights(trainer, pl_module):  # to the end: on a CPU the state is the weights themselves
             images = _drawn(pl_module)
             state = {name: full_tensor(tensor).cpu() for name, tensor in pl_module.denoiser.state_dict().items()}
-        if rank() == 0:
-            last, spent = None if loss is None else float(loss), None if budget is None else budget.report()
-            report = write_recovered(pl_module, state, images, trainer.global_step, last, spent)
-            if images is not None and "not_finite" in report["evaluation"]["recovered"]:
-                rank_zero_warn("images are not finite, so the report has no figures of them; the weights are written")
+            if rank() == 0:
+                last, spent = None if loss is None else float(loss), None if budget is None else budget.report()
+                report = write_recovered(pl_module, state, images, trainer.global_step, last, spent)
+                if images is not None and "not_finite" in report["evaluation"]["recovered"]:
+                    rank_zero_warn(
+                        "images are not finite, so the report has no figures of them; the weights are written"
+                    )
         wait_for_all()
 
 

@@ -50,7 +50,8 @@ class TrajectoryDataModule(RecoveryData):
     """Batches of ``latents`` (b, ...), ``time`` (b,), ``embeds`` (by name, (b, ...), negative ones included), and the
     dense denoiser's ``answer`` (b, ...) to them, with guidance also the ``negative_answer``.
 
-    The trajectories are recorded once, by the first process, and kept in ``folder``.
+    The trajectories are recorded once, by the first process of all, and kept in ``folder``, which all processes and
+    other runs read: of one with the same settings nothing is recorded again.
 
     Args:
         pipeline: The dense pipeline: an embedded name, a folder, or a hub id.
@@ -82,6 +83,7 @@ class TrajectoryDataModule(RecoveryData):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        self.prepare_data_per_node = False  # the folder is shared, as the recovery's output is
         check_loading(batch_size, num_workers, seed)
         check_whole("data.record_batch_size", record_batch_size)
         self.pipeline, self.folder = pipeline, user_path(folder, "data.folder")

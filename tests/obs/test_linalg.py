@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from obsdiff.obs.linalg import SingularHessian, damped, inverse, upper_factor
+from obsdiff.obs.linalg import SingularHessian, all_finite, damped, inverse, upper_factor
 
 
 def test_factor_is_the_upper_factor_of_the_hessian():
@@ -31,3 +31,11 @@ def test_rank_deficient_statistics_factorise():
     factor, used = upper_factor(x.T @ x)
     assert used == 0.01
     assert bool(torch.isfinite(factor).all())
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_one_odd_entry_is_found(odd):
+    values = torch.full((20, 30), 3e38)
+    assert all_finite(values)  # their sum is not
+    values[7, 11] = odd
+    assert not all_finite(values)

@@ -9,7 +9,7 @@ from obsdiff.obs.select import SAMPLE, drop_lowest, keep_best_per_row
 
 @settings(max_examples=30, deadline=None)
 @given(
-    size=st.sampled_from([1, 10, 4 * SAMPLE, 4 * SAMPLE + 1, 70_000]),
+    size=st.sampled_from([1, 10, 8 * SAMPLE, 8 * SAMPLE + 1, 70_000]),
     share=st.floats(0, 1),
     kind=st.sampled_from(["normal", "heavy", "few values", "constant", "sorted", "periodic"]),
     seed=st.integers(0, 100),

@@ -8,14 +8,16 @@ from dataclasses import replace
 import lightning
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import obsdiff
 from obsdiff.callbacks.budget import Budget
 from obsdiff.data.trajectories import TrajectoryDataModule
 from obsdiff.errors import UserError
 from obsdiff.files import read_json, write_json
+from obsdiff.models.calling import PromptEncoder
 from obsdiff.models.subject import subject_of
-from obsdiff.pruning.record import INDEX, open_trajectories, record_trajectories
+from obsdiff.pruning.record import INDEX, TENSORS, open_trajectories, record_trajectories
 from obsdiff.training.fits import has_answers
 from obsdiff.training.options import Objective, Optimization
 from obsdiff.training.recovery import Recovery
@@ -93,6 +95,24 @@ def recorded(pipe_folder, tmp_path):
     data = TrajectoryDataModule(str(pipe_folder), str(tmp_path / "traj"), "digits-train", num_prompts=4, batch_size=4)
     data.prepare_data()
     return data, open_trajectories(tmp_path / "traj")
+
+
+def test_what_is_kept_is_kept_once(pipe_folder, tmp_path, recorded):
+    """Embeds by prompt, not by step; the negative prompt's, which all share, in one row; and once for all runs."""
+    data, recording = recorded
+    stored = load_file(tmp_path / "traj" / TENSORS)
+    for name, tensor in recording.embeds.items():
+        assert tensor.shape == (4, *stored[f"embeds.{name}"].shape[1:])
+        assert len(stored[f"embeds.{name}"]) == (1 if name.startswith("negative_") else 4)
+    told = PromptEncoder(obsdiff.load_pipeline(pipe_folder))(data.prompts)
+    assert told.keys() == recording.embeds.keys() >= {"negative_encoder_hidden_states"}
+    for name, tensor in recording.embeds.items():
+        torch.testing.assert_close(tensor, told[name])
+    before = (tmp_path / "traj" / TENSORS).stat().st_mtime_ns
+    other = TrajectoryDataModule(str(pipe_folder), str(tmp_path / "traj"), "digits-train", num_prompts=4, batch_size=2)
+    assert not other.prepare_data_per_node  # one process of all, not one of each machine
+    other.prepare_data()
+    assert (tmp_path / "traj" / TENSORS).stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("extra", ["distill_features", "distill_jacobian"])

@@ -71,6 +71,18 @@ def test_gradient_checkpointing_changes_memory_only(pipe_folder, tmp_path):
         torch.testing.assert_close(saving[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_the_result_is_the_average(pipe_folder, tmp_path):
+    fit(pipe_folder, tmp_path / "run", *EMA, "--model.pruning.method=magnitude", images=False, folder=tmp_path / "traj")
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    average, last = (
+        {name.removeprefix("denoiser."): tensor for name, tensor in saved[part].items()}
+        for part in ("ema", "state_dict")
+    )
+    written = result(tmp_path / "run")
+    assert_same({name: written[name] for name in average}, average)
+    assert any(not torch.equal(average[name], last[name]) for name in average)
+
+
 @pytest.mark.parametrize(
     ("pattern", "images"),
     [

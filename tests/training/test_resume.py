@@ -9,7 +9,7 @@ import torch
 
 from obsdiff.errors import UserError
 from obsdiff.training import recovery, stage
-from obsdiff.training.resume import check_resume
+from obsdiff.training.resume import check_resume, read_checkpoint
 from tests.training.common import fit
 
 TEXTS = {"missing": "does not exist", "folder": "is a folder", "registry:model": "litmodels", "best": "not known",
@@ -106,10 +106,24 @@ def test_nothing_to_go_on_from(run, tmp_path, monkeypatch, asked):
 
 def test_what_lightning_resolves_is_left_to_it(run, tmp_path):
     (tmp_path / "hpc_ckpt_1.ckpt").touch()
-    (tmp_path / "sharded").mkdir()
-    (tmp_path / "sharded" / ".metadata").touch()
-    for asked in ("hpc", "s3://bucket/last.ckpt", str(tmp_path / "sharded")):
+    for asked in ("hpc", "s3://bucket/last.ckpt"):
         assert check_resume(asked, [], run, tmp_path, True) is None
+
+
+def test_a_folder_of_shards_is_known_by_its_index_and_the_rest(run, tmp_path):
+    last, sharded = run / "checkpoints" / "last.ckpt", tmp_path / "last-before.ckpt"
+    kept = torch.load(last, weights_only=True)
+    sharded.mkdir()
+    (sharded / ".metadata").touch()
+    with pytest.raises(UserError, match=r"damaged: it has no meta.pt; there is"):
+        check_resume(str(sharded), [last.parent], run, tmp_path, True)
+    torch.save({key: value for key, value in kept.items() if key != "state_dict"}, sharded / "meta.pt")
+    assert check_resume(str(sharded), [], run, tmp_path, True) == sharded
+    assert check_resume("last", [tmp_path], run, tmp_path, True) == sharded  # where a kill left no other
+    assert read_checkpoint(sharded)["global_step"] == kept["global_step"]
+    torch.save({"global_step": 1, "obsdiff": {}}, sharded / "meta.pt")
+    with pytest.raises(UserError, match="it has no callbacks, loops"):
+        check_resume(str(sharded), [], run, tmp_path, True)
 
 
 def test_what_the_user_trusts_is_checked_for_damage_only(run):

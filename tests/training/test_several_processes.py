@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,14 +10,26 @@ import pytest
 import torch
 
 import obsdiff
-from tests.training.common import ROOT, arguments, assert_zero, measurable
+from obsdiff.cli.train import main
+from tests.training.common import ROOT, arguments, assert_zero, measurable, result
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+EMA = ("--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5")
 
 
 def run_two(*args):
+    run_on(2, *args)
+
+
+def run_on(count, *args):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*TORCHRUN, *map(str, args)], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*TORCHRUN, f"--nproc-per-node={count}", *map(str, args)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -54,6 +67,50 @@ FSDP = (
     [pytest.param(("--trainer.strategy=ddp",), id="ddp", marks=pytest.mark.slow), pytest.param(FSDP, id="fsdp2")],
 )
 def test_zeros_survive_two_processes(pipe_folder, tmp_path, strategy):
-    extra = (*strategy, "--trainer.devices=2", "--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5")
+    extra = (*strategy, "--trainer.devices=2", *EMA)
     run_two(ROOT / "train.py", "fit", *arguments(pipe_folder, tmp_path / "run", *extra))
     assert_zero(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", ["true", "false"])
+def test_checkpoints_resume_on_another_number_of_processes(pipe_folder, tmp_path, shards):
+    """Two processes, then one, then two again; what the one trains is what it trains without any strategy."""
+    run, options = tmp_path / "run", {"images": False, "folder": tmp_path / "traj"}
+    extra = (FSDP[0], f"--trainer.strategy.save_distributed_checkpoint={shards}", *EMA)
+    extra = (*extra, "--model.pruning.method=magnitude", "--model.evaluation.num_images=0")
+    going_on = ("--model.resume_changed=true", "--ckpt_path=last")
+    last = run / "checkpoints" / "last.ckpt"
+
+    def fit_on(count, steps, *more):
+        given = arguments(pipe_folder, run, *extra, f"--trainer.devices={count}", *more, steps=steps, **options)
+        run_on(count, ROOT / "train.py", "fit", *given)
+        assert last.is_dir() is (shards == "true")
+        assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+    fit_on(2, 2)
+    if shards == "false":
+        shutil.copytree(run, tmp_path / "alone")
+        plain = [argument for argument in extra if "strategy" not in argument]
+        main(["fit", *arguments(pipe_folder, tmp_path / "alone", *plain, *going_on, steps=4, **options)])
+    fit_on(1, 4, *going_on)
+    if shards == "false":
+        found, wanted = result(run), result(tmp_path / "alone")
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+    fit_on(2, 6, *going_on)
+    assert_zero(run)
+    steps = optimizer_steps(last)
+    assert steps and set(steps) == {6.0}
+
+
+def optimizer_steps(checkpoint):
+    """How often each parameter was moved, by the optimizer's own count."""
+    if checkpoint.is_dir():
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        dcp_to_torch_save(checkpoint, checkpoint.parent / "whole.pt")
+        state = torch.load(checkpoint.parent / "whole.pt", weights_only=True)["optimizer_0"]["state"]
+    else:
+        state = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["state"]
+    return [float(moved["step"]) for moved in state.values()]

@@ -52,24 +52,35 @@ class Run:
         self.trusted = False
 
     def check(self, config: Any, subcommand: str) -> None:
-        """Refuse a checkpoint that cannot be resumed from, before anything is loaded.
+        """Refuse a checkpoint that cannot be resumed from, and Lightning's own way to an optimizer, before anything is
+        loaded.
 
         Args:
             config: The parsed options of the subcommand.
             subcommand: fit, validate, test or predict.
         """
+        output = _output(config.get("model"))
+        for option in ("optimizer", "lr_scheduler"):
+            if output is not None and config.get(option):
+                raise UserError(
+                    f"--{option} is for modules that have weights from the start; of a recovery give the class as "
+                    "--model.optimization.optimizer, its other arguments as --model.optimization.arguments and the "
+                    "schedule as --model.optimization.schedule"
+                )
         asked = config.get("ckpt_path")
         if asked is None:
             return
         if "://" not in str(asked):
             asked = config["ckpt_path"] = str(user_path(asked, "--ckpt_path"))
-        output, given = _output(config.get("model")), config.get("trainer.callbacks") or []
+        given = config.get("trainer.callbacks") or []
         folders = [folder for part in given if (folder := _folder_of(part)) is not None]
         if output is not None and output / CHECKPOINTS not in folders:
             folders.append(output / CHECKPOINTS)
         root = Path(config.get("trainer.default_root_dir") or ".")
         self.trusted = config.get("weights_only") is False
         self.checkpoint = check_resume(str(asked), folders, output, root, subcommand == "fit", self.trusted)
+        if self.checkpoint is not None:
+            config["ckpt_path"] = str(self.checkpoint)
 
     def says_finished(self, trainer: Any, module: Any) -> bool:
         """Say what a fit is about to do; or, if nothing is left to do, say that, and return True."""

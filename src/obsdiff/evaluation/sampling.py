@@ -17,6 +17,7 @@ from obsdiff.files import check_writable, whole_file
 from obsdiff.models.conditioning import asked_for
 from obsdiff.models.info import CALL_ARGUMENTS, MOST, call_arguments, info_of
 from obsdiff.models.modes import eval_mode
+from obsdiff.models.released import lent
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.paths import user_path
 from obsdiff.progress import track
@@ -60,7 +61,7 @@ def sample(
     arguments = call_arguments(pipe, **(call or {}))
     starts = range(0, len(prompts), batch_size)
     images = []
-    with eval_mode(pipe):
+    with eval_mode(pipe), lent(pipe):
         for start in track(starts, len(starts), "sampling", quiet):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]

@@ -19,6 +19,7 @@ from obsdiff.export.report import draw_samples, steps_taken
 from obsdiff.export.summary import depth_rows
 from obsdiff.files import FILES, write_json, write_text
 from obsdiff.memory import peak_memory_bytes
+from obsdiff.models.released import doubles
 from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.folder import MASKS, load_pipeline, write_pipeline_files
@@ -57,7 +58,7 @@ def write_recovered(
         UserError: The place cannot be written, or a masked weight is not zero.
     """
     start = module.start
-    pipe = load_pipeline(start.folder or start.dense, dtype="float32")
+    pipe = load_pipeline(start.folder or start.dense, dtype="float32", parts=doubles(start.pipe))
     denoiser = subject_of(pipe).denoiser
     module.load_trained(denoiser, state)
     if broken := broken_masks(denoiser, start.masks):

@@ -138,8 +138,8 @@ def _memory(subject: Subject, options: PruneOptions, flops: int) -> str:
     """For people: what the run will take."""
     try:
         return short_plan(plan_loaded(subject, options, flops))
-    except UserError as error:  # a run needs no plan
-        return f"memory is not planned: {error}"
+    except Exception as error:  # whatever a model does to counting its call: a run needs no plan
+        return f"memory is not planned: {' '.join(str(error).split())[:200]}"
 
 
 def _kept(statistics: Path | None, sensitivity: Path | None) -> str:

@@ -17,6 +17,7 @@ from obsdiff.models.denoisers import denoisers_of, dtype_of
 from obsdiff.models.families import Family, find_family
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
+from obsdiff.models.released import lent
 
 SIDE = 256  # pixels along a side of the recorded call, where the pipeline's information names no size
 FRAMES = 9  # of videos: 4k + 1 and 8k + 1
@@ -55,7 +56,7 @@ def record_call(
         raise UserError(f"this {type(pipe).__name__} has no scheduler, so it cannot be run; give it one")
     found: dict[str, dict[str, Any]] = {}
     try:
-        with eval_mode(pipe), torch.no_grad(), ExitStack() as stubs:
+        with eval_mode(pipe), torch.no_grad(), lent(pipe), ExitStack() as stubs:
             for name, module in components.items():
                 stubs.enter_context(_noted(name, module, family, found, len(components)))
             example = "0" if family.input == "class_labels" else ""

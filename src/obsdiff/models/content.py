@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 TEXT = ("text_encoder*", "tokenizer*")  # turn prompts into embeds, and nothing else
 DECODING = ("vae", "safety_checker", "feature_extractor", "image_encoder")  # latents do not depend on them
+RELEASED = "obsdiff_released"  # on a model that is out of memory (:mod:`obsdiff.models.released`): its hash
 # config entries that say how a model was loaded or saved, not what it computes
 _INCIDENTAL = ("_*", "transformers_version", "architectures", "dtype", "torch_dtype")
 
@@ -41,6 +42,8 @@ def component_hash(component: Any) -> str:
     """SHA-256 of one component: what it computes, whatever it is called and wherever it came from."""
     kind = type(component).__name__
     if isinstance(component, nn.Module):
+        if (kept := vars(component).get(RELEASED)) is not None:
+            return str(kept)
         return _digest(kind, _settings(component), _adapters(component), model_hash(component))
     if hasattr(component, "get_vocab"):
         return _digest(kind, _tokenizer(component))

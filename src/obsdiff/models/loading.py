@@ -30,10 +30,12 @@ class Weights:
         variant: Such as "fp16", for files called ``….fp16.safetensors``; None: the plain ones, or of a folder that has
             none of these the only variant.
         denoiser: A ``.safetensors`` file in place of the pipeline's own denoiser.
+        parts: Components that are not loaded, by name: what stands in their place.
     """
 
     variant: str | None = None
     denoiser: str | Path | None = None
+    parts: Mapping[str, Any] | None = None
 
 
 def open_pipeline(
@@ -71,7 +73,7 @@ def open_pipeline(
     try:
         if variant is not None:
             given["variant"] = variant
-        own = {}
+        own = dict(weights.parts or {})
         if denoiser is not None:
             component, kind = denoiser_in(dict(DiffusionPipeline.load_config(folder)), str(source))
             own[component] = read_denoiser(denoiser, folder, component, kind, getattr(torch, dtype))

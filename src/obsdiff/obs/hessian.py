@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from obsdiff.obs.linalg import all_finite
 from obsdiff.ranks import add_up, rank, world_size
 
 BASE = 128  # columns below which a full product is faster than its upper triangle
@@ -206,7 +207,7 @@ class Centred(ABC):
 
     def is_finite(self) -> bool:
         """Whether every activation seen was finite. The diagonal sees each one, and squares never cancel."""
-        return all(bool(torch.isfinite(part).all()) for part in (self.variances(), self.centre, self.comoment))
+        return all(all_finite(part) for part in (self.variances(), self.centre, self.comoment))
 
 
 class Gram(Centred):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from obsdiff.obs.diagonal import Diagonal
 from obsdiff.obs.hessian import Gram
-from obsdiff.obs.linalg import quadratic_error
+from obsdiff.obs.linalg import all_finite, quadratic_error
 
 ROUNDING = 2.0**-44  # a variance below this share of the squared mean is rounding of float32 inputs
 
@@ -77,7 +77,7 @@ class Powers:
 
 
 def _check(values: Tensor, variances: Tensor, total: float) -> None:
-    if not math.isfinite(total) or not bool(torch.isfinite(values).all()):
+    if not math.isfinite(total) or not all_finite(values):
         raise UnusableStatistics("hold non-finite values")
     if bool((variances < 0).any()):
         raise UnusableStatistics("hold negative variances")

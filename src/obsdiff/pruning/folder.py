@@ -91,6 +91,7 @@ def load_pipeline(
     device: str = "cpu",
     variant: str | None = None,
     denoiser: str | Path | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a pipeline: an embedded one by name ("digits-sd3"), a prune run's folder, any diffusers folder, a hub id.
 
@@ -104,24 +105,25 @@ def load_pipeline(
         device: Such as "cpu" or "cuda".
         variant: Weight files to load, such as "fp16"; None: the plain ones, or the only variant of a folder.
         denoiser: A ``.safetensors`` file in place of the pipeline's denoiser.
+        parts: Components to take instead of loading them, by name.
 
     Raises:
         UserError: Nothing loadable is called so, or the files do not belong together.
     """
     if isinstance(source, str) and denoiser is None:
         source, denoiser = split_source(source)
-    weights = Weights(variant, denoiser)
+    weights = Weights(variant, denoiser, parts)
     if not isinstance(source, str | Path):
         if weights != Weights():
-            raise UserError("variant and denoiser choose files; leave them out for a pipeline that is loaded already")
+            raise UserError("variant, denoiser and parts choose what is loaded; leave them out for a pipeline object")
         return to_device(source, device)
     folder = run_folder(source)
     if folder is None:
         return open_pipeline(source, dtype or "float32", device, weights=weights)
-    if weights != Weights():
+    if (variant, denoiser) != (None, None):
         raise UserError(f"{source} is a prune run, which has one set of weights; leave out variant and denoiser")
     manifest = read_manifest(folder)
-    pipe = open_pipeline(folder / PIPELINE, dtype or manifest["dtype"], device, manifest, name=str(source))
+    pipe = open_pipeline(folder / PIPELINE, dtype or manifest["dtype"], device, manifest, str(source), weights)
     check_against_manifest(pipe, folder, manifest)
     return pipe
 

@@ -154,8 +154,10 @@ class Recorder:
             self.heard[-1][NEGATIVE] = _kept(found[rows.negative])
 
     def embeds(self) -> dict[str, Tensor]:
-        """What the denoiser is told of every prompt so far, by its own argument (prompts, ...)."""
-        return {name: stacked([part[name] for part in self._told]) for name in self._told[0]}
+        """What the denoiser is told of every prompt so far, by its own argument (prompts, ...); of the negative prompt
+        (1, ...) where it is the same for all."""
+        found = {name: stacked([part[name] for part in self._told]) for name in self._told[0]}
+        return {name: _once(tensor) if name.startswith(NEGATIVE) else tensor for name, tensor in found.items()}
 
 
 @torch.no_grad()
@@ -220,6 +222,11 @@ def record_trajectories(
         write_json(temporary / INDEX, index)
 
 
+def _once(rows: Tensor) -> Tensor:
+    """The first row, if all are equal."""
+    return rows[:1] if all(torch.equal(row, rows[0]) for row in rows) else rows
+
+
 def _kept(answer: Tensor) -> Tensor:
     """A copy: the pipeline may write into its own."""
     return answer.detach().to("cpu", copy=True)
@@ -275,7 +282,8 @@ def open_trajectories(folder: Path) -> Trajectories:
         raise UserError(f"{folder} was recorded by an earlier version, without answers; delete it and record again")
     try:
         tensors = load_file(folder / TENSORS)
-        embeds = _named(tensors, "embeds.")
+        count = len(tensors["latents"])
+        embeds = {name: rows.expand(count, *rows.shape[1:]) for name, rows in _named(tensors, "embeds.").items()}
         return Trajectories(
             tensors["latents"],
             tensors["times"],

@@ -16,10 +16,13 @@ from obsdiff.export.recovered import RESULT
 from obsdiff.files import check_apart, check_writable
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.pruning.options import EvaluationOptions
+from obsdiff.training.objectives import TERMS
+from obsdiff.training.optimizers import check_optimizer
 from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.stage import PRUNED, RECONSTRUCTION, REFERENCES, SENSITIVITY, STATISTICS
 
 SCHEDULES = ("cosine", "constant")
+FROZEN_DTYPES = ("float32", "bfloat16")
 
 
 def check(holds: bool, name: str, value: object, wanted: str) -> None:
@@ -36,19 +39,21 @@ def check_objective(objective: Objective) -> dict[str, float]:
     """The weights that are not zero.
 
     Raises:
-        UserError: There is none, or one is negative or not finite.
+        UserError: There is none, or one is negative or not finite; or no such dtype.
     """
-    weights = {name: float(weight) for name, weight in vars(objective).items() if weight}
+    check_dtype("model.objective.teacher_dtype", objective.teacher_dtype)
+    given = {name: weight for name, weight in vars(objective).items() if name in TERMS}
+    weights = {name: float(weight) for name, weight in given.items() if weight}
     if not weights or not all(0 < weight < math.inf for weight in weights.values()):
         raise UserError(
             "model.objective needs at least one positive weight, none negative, all finite, not "
-            + ", ".join(f"{name}: {weight:g}" for name, weight in vars(objective).items())
+            + ", ".join(f"{name}: {weight:g}" for name, weight in given.items())
         )
     return weights
 
 
 def check_trained(trained: Trained) -> None:
-    """Refuse a LoRA that cannot be.
+    """Refuse a LoRA that cannot be, and frozen weights of a dtype that is none, or that are not only read.
 
     Raises:
         UserError: Naming the option.
@@ -56,10 +61,22 @@ def check_trained(trained: Trained) -> None:
     if (rank := trained.lora_rank) is not None:
         check(rank >= 1, "model.trained.lora_rank", rank, "at least 1, or left out to train the weights themselves")
     check(0 < trained.lora_alpha < math.inf, "model.trained.lora_alpha", trained.lora_alpha, "a positive number")
+    check_dtype("model.trained.frozen_dtype", trained.frozen_dtype)
+    if trained.frozen_dtype is not None and trained.lora_rank is None:
+        raise UserError("model.trained.frozen_dtype is for the weights that a LoRA is on; give model.trained.lora_rank")
+
+
+def check_dtype(name: str, dtype: str | None) -> None:
+    """Refuse what is no dtype to keep frozen weights in.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    check(dtype is None or dtype in FROZEN_DTYPES, name, dtype, " or ".join(FROZEN_DTYPES))
 
 
 def check_optimization(options: Optimization) -> None:
-    """Refuse what AdamW or its schedule cannot do.
+    """Refuse what the optimizer or its schedule cannot do.
 
     Raises:
         UserError: Naming the option.
@@ -73,6 +90,7 @@ def check_optimization(options: Optimization) -> None:
     check(options.warmup_steps >= 0, f"{where}.warmup_steps", options.warmup_steps, "at least 0")
     if options.schedule not in SCHEDULES:
         raise UserError(f"unknown schedule {options.schedule!r}; choose {' or '.join(SCHEDULES)}")
+    check_optimizer(options)
 
 
 def check_evaluation(options: EvaluationOptions) -> None:

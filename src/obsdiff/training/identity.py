@@ -40,7 +40,12 @@ def settings_of(module: Any) -> dict[str, Any]:
 
 def module_settings(module: Any) -> dict[str, Any]:
     """Those of them that the module knows by itself."""
-    found = {"objective": dict(module.weights), "prompt_dropout": module.prompt_dropout, "seed": module.seed}
+    found = {
+        "objective": dict(module.weights),
+        "teacher_dtype": module.teacher_dtype,
+        "prompt_dropout": module.prompt_dropout,
+        "seed": module.seed,
+    }
     found |= {f"optimization.{key}": value for key, value in vars(module.optimization).items()}
     found |= {f"trained.{key}": value for key, value in vars(module.trained).items() if key != "gradient_checkpointing"}
     return _plain(found)

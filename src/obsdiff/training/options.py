@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -16,6 +17,7 @@ class Objective:
             is asked about with both prompts, in place of prompt dropout, which doubles a step.
         distill_features: Squared difference to the teacher's block outputs, relative to their size, without outliers.
         distill_jacobian: Second-order matching of the input gradients (2ndMatch); doubles the backward pass.
+        teacher_dtype: bfloat16 halves a teacher that runs; its answers are rounded then. Default: float32.
     """
 
     denoise: float = 0.0
@@ -23,6 +25,7 @@ class Objective:
     distill_guided: float = 0.0
     distill_features: float = 0.0
     distill_jacobian: float = 0.0
+    teacher_dtype: str | None = None
 
 
 @dataclass
@@ -34,18 +37,21 @@ class Trained:
             LoRA: all pruned layers).
         lora_rank: Train a LoRA of this rank that respects the mask, instead of the weights.
         lora_alpha: Scale of the LoRA: alpha / rank.
+        frozen_dtype: With a LoRA: bfloat16 halves the weights that it is on, and rounds them; it stays float32 itself.
+            Default: float32.
         gradient_checkpointing: Save memory, recompute activations in the backward pass.
     """
 
     include: list[str] = field(default_factory=list)
     lora_rank: int | None = None
     lora_alpha: float = 16.0
+    frozen_dtype: str | None = None
     gradient_checkpointing: bool = False
 
 
 @dataclass
 class Optimization:
-    """AdamW and its schedule.
+    """AdamW, or another optimizer, and its schedule.
 
     Args:
         lr: Peak learning rate.
@@ -53,6 +59,8 @@ class Optimization:
         betas: Of Adam.
         schedule: cosine (to zero at the end of the budget) or constant.
         warmup_steps: Linear warm-up.
+        optimizer: Class of another optimizer, such as bitsandbytes.optim.AdamW8bit; default: torch.optim.AdamW.
+        arguments: What else it takes, such as {fused: true}.
     """
 
     lr: float = 1e-4
@@ -60,3 +68,5 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.99)
     schedule: str = "cosine"
     warmup_steps: int = 50
+    optimizer: str | None = None
+    arguments: dict[str, Any] | None = None

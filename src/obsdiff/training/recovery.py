@@ -29,7 +29,9 @@ from obsdiff.models.calling import PromptEncoder, default_dtype, drawing
 from obsdiff.models.graph import stages_of
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.loading import check_source
+from obsdiff.models.released import release
 from obsdiff.models.subject import Subject
+from obsdiff.models.texts import texts_kept
 from obsdiff.numbers import check_seed
 from obsdiff.paths import user_path
 from obsdiff.pruning.options import EvaluationOptions, PruningOptions
@@ -48,8 +50,9 @@ from obsdiff.training.fits import check_data, check_guided, evaluation_prompts, 
 from obsdiff.training.identity import check_adapters, check_settings, differences, settings_of
 from obsdiff.training.inputs import Inputs
 from obsdiff.training.objectives import LIVE_TERMS, TEACHER_TERMS, loss_terms
+from obsdiff.training.optimizers import optimizer_of, schedule_of
 from obsdiff.training.options import Objective, Optimization, Trained
-from obsdiff.training.precision import adam_epsilon, keep_times
+from obsdiff.training.precision import keep_times
 from obsdiff.training.selection import check_selection, choose_trained
 from obsdiff.training.spending import costs_before, expected_costs
 from obsdiff.training.stage import REFERENCES, Start, dense_key, load_dense, start_from
@@ -77,7 +80,7 @@ class Recovery(lightning.LightningModule):
         pruning: The one-shot stage; None takes the pipeline as it is.
         objective: Weights of the losses.
         trained: What is trained.
-        optimization: AdamW and its schedule.
+        optimization: AdamW, or another optimizer, and its schedule.
         evaluation: Images drawn at each validation, with the same prompts and seeds by the dense and pruned pipeline.
         prompt_dropout: Share of prompts replaced by the negative one, for classifier-free guidance.
         seed: Of noise, times and dropped prompts.
@@ -102,7 +105,8 @@ class Recovery(lightning.LightningModule):
         super().__init__()
         self.pipeline, self.pruning = check_source(pipeline, "model.pipeline"), pruning
         self.output = user_path(output, "model.output")
-        self.weights = check_objective(objective or Objective(distill_output=1.0))
+        objective = objective or Objective(distill_output=1.0)
+        self.weights, self.teacher_dtype = check_objective(objective), objective.teacher_dtype
         self.trained, self.optimization = trained or Trained(), optimization or Optimization()
         self.evaluation = evaluation or EvaluationOptions()
         self.prompt_dropout, self.seed, self.overwrite = prompt_dropout, seed, overwrite
@@ -163,10 +167,13 @@ class Recovery(lightning.LightningModule):
         costs = costs_before(start, dense_flops, recording_of(self.trainer)) if fitting else {}
         if fitting and (budget := find(self.trainer, Budget)) is not None:
             budget.check(sum(costs.values(), Cost()), "already cost")
-        refs = self._references(start, device)
+        with texts_kept(start.pipe):  # so that its text encoders can leave before the next images are drawn
+            refs = self._references(start, device)
         for name, model in start.pipe.components.items():
             if isinstance(model, nn.Module) and name not in start.subject.components:
                 model.requires_grad_(False)
+        if teacher is not None and self.teacher_dtype is not None:
+            teacher = teacher.to(getattr(torch, self.teacher_dtype))
         choose_trained(denoiser, start.masks, self.trained)
         counts = (FlopCounts(denoiser), None if teacher is None else FlopCounts(teacher))
         if refs is not None:
@@ -178,6 +185,8 @@ class Recovery(lightning.LightningModule):
         guided = "distill_guided" in self.weights
         recorded = teacher is None and any(term in self.weights for term in TEACHER_TERMS)
         self.inputs = Inputs(start.subject, PromptEncoder(start.pipe), self.prompt_dropout, guided, common, recorded)
+        if recording is not None:
+            release(start.pipe)  # trajectories hold all that training needs but the denoiser
 
     def needs_teacher(self, dense: Subject) -> bool:
         """Whether the dense denoiser has to run in every step: its recorded answers may be all that the losses need."""
@@ -257,24 +266,13 @@ class Recovery(lightning.LightningModule):
     # ---- training
 
     def configure_optimizers(self) -> Any:
-        options = self.optimization
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            betas=options.betas,
-            eps=adam_epsilon(parameters[0].dtype),
-            foreach=True,
-        )
+        optimizer = optimizer_of(self.optimization, [p for p in self.parameters() if p.requires_grad])
         total = self.trainer.estimated_stepping_batches
 
-        def factor(step: int) -> float:
-            done = max(self.budget_fraction, step / total if math.isfinite(total) else 0.0)
-            cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) if options.schedule == "cosine" else 1.0
-            return min(1.0, (step + 1) / max(options.warmup_steps, 1)) * cosine
+        def done(step: int) -> float:
+            return max(self.budget_fraction, step / total if math.isfinite(total) else 0.0)
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = schedule_of(optimizer, self.optimization, done)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -16,6 +16,7 @@ from obsdiff.training.stage import PRUNED
 
 LAST = "last*.ckpt"  # Lightning numbers further ones
 KEYS = {"state_dict", "global_step", "loops", "callbacks"}
+SHARDS, REST = ".metadata", "meta.pt"  # of a checkpoint that is a folder: the index of its shards, all but tensors
 
 
 def check_resume(
@@ -32,7 +33,7 @@ def check_resume(
         trusted: The file may hold anything (``--weights_only false``), so only its checksums are looked at.
 
     Returns:
-        The file, or None if Lightning resolves the name.
+        The file, or folder of shards; None if Lightning resolves the name.
 
     Raises:
         UserError: There is nothing to go on from; says what else there is.
@@ -60,9 +61,7 @@ def check_resume(
         path = Path(asked)
     if not path.exists():
         raise UserError(f"--ckpt_path {path} does not exist; {other(path)}")
-    if path.is_dir():
-        if (path / ".metadata").exists():  # a sharded checkpoint, as strategies of several processes write them
-            return None
+    if path.is_dir() and not (path / SHARDS).exists():
         raise UserError(f"--ckpt_path {path} is a folder; name a file in it; {other(path)}")
     if wrong := damage(path, trusted):
         raise UserError(f"checkpoint {path} is {wrong}; {other(path)}")
@@ -75,9 +74,14 @@ def damage(path: Path, trusted: bool = False) -> str | None:
     """What is wrong with a checkpoint file, or None; reads it once, and runs no code that is in it.
 
     Args:
-        path: The file.
+        path: The file; or a folder of shards, as strategies of several processes write them: no tensor of it is read.
         trusted: Its content may be anything.
     """
+    needed = KEYS
+    if path.is_dir():
+        path, needed = path / REST, KEYS - {"state_dict"}
+        if not path.is_file():
+            return f"damaged: it has no {REST}"
     if not zipfile.is_zipfile(path):
         return "damaged: truncated, or no checkpoint at all"
     try:
@@ -94,7 +98,7 @@ def damage(path: Path, trusted: bool = False) -> str | None:
         found = read_checkpoint(path)
     except UserError as error:
         return str(error)
-    if missing := sorted(KEYS - found.keys()):
+    if missing := sorted(needed - found.keys()):
         return f"not a checkpoint of a training run: it has no {', '.join(missing)}"
     return None
 
@@ -107,6 +111,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+    path = path / REST if path.is_dir() else path
     try:
         with skip_data():  # however large it is
             found = TorchCheckpointIO().load_checkpoint(path, map_location="cpu", weights_only=True)  # type: ignore[arg-type]  # names are taken too
@@ -122,7 +127,8 @@ def _otherwise(folders: Sequence[Path], output: Path | None, fitting: bool) -> A
     """A function that says what else there is to go on from."""
 
     def other(tried: Path | None = None) -> str:
-        found = [path for folder in folders for path in sorted(folder.glob("*.ckpt")) if path.is_file()]
+        found = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
+        found = [path for path in found if path.is_file() or (path / SHARDS).exists()]
         whole = [path for path in found if (tried is None or not _same(path, tried)) and damage(path) is None]
         if whole:
             return f"there is {', '.join(map(str, whole))}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import UserError
@@ -29,6 +30,10 @@ def choose_trained(denoiser: nn.Module, masks: Mapping[str, Tensor], options: Tr
 
         chosen = adapted_layers(denoiser, masks, options)
         add_adapters(denoiser, chosen, masks, options.lora_rank, options.lora_alpha)
+        if options.frozen_dtype is not None:
+            for parameter in denoiser.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(getattr(torch, options.frozen_dtype))
     else:
         for name in trained_parameters(denoiser, options):
             denoiser.get_parameter(name).requires_grad_(True)

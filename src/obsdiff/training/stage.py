@@ -16,6 +16,7 @@ from obsdiff.allocation.stage import announce, calibration_prompts, measures, ne
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.content import component_hashes
+from obsdiff.models.released import release, share
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.finished import remove_finished
 from obsdiff.pruning.folder import MASKS, load_pipeline, run_folder, write_pipeline
@@ -111,8 +112,12 @@ def start_from(
         check_folder(folder, FILE, "a pruned pipeline", replace=True)
         check_writable(folder)
         _prune(dense, prompts, options, output, folder, wanted)
+        del dense  # before there is another one
         dense = load_pipeline(pipeline, dtype="float32", device=device)
-    return replace(_opened(folder, pipeline, device), teacher=subject_of(dense))
+    release(dense)  # what the two pipelines have in common is there once
+    start = _opened(folder, pipeline, device)
+    share(dense, start.pipe)
+    return replace(start, teacher=subject_of(dense))
 
 
 def settled(options: PruningOptions) -> PruningOptions:
@@ -129,7 +134,9 @@ def _as_given(given: Path | None, pipeline: str, device: str, check: Callable[[S
     start = _opened(given, pipeline, device)
     if check is None:
         return start
+    release(start.pipe)
     dense = load_dense(start, device)
+    share(start.pipe, dense.pipe)
     check(dense)
     return replace(start, teacher=dense)
 
