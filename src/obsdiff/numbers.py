@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from numbers import Integral, Real
 
 from obsdiff.errors import UserError, brief
@@ -43,6 +44,31 @@ def check_seed(name: str, seed: object) -> None:
     """
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < SEEDS:
         raise UserError(f"{name} is {_shown(seed)}; it must be a whole number from 0 to 2^63 - 1")
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(name: str, text: object) -> int:
+    """A size as a user writes it: 24GB, 24 GiB, 1.5TB, or bytes.
+
+    Raises:
+        UserError: It is none.
+    """
+    found = re.fullmatch(r"\s*(\d{1,16}(?:\.\d{1,9})?)\s*([A-Za-z]{0,3})\s*", str(text))
+    unit = None if found is None else UNITS.get(found[2].upper())
+    size = 0 if found is None or unit is None else int(float(found[1]) * unit)
+    if size < 1:
+        raise UserError(f"{name} is {_shown(text)}; give a size such as 24GB, 24GiB or a number of bytes")
+    return size
+
+
+def bytes_text(size: float) -> str:
+    """For people: a size with a unit."""
+    unit = next((unit for unit in ("TB", "GB", "MB", "KB") if size >= UNITS[unit]), "B")
+    amount = size / UNITS[unit]
+    return f"{amount:,.0f} {unit}" if amount >= 100 or unit == "B" else f"{amount:,.1f} {unit}"
 
 
 def _number(value: object) -> float:

@@ -48,7 +48,13 @@ def test_prune_script_leaves_exactly_the_artifacts(pipe_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "sparsity 50.00%" in done.stdout and len(done.stdout.splitlines()) == 6
     starts = (f"{pipe_folder}: measured", "calibration: 4 prompts", "sensitivity scan: ", "calibrating ", "scanning ")
-    starts += ("solving ", "sampling ", "evaluation: 4 images", f"the result will lie in {tmp_path / 'out'}")
+    starts += (
+        "solving ",
+        "sampling ",
+        "evaluation: 4 images",
+        "host memory: about ",
+        f"the result will lie in {tmp_path / 'out'}",
+    )
     assert all(line.startswith(starts) for line in done.stderr.splitlines())
     assert "calibration: 4 prompts" in done.stderr and "the result will lie in" in done.stderr
 

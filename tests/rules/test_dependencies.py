@@ -14,7 +14,6 @@ EXTRAS = {  # of modules that nothing else imports but inside a function that lo
 }
 ASKED_FOR = {  # by libraries, for what we ask of them
     "tensorboard": "Lightning's TensorBoardLogger writes with it",
-    "huggingface-hub": "diffusers and datasets fetch with it",
 }
 
 

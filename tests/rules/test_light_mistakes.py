@@ -22,6 +22,8 @@ MISTAKES = [
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--calibration.prompts", "none.txt"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--calibraton.steps", "3"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--config", "none.yaml"],
+    ["prune", "--pipeline", "digits-sd3", "--output", "o", "--host_memory", "much"],
+    ["prune", "--pipeline", "digits-sd3", "--output", "o", "--device_memory", "24 bananas"],
     ["prune", "--pipeline", "nowhere", "--output", "o"],
     ["sample", "nowhere", "--prompt", "x"],
     ["sample", "digits-sd3", "--prompt", "x", "--dtype", "int8"],

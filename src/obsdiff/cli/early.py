@@ -13,7 +13,7 @@ from obsdiff.errors import UserError
 from obsdiff.files import check_writable
 from obsdiff.models.loading import check_denoiser_file, check_loading, check_source
 from obsdiff.names import METHODS, PRESETS
-from obsdiff.numbers import check_number, check_seed, check_whole
+from obsdiff.numbers import check_number, check_seed, check_whole, parse_bytes
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.paths import new_folder, user_path
 from obsdiff.pruning.options import PruneOptions
@@ -31,6 +31,9 @@ def checked_prune(options: PruneOptions) -> PruneOptions:
     output = new_folder(options.output, "output")
     check_loading(options.dtype, options.device)
     check_values(options)
+    for name, size in (("device_memory", options.device_memory), ("host_memory", options.host_memory)):
+        if size is not None:
+            parse_bytes(name, size)
     check_evaluation(options.evaluation)
     calibration, evaluation = options.calibration, options.evaluation
     return replace(

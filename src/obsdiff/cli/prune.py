@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         from obsdiff.devices import choose_device
 
-        device = choose_device(options.device)
+        device = options.device if options.dry_run and options.device else choose_device(options.device)
 
         from obsdiff.allocation.planning import check_options
         from obsdiff.export.places import check_places
@@ -40,6 +40,15 @@ def main(args: Sequence[str] | None = None) -> None:
             None if options.statistics is None else Path(options.statistics),
             None if options.sensitivity is None else Path(options.sensitivity),
         )
+        if options.dry_run or options.device_memory is not None or options.host_memory is not None:
+            from obsdiff.allocation.fitting import plan_from_configs
+            from obsdiff.export.memory_report import full_plan
+
+            planned = plan_from_configs(options, device)
+            if options.dry_run:
+                print(full_plan(planned))
+                return
+            options = planned.options
         with joined_processes(device) as device:
             pipe = load_pipeline(
                 options.pipeline, dtype=options.dtype, device=device, variant=options.variant, denoiser=options.denoiser

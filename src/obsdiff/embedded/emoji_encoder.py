@@ -12,6 +12,7 @@ from obsdiff.embedded.emoji import TILE
 
 FEATURE_DIM = 128
 CHANNELS = (32, 64, 96, 128)
+BATCH = 128  # images looked at together: the atlas in one go takes half a gigabyte
 
 
 class EmojiEncoder(nn.Module):
@@ -66,4 +67,4 @@ def ranked_emoji(images: Tensor, k: int) -> Tensor:
 @torch.no_grad()
 def emoji_features(images: Tensor) -> Tensor:
     """The encoder's features (n, 128) of images (n, c, h, w) in [0, 1]."""
-    return load_encoder().features(images * 2 - 1)
+    return torch.cat([load_encoder().features(part * 2 - 1) for part in images.split(BATCH)])

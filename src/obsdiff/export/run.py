@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.allocation.planning import check_options
 from obsdiff.allocation.stage import announce, calibration_prompts, prepare, prune_stage
 from obsdiff.data.prompts import load_prompts
@@ -23,6 +24,7 @@ from obsdiff.evaluation.references import sample_shared
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.evaluation.suite import Suite, load_suite
 from obsdiff.export.heatmap import draw_ratios
+from obsdiff.export.memory_report import short_plan
 from obsdiff.export.places import check_places, finite, pipeline_bytes, write_or_rescue
 from obsdiff.export.report import draw_samples, render_markdown, steps_taken
 from obsdiff.files import check_space, write_json, write_text
@@ -91,8 +93,10 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         if evaluated:
             print(f"evaluation: {len(evaluated)} images each by the dense and the pruned pipeline", file=sys.stderr)
         print(f"the result will lie in {options.output}", file=sys.stderr)
-    suite = load_suite(info_of(pipe).alignment, options.evaluation, pipe.device) if evaluated else Suite({})
     flops_dense = denoiser_flops(subject, call_arguments(pipe))
+    if not quiet:
+        print(_memory(subject, options, flops_dense), file=sys.stderr)
+    suite = load_suite(info_of(pipe).alignment, options.evaluation, pipe.device) if evaluated else Suite({})
 
     def draw(allow_nonfinite: bool) -> Tensor | None:
         batch_size = options.evaluation.batch_size
@@ -128,6 +132,14 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         remove_finished(stages)
     wait_for_all()
     return report
+
+
+def _memory(subject: Subject, options: PruneOptions, flops: int) -> str:
+    """For people: what the run will take."""
+    try:
+        return short_plan(plan_loaded(subject, options, flops))
+    except Exception as error:  # whatever a model does to counting its call: a run needs no plan
+        return f"memory is not planned: {' '.join(str(error).split())[:200]}"
 
 
 def _kept(statistics: Path | None, sensitivity: Path | None) -> str:

@@ -203,6 +203,11 @@ class PruneOptions(PruningOptions):
             not measured again.
         overwrite: Replace an earlier run in the output folder.
         prune_again: Allow a pipeline that is pruned already.
+        device_memory: What a cuda device may hold, such as 24GB, 24GiB or bytes: batch sizes (up to those that are
+            given) and calibration.packages (where nobody says) are chosen to fit, and what cannot fit is refused.
+        host_memory: The same for the host's memory, and for runs on the cpu.
+        dry_run: Say what the run would take of memory and time, from the pipeline's configs alone, and end; nothing is
+            loaded, measured or written.
         evaluation: How the result is measured.
     """
 
@@ -216,4 +221,7 @@ class PruneOptions(PruningOptions):
     sensitivity: str | None = None
     overwrite: bool = False
     prune_again: bool = False
+    device_memory: str | int | None = None
+    host_memory: str | int | None = None
+    dry_run: bool = False
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)

@@ -1,0 +1,274 @@
+"""Choosing batches and packages so that a prune fits the memory there is, before any of it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from obsdiff.allocation.effort import passes_needed
+from obsdiff.allocation.planning import allocates, check_options, first_plan, needs_for, packages_for
+from obsdiff.allocation.shapes import component_bytes, scan_of, shapes_of, sites_of, solving_of
+from obsdiff.allocation.units import make_units
+from obsdiff.errors import UserError
+from obsdiff.evaluation.call_memory import call_shapes
+from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.memory import resident_memory_bytes
+from obsdiff.models.info import call_arguments
+from obsdiff.models.subject import Subject, subject_of
+from obsdiff.models.weightless import open_weightless
+from obsdiff.numbers import bytes_text, parse_bytes
+from obsdiff.obs.observers import PASSES, observer_for
+from obsdiff.obs.pattern import Hybrid, of_layers, parse_request
+from obsdiff.pruning.folder import PIPELINE, run_folder
+from obsdiff.pruning.manifest import read_manifest
+from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solving, memory_plan
+from obsdiff.pruning.options import Limits, PruneOptions
+from obsdiff.pruning.plan import Plan, packages_of, parted
+from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, products_per_s, time_plan
+
+MOST_PACKAGES = 16  # tried; each is a whole calibration pass
+CONTEXT_BYTES = 600 * 2**20  # assumed of a CUDA device: its context and the workspaces of its libraries
+RUN_BYTES = 120 * 2**20  # of libraries that a run first needs while it runs, measured on a CPU (docs/performance.md)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What may be used; None: all there is."""
+
+    device: int | None = None
+    host: int | None = None
+
+    def holds(self, plan: MemoryPlan) -> bool:
+        """Whether a plan fits."""
+        most = plan.device_bytes + (0 if plan.on_host else CONTEXT_BYTES)
+        return (self.device is None or most <= self.device) and (self.host is None or plan.host_bytes <= self.host)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A prune, planned.
+
+    Attributes:
+        options: As asked for, with what was chosen.
+        memory: What it will need.
+        time: How long it will take here; None where its device is not this machine's.
+        prompts, steps: Of each calibration pass.
+        shapes: What it was planned from.
+        notes: What could not be counted.
+    """
+
+    options: PruneOptions
+    memory: MemoryPlan
+    time: TimePlan | None
+    prompts: int
+    steps: int
+    shapes: Shapes
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What does not depend on batches and packages."""
+
+    subject: Subject
+    plan: Plan
+    options: PruneOptions
+    statistics: Path | None
+    shapes: Shapes
+    solving: Solving
+    scan: Scan | None
+    on_host: bool
+
+    def memory(self, prompts: int, images: int, packages: int) -> MemoryPlan:
+        """With these batches and so many packages."""
+        stored = self.statistics is not None
+        if stored or not self.plan.entries:
+            passes: Any = [[site.name for site in sites_of(self.subject.graph, self.plan, stored)]]
+        else:
+            passes = packages_of(self.subject.graph, self.plan, packages)
+        return memory_plan(
+            self.shapes,
+            self.solving,
+            Batches(prompts, images, tuple(map(tuple, passes))),
+            prompts=self.options.calibration.num_prompts,
+            images=self.options.evaluation.num_images,
+            on_host=self.on_host,
+            scan=self.scan,
+        )
+
+
+def room_of(options: PruneOptions, device: str) -> Room:
+    """What the options let a run use.
+
+    Raises:
+        UserError: A size is none, or one is given for a device that has no memory of its own.
+    """
+    own = None if options.device_memory is None else parse_bytes("device_memory", options.device_memory)
+    host = None if options.host_memory is None else parse_bytes("host_memory", options.host_memory)
+    if own is not None and torch.device(device).type == "cpu":
+        raise UserError("--device_memory is that of a cuda device, and this run is on the cpu; give --host_memory")
+    return Room(own, host)
+
+
+def plan_from_configs(options: PruneOptions, device: str) -> Planned:
+    """Plan a prune from its pipeline's config files alone, and fit it into the memory that the options name.
+
+    Raises:
+        UserError: The pipeline cannot be built, or nothing fits.
+    """
+    room = room_of(options, device)
+    planned, work = _planned(_opened(options), options, device, room)
+    if not room.holds(planned.memory):
+        raise UserError(_refusal(planned, work, room, device))
+    return planned
+
+
+def plan_loaded(subject: Subject, options: PruneOptions, flops: int | None = None) -> Planned:
+    """The same for a pipeline that is loaded, which makes one of its calls; nothing is refused or chosen.
+
+    Args:
+        subject, options: What is pruned, and how.
+        flops: Of one call with one image without guidance, if they are known.
+    """
+    weights = sum(component_bytes(subject.pipe).values()) if subject.pipe.device.type == "cpu" else 0
+    imports = resident_memory_bytes() - weights
+    return _planned(subject, options, str(subject.pipe.device), Room(), imports, flops)[0]
+
+
+def _opened(options: PruneOptions) -> Subject:
+    """The options' pipeline without weights."""
+    folder = run_folder(options.pipeline)
+    if folder is None:
+        return subject_of(open_weightless(options.pipeline, options.dtype or "float32"))
+    dtype = options.dtype or read_manifest(folder)["dtype"]
+    return subject_of(open_weightless(str(folder / PIPELINE), dtype, options.pipeline))
+
+
+def _planned(
+    subject: Subject,
+    options: PruneOptions,
+    device: str,
+    room: Room,
+    imports: int | None = None,
+    flops: int | None = None,
+) -> tuple[Planned, _Work]:
+    settings, statistics = options.calibration, None if options.statistics is None else Path(options.statistics)
+    check_options(options, statistics, None if options.sensitivity is None else Path(options.sensitivity))
+    graph = subject.graph
+    plan = first_plan(graph, options)
+    stored = statistics is not None
+    call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
+    steps = int(call.get("num_inference_steps") or 1)
+    drawn = options.evaluation.num_images > 0
+    observer = observer_for(needs_for(options, statistics) - PASSES)
+    calls = call_shapes(subject, call, sites_of(graph, plan, stored), observer, drawn)
+    imports = resident_memory_bytes() if imports is None else imports
+    shapes = shapes_of(subject, plan, calls, stored, max(imports, 0) + RUN_BYTES)
+    solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics))
+    scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
+    work = _Work(subject, plan, options, statistics, shapes, solving, scan, torch.device(device).type == "cpu")
+    memory, chosen = _fit(work, room)
+    spent = None
+    if torch.device(device).type == "cpu" or torch.cuda.is_available():
+        scanned = 0.0
+        if scan is not None:
+            units = make_units(graph, parted(plan)[0], Limits(share=options.limits.share))
+            ways = options.scan.levels, options.scan.by
+            scanned = scan.triples * passes_needed(graph, units, *ways, scan.triples)
+        images, levels = options.evaluation.num_images, 1 if scan is None else scan.levels
+        flops = (flops or denoiser_flops(subject, call)) * calls.rows
+        speed = Speed(products_per_s(device), flops, calls.operations)
+        amount = Amount(settings.num_prompts, steps, images, scanned, levels)
+        spent = time_plan(shapes, solving, memory.batches, speed, amount)
+    notes = [calls.note] if calls.note else []
+    if options.reconstruction.steps:
+        notes.append("the reconstruction of stages is not counted")
+    if plan.removed or parse_request(options.pattern) != of_layers(parse_request(options.pattern)):
+        notes.append("stages that go are counted as if they stayed, and what choosing them takes is not counted")
+    if options.evaluation.measures:
+        notes.append("networks that measure images are not counted")
+    return Planned(chosen, memory, spent, settings.num_prompts, steps, shapes, tuple(notes)), work
+
+
+def _fit(work: _Work, room: Room) -> tuple[MemoryPlan, PruneOptions]:
+    """The first plan that fits: the fewest packages, then the largest batches up to those that were given; where none
+    does, the smallest."""
+    options = work.options
+    given, drawn = options.calibration.batch_size, options.evaluation.batch_size
+    least = packages_for(options, work.statistics)
+    for packages in range(least, (MOST_PACKAGES if _may_split(work) else least) + 1):
+        images = next((b for b in _halves(drawn) if room.holds(work.memory(1, b, packages))), None)
+        if images is None:
+            continue
+        prompts = next(b for b in _halves(given) if b == 1 or room.holds(work.memory(b, images, packages)))
+        return work.memory(prompts, images, packages), _with(options, prompts, images, packages, least)
+    packages = MOST_PACKAGES if _may_split(work) else least
+    return work.memory(1, 1, packages), _with(options, 1, 1, packages, least)
+
+
+def _with(options: PruneOptions, prompts: int, images: int, packages: int, least: int) -> PruneOptions:
+    own = options.calibration.packages if packages == least else packages
+    return replace(
+        options,
+        calibration=replace(options.calibration, batch_size=prompts, packages=own),
+        evaluation=replace(options.evaluation, batch_size=images),
+    )
+
+
+def _may_split(work: _Work) -> bool:
+    """Whether sites may be measured in several passes: nobody said how many, and one calibration is not needed."""
+    options = work.options
+    once = (
+        work.statistics is not None
+        or allocates(options)
+        or isinstance(of_layers(parse_request(options.pattern)), Hybrid)
+    )
+    return options.calibration.packages is None and not once and work.solving.measured
+
+
+def _halves(given: int) -> Iterator[int]:
+    while given > 1:
+        yield given
+        given //= 2
+    yield 1
+
+
+def _refusal(planned: Planned, work: _Work, room: Room, device: str) -> str:
+    """One line: what the smallest plan needs and when, and what would fit."""
+    memory = planned.memory
+    over_host = room.host is not None and memory.host_bytes > room.host
+    name, limit = ("host", room.host) if over_host else ("device", room.device)
+    most = memory.host_bytes if over_host else memory.device_bytes + CONTEXT_BYTES
+    moment = memory.host if over_host or memory.device is None else memory.device
+    needed = f"this prune takes at least {bytes_text(most)} of {name} memory, while {moment.name}"
+    return (
+        f"{needed}; --{name}_memory is {bytes_text(limit or 0)}. What would fit: {_what_fits(work, room, device, most)}"
+    )
+
+
+def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:
+    options, calibration = work.options, work.options.calibration
+    uniform = replace(options, allocation="uniform", budget=None, statistics=None, sensitivity=None)
+    ways: list[tuple[str, PruneOptions]] = []
+    if allocates(options) or work.statistics is not None:
+        ways.append(("--allocation uniform", uniform))
+    if options.dtype in (None, "float32"):
+        ways.append(("--dtype bfloat16", replace(options, dtype="bfloat16")))
+        ways.append(("--dtype bfloat16 --allocation uniform", replace(uniform, dtype="bfloat16")))
+    if options.evaluation.num_images:
+        none = replace(options.evaluation, num_images=0)
+        ways.append(("--evaluation.num_images 0", replace(options, evaluation=none)))
+    for text, other in ways:
+        try:
+            planned, _ = _planned(_opened(other), other, device, room)
+        except UserError:
+            continue  # this way is none with these options
+        if room.holds(planned.memory):
+            chosen = planned.options.calibration.packages
+            more = f" --calibration.packages {chosen}" if chosen != calibration.packages else ""
+            return f"{text}{more} ({bytes_text(planned.memory.host_bytes or planned.memory.device_bytes)})"
+    return f"{bytes_text(most)} or more of it, or a smaller pipeline"

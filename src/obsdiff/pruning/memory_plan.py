@@ -1,0 +1,395 @@
+"""What a prune needs of memory, from shapes alone: each formula says what it counts.
+
+Nothing here looks at values or runs anything. Activations come as they were counted on the meta device
+(:mod:`obsdiff.evaluation.call_memory`); all the rest is arithmetic on the shapes of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from obsdiff.criteria import METHODS
+from obsdiff.obs.observers import PASSES
+
+FLOAT, BOOL = 4, 1  # bytes of statistics and solves, and of a mask's entry while it is held
+SWEEPS = ("obs", "obs-diff", "sparsegpt")  # methods that factorise H and go through its columns
+SCORED = {"wanda": 7.0, "dsnot": 11.5}  # times a layer's weights that scoring and sorting them by rows takes
+BLOCK = 128  # columns that a sweep holds three more copies of
+ENCODED = 32  # prompts that text encoders get at once
+COPIES = 2  # of all images, while those of the batches are joined
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """An input whose statistics are kept, and the layers that are pruned by them.
+
+    Attributes:
+        name: Its first layer.
+        columns: Entries of a row of it (n); of a convolution, of an unrolled field.
+        rows: Outputs of each layer that is pruned by it, in one of the groups.
+        groups: Of a convolution.
+        biased: Whether biases take up the mean, so that a solve goes by centred inputs.
+        masked: Whether single weights go.
+        cut: Whether units go.
+        kept: Share of the layers' weights that are stored afterwards: those of cut layers become smaller.
+        producers: Entries that are left of weights that lose rows, where units go.
+        together: The same for sites whose layers are cut in one go; "" where it is alone.
+        tokens: Rows of it that a call with one prompt gives.
+    """
+
+    name: str
+    columns: int
+    rows: tuple[int, ...] = ()
+    groups: int = 1
+    biased: bool = True
+    masked: bool = True
+    cut: bool = False
+    kept: float = 1.0
+    producers: int = 0
+    together: str = ""
+    tokens: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Entries of all weights that are pruned by it."""
+        return self.groups * self.columns * sum(self.rows)
+
+
+@dataclass(frozen=True)
+class Solving:
+    """How sites are solved.
+
+    Attributes:
+        method: A name of :data:`obsdiff.criteria.METHODS`.
+        refits: Whether least squares on the kept weights follows.
+        gram: Whether whole Hessians are kept; else their diagonals, or nothing.
+        measured: Whether anything of layer inputs is kept.
+        centred: Whether the method itself selects on centred inputs where biases take up the mean.
+        once: Whether a site's statistics are let go when it is solved (they serve this prune alone).
+        stored: Whether they lie on disk, and memory holds one site's at a time once they are measured.
+        reused: Whether they lie there already.
+        passes: Whether gradients or gates are measured, by backward passes.
+    """
+
+    method: str
+    refits: bool
+    gram: bool
+    measured: bool = True
+    centred: bool = False
+    once: bool = True
+    stored: bool = False
+    reused: bool = False
+    passes: bool = False
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A sensitivity scan.
+
+    Attributes:
+        triples: Recorded calls.
+        levels: Shares at which every layer is solved.
+        rows: Prompts' worth of rows in one of its calls.
+        stages: Entries of the weights that are pruned in each stage.
+        probe: Bytes of the recorded calls and of what is kept between stages.
+        cut: Whether units go, not single weights.
+        backward: Bytes of candidates that one backward pass serves; 0 where there is none.
+    """
+
+    triples: int
+    levels: int
+    rows: int
+    stages: tuple[int, ...]
+    probe: int
+    cut: bool = False
+    backward: int = 0
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a prune is about.
+
+    Attributes:
+        weights: Bytes by component of the pipeline, in its dtype.
+        element: Bytes of one weight of the denoiser.
+        sites: Whose statistics are measured, in the order of a forward pass; those that are measured for a store
+            alone have no rows.
+        call: Activations of a call of the denoiser, for each prompt in it.
+        observed: The same while statistics are measured, with what adding to them takes.
+        made: All that such a call makes, for each prompt: what a backward pass keeps, or somewhat more.
+        text: The text encoders' activations, for each prompt.
+        decode: The autoencoder's, for each image.
+        prompt: Bytes of one encoded prompt.
+        image: Bytes of one image, float32.
+        imports: What the process holds before anything is loaded.
+    """
+
+    weights: Mapping[str, int]
+    element: int
+    sites: tuple[SiteShape, ...]
+    call: int
+    observed: int
+    made: int
+    text: int
+    decode: int
+    prompt: int
+    image: int
+    imports: int = 0
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What can be chosen without changing what is asked for (packages: but a little).
+
+    Attributes:
+        prompts: Per call of a calibration.
+        images: Per call of an evaluation.
+        packages: The sites of each calibration pass, by name.
+    """
+
+    prompts: int
+    images: int
+    packages: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment at which memory may be at its most: bytes by part, on the device and on the host."""
+
+    name: str
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a prune will need.
+
+    Attributes:
+        batches: As chosen.
+        moments: All that were considered.
+        on_host: Whether the device is the host, so that both parts lie in one memory.
+        store_bytes: Of a statistics folder; 0 without.
+        output_bytes: Of the folder that is written.
+    """
+
+    batches: Batches
+    moments: tuple[Moment, ...]
+    on_host: bool
+    store_bytes: int
+    output_bytes: int
+
+    @property
+    def device(self) -> Moment | None:
+        """When the device holds most; None where it is the host."""
+        return None if self.on_host else max(self.moments, key=lambda moment: sum(moment.device.values()))
+
+    @property
+    def host(self) -> Moment:
+        """When the host holds most."""
+        return max(self.moments, key=lambda moment: sum(host_parts(moment, self.on_host).values()))
+
+    @property
+    def device_bytes(self) -> int:
+        """The most on the device; 0 where it is the host."""
+        return 0 if self.device is None else sum(self.device.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """The most on the host."""
+        return sum(host_parts(self.host, self.on_host).values())
+
+
+def host_parts(moment: Moment, on_host: bool) -> dict[str, int]:
+    """What lies on the host: where it is the device too, everything."""
+    parts = dict(moment.host)
+    for part, size in moment.device.items() if on_host else ():
+        parts[part] = parts.get(part, 0) + size
+    return parts
+
+
+# ---- formulas
+
+
+def statistics_bytes(site: SiteShape, gram: bool) -> int:
+    """What is kept of a site: n² sums of products (or n squares) in float32 and n means in float64, for each group."""
+    n = site.columns
+    return site.groups * (FLOAT * (n * n if gram else n) + 8 * n)
+
+
+def moments_bytes(site: SiteShape, solving: Solving) -> int:
+    """What solving makes of a site's statistics: the covariance, in place where they are let go (``once``), and H
+    beside it where the method selects by it or no bias takes up the mean; for one group at a time."""
+    square = FLOAT * site.columns**2
+    covariance = 0 if solving.once and not solving.stored else square
+    selects = bool(METHODS[solving.method].needs - PASSES) and not (solving.centred and site.biased)
+    return covariance + (square if selects or (solving.refits and not site.biased) else 0)
+
+
+def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels: int = 1) -> int:
+    """The workspace of solving a site's single weights, its results included, beyond its statistics.
+
+    With n columns, R rows of all layers, r of the largest, all of it float32 and for one group: what mirroring the
+    covariance and checking it make (1.75 n²); the Cholesky factor and what it is made of (2 n²); of the sweep the
+    factor, the weights, their changes, pivots and results (n² + 4.5 R n) and three blocks of 128 columns; of admm the
+    spectrum with LAPACK's workspace (5 n²); of the refit the solutions, and eight matrices like the largest layer; of
+    methods that sort rows, sorted indices. Results (weight and mask) are 1.25 R n, twice where groups are joined.
+    Weights in half precision are held in float32, too.
+
+    Args:
+        site: What is solved.
+        solving: How.
+        element: Bytes of one weight in the model.
+        levels: Patterns at once, as a scan solves them: the layers count so many times.
+    """
+    n, total = site.columns, levels * sum(site.rows)
+    largest = max(site.rows, default=0)
+    dense = 0 if element == FLOAT else total * n
+    gram = solving.measured and solving.gram
+    work = [2.5 * total * n]
+    if solving.method in SWEEPS:
+        work += [2 * n * n, n * n + 4.5 * total * n + 3 * min(BLOCK, n) * total]
+    elif solving.method == "admm":
+        work += [5 * n * n, 2 * n * n + 8 * largest * n + 1.25 * total * n]
+    else:
+        work += [SCORED.get(solving.method, 3.0) * largest * n + 0.25 * total * n]
+    if solving.refits and gram:
+        work += [2.25 * total * n + 8 * largest * n]
+    square = moments_bytes(site, solving) if gram else 0
+    mirrored = 1.75 * n * n if gram else 0
+    return square + int(FLOAT * (dense + max(mirrored, *work)))
+
+
+def cut_bytes(sites: Sequence[SiteShape], solving: Solving) -> int:
+    """The workspace of choosing units and solving for what stays, for layers that are cut together.
+
+    With n inputs and r rows: the Hessian, its inverse and what the inverse without some columns is made of (6 n²), the
+    weights and their compensated copies (3 r n); of every further layer an inverse and a copy. Without statistics,
+    copies of the weights alone.
+    """
+    if not (solving.measured and solving.gram):
+        return FLOAT * sum(3 * site.weights for site in sites)
+    by_site = [FLOAT * (6 * s.columns**2 + 3 * s.weights) + moments_bytes(s, solving) for s in sites]
+    more = [FLOAT * (s.columns**2 + s.weights) + moments_bytes(s, solving) for s in sites]
+    return max((own + sum(more) - again for own, again in zip(by_site, more, strict=True)), default=0)
+
+
+def changed_bytes(site: SiteShape, element: int) -> tuple[int, int]:
+    """What a solved site leaves until the prune ends, on the device and on the host: its new weights, beside the dense
+    ones that are put back if anything fails, and masks of one byte an entry."""
+    stays = int(site.kept * site.weights)
+    return (stays + site.producers) * element, stays * BOOL if site.masked else 0
+
+
+def scan_bytes(scan: Scan, shapes: Shapes, solving: Solving) -> int:
+    """What a scan that runs the denoiser holds beside weights and statistics: every level of the layers of one stage
+    (float32 weights and masks), or those that one backward pass serves; the recorded calls; and the larger of solving
+    a site at all levels and a call, which a backward pass keeps whole."""
+    held = scan.levels * max(scan.stages, default=0) * (FLOAT + (0 if scan.cut else BOOL))
+    if scan.cut:
+        work = max((cut_bytes([s], solving) for s in shapes.sites if s.rows), default=0)
+    else:
+        work = max((solve_bytes(s, solving, shapes.element, scan.levels) for s in shapes.sites if s.rows), default=0)
+    calling = scan.rows * (shapes.made if scan.backward else shapes.call)
+    return max(held, scan.backward) + scan.probe + max(work, calling)
+
+
+# ---- the run, moment by moment
+
+
+def memory_plan(
+    shapes: Shapes,
+    solving: Solving,
+    batches: Batches,
+    *,
+    prompts: int,
+    images: int,
+    on_host: bool,
+    scan: Scan | None = None,
+) -> MemoryPlan:
+    """What a prune needs at each of its moments.
+
+    Args:
+        shapes: What is pruned.
+        solving: How.
+        batches: What was chosen.
+        prompts: Of the calibration.
+        images: Of the evaluation, by each of two pipelines.
+        on_host: Whether it runs on the CPU.
+        scan: The scan of a measured allocation, if there is one.
+    """
+    measured = [site for site in shapes.sites if solving.measured]
+    store = sum(statistics_bytes(site, solving.gram) for site in measured) if solving.stored else 0
+    moments = tuple(_moments(shapes, solving, batches, prompts, images, on_host, scan))
+    masks = sum(changed_bytes(site, shapes.element)[1] for site in shapes.sites)
+    return MemoryPlan(batches, moments, on_host, store, sum(shapes.weights.values()) + masks // 8)
+
+
+def _moments(
+    shapes: Shapes, solving: Solving, batches: Batches, prompts: int, images: int, on_host: bool, scan: Scan | None
+) -> Iterator[Moment]:
+    weights = {"weights": sum(shapes.weights.values())}
+    process = {"process": shapes.imports}
+    drawn = images * shapes.image
+    yield Moment("loading", weights, process if on_host else process | weights)  # all is read by the host
+    batch = min(batches.images, images)
+    drawing = batch * max(shapes.text, shapes.call, shapes.decode)
+    if images:
+        yield Moment("drawing", weights | {"activations": drawing}, process | {"images": COPIES * drawn})
+    host = process | {"images": drawn, "prompts": prompts * shapes.prompt if solving.measured else 0}
+    by_name = {site.name: site for site in shapes.sites}
+    changed = masks = 0
+    for number, names in enumerate(batches.packages, 1):
+        sites = [by_name[name] for name in names]
+        held = sum(statistics_bytes(site, solving.gram) for site in sites) if solving.measured else 0
+        so_far = weights | {"changed weights": changed}
+        masked = host | {"masks": masks}
+        if solving.measured and not solving.reused:
+            what = f"calibrating, pass {number} of {len(batches.packages)}"
+            calling = shapes.observed * min(batches.prompts, prompts)
+            saving = max(statistics_bytes(site, solving.gram) for site in sites) if solving.stored else 0
+            writing = {"file": saving} if saving else {}
+            yield Moment(what, so_far | {"Hessians": held, "activations": calling}, masked | writing)
+            yield Moment("encoding prompts", so_far | {"activations": shapes.text * min(ENCODED, prompts)}, masked)
+        if solving.passes:
+            whole = {"activations": shapes.made * min(batches.prompts, prompts)}
+            whole["gradients"] = FLOAT * sum(site.weights for site in sites)
+            yield Moment("backward passes", so_far | {"Hessians": held} | whole, masked)
+        if scan is not None:
+            kept = 0 if solving.stored else held
+            scanning = scan_bytes(scan, shapes, solving)
+            yield Moment("scanning", so_far | {"Hessians": kept, "scan": scanning}, masked)
+        for together in _together(sites):
+            own = sum(statistics_bytes(site, solving.gram) for site in together) if solving.measured else 0
+            work = _work(together, solving, shapes.element)
+            there = own if solving.stored else held
+            parts = weights | {"changed weights": changed, "Hessians": there, "solving": work}
+            yield Moment(f"solving {together[0].name}", parts, host | {"masks": masks})
+            held -= own if solving.once and not solving.stored else 0
+            for site in together:
+                new, mask = changed_bytes(site, shapes.element)
+                changed, masks = changed + new, masks + mask
+    if images:
+        after = process | {"masks": masks, "images": (1 + COPIES) * drawn}
+        yield Moment("drawing pruned images", weights | {"activations": drawing}, after)
+    fetched = {} if on_host else {"weights": max(shapes.weights.values(), default=0)}  # one component at a time
+    yield Moment("writing", weights, process | {"masks": masks, "images": 2 * drawn} | fetched)
+
+
+def _together(sites: Sequence[SiteShape]) -> Iterator[list[SiteShape]]:
+    """Sites as they are solved: those that are cut in one go, else each by itself; those without layers never."""
+    found: dict[str, list[SiteShape]] = {}
+    for site in sites:
+        if site.rows:
+            found.setdefault(site.together or site.name, []).append(site)
+    yield from found.values()
+
+
+def _work(sites: Sequence[SiteShape], solving: Solving, element: int) -> int:
+    cut = [site for site in sites if site.cut]
+    return max(
+        cut_bytes(cut, solving) if cut else 0,
+        *(solve_bytes(site, solving, element) for site in sites if site.masked),
+        0,
+    )

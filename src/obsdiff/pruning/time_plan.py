@@ -1,0 +1,117 @@
+"""How long a prune will take, from shapes and how fast the device multiplies."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from obsdiff.obs.refit import STEPS
+from obsdiff.pruning.memory_plan import SWEEPS, Batches, Shapes, Solving
+
+# Shares of the speed of a large float32 product, measured on the preset of ``obsdiff bench prune``
+FORWARD, STATISTICS, SWEEP, REFIT, FACTOR = 0.5, 0.7, 0.075, 0.45, 0.11
+OPERATION_S = 12e-6  # of Python and torch around each of a call's operations
+HOOK_OPERATIONS = 10  # of adding a call to the statistics of one site
+SCAN_ROWS = 16  # prompts in a call of a scan, in the mean
+SIDE = 1024  # of the product that is timed
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds by stage.
+
+    Attributes:
+        calibrate_s: Of all passes.
+        scan_s: Of a sensitivity scan, without its solves.
+        solve_s: Of all solves, a scan's included.
+        draw_s: Of the images of an evaluation.
+    """
+
+    calibrate_s: float
+    scan_s: float
+    solve_s: float
+    draw_s: float
+
+    @property
+    def total_s(self) -> float:
+        """All of them."""
+        return self.calibrate_s + self.scan_s + self.solve_s + self.draw_s
+
+
+def products_per_s(device: torch.device | str) -> float:
+    """FLOP/s of a square float32 product on a device, the best of three."""
+    a = torch.ones(SIDE, SIDE, device=device)
+    best = 0.0
+    for _ in range(4):  # the first one warms up
+        started = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for it
+        best = max(best, 2 * SIDE**3 / (time.perf_counter() - started))
+    return best
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the denoiser and solves are.
+
+    Attributes:
+        products_per_s: FLOP/s of a product (:func:`products_per_s`).
+        call_flops: Of a call with one prompt, guidance included.
+        operations: Of torch, in a call.
+    """
+
+    products_per_s: float
+    call_flops: float
+    operations: int
+
+    def calls_s(self, count: float, batch: float) -> float:
+        """Seconds for calls with ``count`` prompts in all, so many at a time."""
+        computing = count * self.call_flops / (self.products_per_s * FORWARD)
+        return computing + count / max(batch, 1) * self.operations * OPERATION_S
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much there is to do.
+
+    Attributes:
+        prompts, steps: Of a calibration pass; an evaluation has as many steps.
+        images: Of the evaluation, by each of two pipelines.
+        scan_calls: What a scan runs, in calls with one prompt.
+        levels: Patterns at which it solves each layer.
+    """
+
+    prompts: int
+    steps: int
+    images: int
+    scan_calls: float = 0.0
+    levels: int = 1
+
+
+def time_plan(shapes: Shapes, solving: Solving, batches: Batches, speed: Speed, amount: Amount) -> TimePlan:
+    """How long it takes: forward passes by their FLOPs; statistics half a product of each input with itself; of each
+    Hessian a Cholesky factor (n³ / 3), a sweep (R n²) and a refit (2 R n² a step, half of the steps that it may
+    take)."""
+    products = solve = 0.0
+    calls, passes = amount.prompts * amount.steps, len(batches.packages)
+    again = 1 + (amount.levels if amount.scan_calls else 0)
+    for site in shapes.sites if solving.measured and solving.gram else ():
+        n, rows = site.columns, site.groups * sum(site.rows)
+        products += calls * site.tokens * site.groups * n * n * (1 + 128 / n)
+        if not site.rows:
+            continue
+        swept = solving.method in SWEEPS
+        factor = site.groups * n**3 / 3 / FACTOR if swept or site.cut else 0.0
+        sweep = rows * n * n / SWEEP if swept else 0.0
+        refits = STEPS * rows * n * n / REFIT if solving.refits else 0.0
+        solve += factor * min(again, 2) + again * (sweep + refits)
+    hooks = HOOK_OPERATIONS * len(shapes.sites) * OPERATION_S * calls / max(batches.prompts, 1)
+    calibrate_s = passes * (speed.calls_s(calls, batches.prompts) + hooks)
+    calibrate_s += products / (speed.products_per_s * STATISTICS)
+    return TimePlan(
+        calibrate_s if solving.measured and not solving.reused else 0.0,
+        speed.calls_s(amount.scan_calls, SCAN_ROWS),
+        solve / speed.products_per_s,
+        speed.calls_s(2 * amount.images * amount.steps, batches.images),
+    )
