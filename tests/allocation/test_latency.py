@@ -209,6 +209,7 @@ def test_a_new_process_loads_both_denoisers(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:latency.0.97 came to")  # a busy machine may miss it
 def test_the_real_clock_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(clock, "PROCESS_S", 0.5)

@@ -321,6 +321,7 @@ def test_bench_prints_one_json_line(capsys, tmp_path, monkeypatch):
     assert found["statistics_reused"] is True and found["calibrate_s"] == 0
 
 
+@pytest.mark.slow
 def test_training_makes_a_pipeline_that_loads(tmp_path):
     """``train.py fit`` on the pretraining config, three steps of each phase."""
     import obsdiff

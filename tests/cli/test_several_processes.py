@@ -10,6 +10,7 @@ from tests.cli.test_commands import ARTIFACTS, QUICK, ROOT
 from tests.training.test_several_processes import run_two
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_result(pipe_folder, tmp_path):
     options = ["--pipeline", str(pipe_folder), *QUICK, "--allocation=null", "--pattern", "unstructured:0.6"]
     options += ["--calibration.batch_size", "2"]

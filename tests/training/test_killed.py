@@ -11,7 +11,7 @@ from tests.training.killed import MOMENTS
 
 LATE = ("later step", "checkpoint half written", "checkpoint written", "export half written")
 OWN = "reconstructing"  # has a test of its own
-USUAL = ("later step",)
+SETTINGS = ("--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5", "--model.pruning.allocation=measured")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def uninterrupted(pipe_folder, tmp_path_factory):
     def run(pattern):
         if pattern not in found:
             output = tmp_path_factory.mktemp("whole") / "run"
-            fit_elsewhere("fit", *arguments(pipe_folder, output, *EMA, pattern=pattern))
+            fit_elsewhere("fit", *arguments(pipe_folder, output, *SETTINGS, pattern=pattern))
             found[pattern] = result(output)
         return found[pattern]
 
@@ -38,16 +38,11 @@ def test_what_a_moment_waits_for_is_there(moment):
     assert callable(found)
 
 
-EMA = ("--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5")
-
-
-@pytest.mark.parametrize(
-    "moment",
-    [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in MOMENTS if name != OWN],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [name for name in MOMENTS if name != OWN])
 def test_a_killed_run_goes_on_to_the_same_weights(pipe_folder, tmp_path, uninterrupted, moment):
     pattern = "structured:0.5" if moment == "later step" else "unstructured:0.5"
-    args = arguments(pipe_folder, tmp_path / "run", *EMA, pattern=pattern)
+    args = arguments(pipe_folder, tmp_path / "run", *SETTINGS, pattern=pattern)
     killed = fit_elsewhere(moment, "fit", *args, script=Path(__file__).with_name("killed.py"), check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (tmp_path / "run" / "recovered").exists()
