@@ -115,7 +115,9 @@ def load_pipeline(
     weights = Weights(variant, denoiser, parts)
     if not isinstance(source, str | Path):
         if weights != Weights():
-            raise UserError("variant, denoiser and parts choose what is loaded; leave them out for a pipeline object")
+            raise UserError(
+                "variant, denoiser and parts choose files; leave them out for a pipeline that is loaded already"
+            )
         return to_device(source, device)
     folder = run_folder(source)
     if folder is None:

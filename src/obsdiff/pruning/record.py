@@ -154,10 +154,8 @@ class Recorder:
             self.heard[-1][NEGATIVE] = _kept(found[rows.negative])
 
     def embeds(self) -> dict[str, Tensor]:
-        """What the denoiser is told of every prompt so far, by its own argument (prompts, ...); of the negative prompt
-        (1, ...) where it is the same for all."""
-        found = {name: stacked([part[name] for part in self._told]) for name in self._told[0]}
-        return {name: _once(tensor) if name.startswith(NEGATIVE) else tensor for name, tensor in found.items()}
+        """What the denoiser is told of every prompt so far, by its own argument (prompts, ...)."""
+        return {name: stacked([part[name] for part in self._told]) for name in self._told[0]}
 
 
 @torch.no_grad()
@@ -211,7 +209,8 @@ def record_trajectories(
     tensors |= {f"{kind}answers": torch.cat(parts) for kind, parts in answers.items() if len(parts) == len(latents)}
     if len(subject.components) > 1:
         tensors["denoisers"] = which
-    tensors |= {f"embeds.{name}": tensor for name, tensor in recorder.embeds().items()}
+    for name, tensor in recorder.embeds().items():
+        tensors[f"embeds.{name}"] = _once(tensor) if name.startswith(NEGATIVE) else tensor
     described = _described(recorder.common, "common", tensors)
     with whole_folder(folder, INDEX, replace=True) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
