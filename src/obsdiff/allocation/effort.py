@@ -92,18 +92,23 @@ def parts_of(graph: Graph, units: Sequence[Unit], by: str) -> list[list[Unit]]:
     """The units, those together that one backward pass serves; of a forward scan each alone."""
     if by == FORWARD:
         return [[unit] for unit in units]
-    own = sum(parameter.numel() * parameter.element_size() for parameter in graph.denoiser.parameters())
+    most = held_bytes(graph)
     parts: list[list[Unit]] = []
     held = 0
     for unit in units:
         weights = {name: graph.weight(name).numel() for name in _changed(graph, unit)}
         size = 4 * len(levels_of(unit, SOLVED)) * sum(weights.values())
-        if not parts or held + size > max(HELD_BYTES, own):
+        if not parts or held + size > most:
             parts.append([])
             held = 0
         parts[-1].append(unit)
         held += size
     return parts
+
+
+def held_bytes(graph: Graph) -> int:
+    """What candidates may take while one backward pass serves them: as much as the denoiser takes, or a little."""
+    return max(HELD_BYTES, sum(parameter.nbytes for parameter in graph.denoiser.parameters()))
 
 
 def _changed(graph: Graph, unit: Unit) -> list[str]:

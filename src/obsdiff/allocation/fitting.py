@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from obsdiff.allocation.effort import passes_needed
-from obsdiff.allocation.planning import allocates, check_options, first_plan, needs_for, packages_for
+from obsdiff.allocation.planning import allocates, calibrates_once, check_options, first_plan, needs_for, packages_for
 from obsdiff.allocation.shapes import component_bytes, scan_of, shapes_of, sites_of, solving_of
-from obsdiff.allocation.units import make_units
 from obsdiff.errors import UserError
 from obsdiff.evaluation.call_memory import call_shapes
 from obsdiff.evaluation.flops import denoiser_flops
@@ -22,12 +20,12 @@ from obsdiff.models.subject import Subject, subject_of
 from obsdiff.models.weightless import open_weightless
 from obsdiff.numbers import bytes_text, parse_bytes
 from obsdiff.obs.observers import PASSES, observer_for
-from obsdiff.obs.pattern import Hybrid, of_layers, parse_request
+from obsdiff.obs.pattern import of_layers, parse_request
 from obsdiff.pruning.folder import PIPELINE, run_folder
 from obsdiff.pruning.manifest import read_manifest
 from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solving, memory_plan
-from obsdiff.pruning.options import Limits, PruneOptions
-from obsdiff.pruning.plan import Plan, packages_of, parted
+from obsdiff.pruning.options import PruneOptions
+from obsdiff.pruning.plan import Plan, packages_of
 from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, products_per_s, time_plan
 
 MOST_PACKAGES = 16  # tried; each is a whole calibration pass
@@ -174,12 +172,8 @@ def _planned(
     memory, chosen = _fit(work, room)
     spent = None
     if torch.device(device).type == "cpu" or torch.cuda.is_available():
-        scanned = 0.0
-        if scan is not None:
-            units = make_units(graph, parted(plan)[0], Limits(share=options.limits.share))
-            ways = options.scan.levels, options.scan.by
-            scanned = scan.triples * passes_needed(graph, units, *ways, scan.triples)
-        images, levels = options.evaluation.num_images, 1 if scan is None else scan.levels
+        scanned, levels = (0.0, 1) if scan is None else (scan.calls, scan.levels)
+        images = options.evaluation.num_images
         flops = (flops or denoiser_flops(subject, call)) * calls.rows
         speed = Speed(products_per_s(device), flops, calls.operations)
         amount = Amount(settings.num_prompts, steps, images, scanned, levels)
@@ -221,13 +215,8 @@ def _with(options: PruneOptions, prompts: int, images: int, packages: int, least
 
 def _may_split(work: _Work) -> bool:
     """Whether sites may be measured in several passes: nobody said how many, and one calibration is not needed."""
-    options = work.options
-    once = (
-        work.statistics is not None
-        or allocates(options)
-        or isinstance(of_layers(parse_request(options.pattern)), Hybrid)
-    )
-    return options.calibration.packages is None and not once and work.solving.measured
+    asked, once = work.options.calibration.packages, calibrates_once(work.options, work.statistics)
+    return asked is None and not once and work.solving.measured
 
 
 def _halves(given: int) -> Iterator[int]:

@@ -58,8 +58,12 @@ def packages_for(options: PruningOptions, statistics: Path | None) -> int:
     """Calibration passes: as asked, else the method's own where it can be calibrated anew, else one."""
     if options.calibration.packages is not None:
         return options.calibration.packages
-    once = statistics is not None or allocates(options) or isinstance(of_layers(pattern_of(options)), Hybrid)
-    return 1 if once else find_method(options.method).packages
+    return 1 if calibrates_once(options, statistics) else find_method(options.method).packages
+
+
+def calibrates_once(options: PruningOptions, statistics: Path | None) -> bool:
+    """Whether one calibration of the dense model serves all: it is kept, an allocation goes by it, or a hybrid does."""
+    return statistics is not None or allocates(options) or isinstance(of_layers(pattern_of(options)), Hybrid)
 
 
 def pattern_of(options: PruningOptions) -> Request:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from obsdiff.allocation.effort import HELD_BYTES, SOLVED, levels_of, measured_levels, triples_of, way_of
+from obsdiff.allocation.effort import SOLVED, held_bytes, levels_of, measured_levels, passes_needed, triples_of, way_of
 from obsdiff.allocation.planning import allocates, needs_for, rule_of
 from obsdiff.allocation.probe import BATCH_ROWS
 from obsdiff.allocation.units import make_units
@@ -34,10 +34,7 @@ def sites_of(graph: Graph, plan: Plan, stored: bool) -> list[Site]:
 def component_bytes(pipe: Any) -> dict[str, int]:
     """Bytes of each model's parameters and buffers, by component."""
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    return {
-        name: sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-        for name, model in models.items()
-    }
+    return {name: sum(t.nbytes for t in (*model.parameters(), *model.buffers())) for name, model in models.items()}
 
 
 def shapes_of(subject: Subject, plan: Plan, calls: CallShapes, stored: bool, imports: int) -> Shapes:
@@ -132,7 +129,6 @@ def scan_of(
     for layer in cut.layers(graph):
         stages[graph.layers.get(layer, 0)] += graph.weight(layer).numel()
     way = way_of(graph, units, options.scan.levels, options.scan.by, triples)
-    own = sum(p.numel() * p.element_size() for p in subject.denoiser.parameters())
     return Scan(
         triples,
         levels,
@@ -140,5 +136,6 @@ def scan_of(
         tuple(stages),
         triples * (calls.arguments + calls.stage),
         plan.structured,
-        max(HELD_BYTES, own) if way == BACKWARD else 0,
+        held_bytes(graph) if way == BACKWARD else 0,
+        triples * passes_needed(graph, units, options.scan.levels, options.scan.by, triples),
     )

@@ -165,10 +165,10 @@ def _around(subject: Subject, call: Mapping[str, Any], drawn: bool) -> tuple[int
 
 def _told(subject: Subject) -> list[str]:
     """A prompt that the pipeline takes."""
-    return ["0" if subject.family.input == "class_labels" else ""]
+    return [subject.family.example]
 
 
 def _bytes(value: Any) -> int:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        return value.nbytes
     return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0

@@ -59,8 +59,7 @@ def record_call(
         with eval_mode(pipe), torch.no_grad(), lent(pipe), ExitStack() as stubs:
             for name, module in components.items():
                 stubs.enter_context(_noted(name, module, family, found, len(components)))
-            example = "0" if family.input == "class_labels" else ""
-            told = encode_prompts(pipe, [example], call) if conditioning is None else conditioning
+            told = encode_prompts(pipe, [family.example], call) if conditioning is None else conditioning
             arguments = {**call, **told[:1].arguments(pipe._execution_device)}
             pipe(**arguments, generator=torch.Generator().manual_seed(0))
     except _Recorded:

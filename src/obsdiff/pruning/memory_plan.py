@@ -95,6 +95,7 @@ class Scan:
         probe: Bytes of the recorded calls and of what is kept between stages.
         cut: Whether units go, not single weights.
         backward: Bytes of candidates that one backward pass serves; 0 where there is none.
+        calls: What it runs, in calls of the denoiser with one prompt.
     """
 
     triples: int
@@ -104,6 +105,7 @@ class Scan:
     probe: int
     cut: bool = False
     backward: int = 0
+    calls: float = 0.0
 
 
 @dataclass(frozen=True)

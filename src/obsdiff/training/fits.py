@@ -50,8 +50,7 @@ def check_data(dense: Subject, data: Any) -> None:
         noising_of_pipeline(pipe, (height // factor, width // factor))
         blank = torch.zeros(1, *shape, device=next(dense.denoiser.parameters()).device)
         latents = encode_images(pipe, blank, torch.Generator()).shape[1:]
-        example = "0" if dense.family.input == "class_labels" else ""
-        conditioning = encode_prompts(pipe, [example], call_arguments(pipe))
+        conditioning = encode_prompts(pipe, [dense.family.example], call_arguments(pipe))
         check_encoded(dense, latents, conditions_of(pipe, conditioning, (height, width))[2])
 
 

@@ -94,3 +94,8 @@ class Family:
     spare: tuple[int, ...] = (0, -1)
     numbered: tuple[str, ...] = ()
     known: bool = True
+
+    @property
+    def example(self) -> str:
+        """What any pipeline of the family can be told, where only shapes count."""
+        return "0" if self.input == "class_labels" else ""
