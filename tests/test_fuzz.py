@@ -19,7 +19,7 @@ from obsdiff.pruning.statistics import open_statistics
 from tests.fuzzing import copied, files, fuzzed, works_or_is_refused
 
 
-@fuzzed(200)
+@fuzzed(100)
 @given(data=st.data())
 def test_plans(whole_run, tmp_path, data):
     path = tmp_path / "plan.yaml"
@@ -97,7 +97,7 @@ CONFIG = {
 }
 
 
-@fuzzed(200)
+@fuzzed(100)
 @given(data=st.data())
 def test_configs(tmp_path, capsys, data):
     path = tmp_path / "c.yaml"

@@ -55,19 +55,25 @@ def start(config, *more):
     )  # fmt: skip
 
 
-def run(config, *more):
-    process = start(config, *more)
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
+@pytest.fixture
+def run(config, capfd):
+    """The command, which works in processes of its own: exit code and what was said."""
+
+    def run(*more):
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", "--config", str(config), *more])
+        return ended.value.code, *capfd.readouterr()
+
+    return run
 
 
 def rows(output):
     return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
 
 
-def test_a_comparison_from_one_config(config, tmp_path):
+def test_a_comparison_from_one_config(run, tmp_path):
     output = tmp_path / "out"
-    code, out, err = run(config, "--jobs", "2")
+    code, out, err = run("--jobs", "2")
     assert code == 0, err
     assert "6 of 6" in out and str(output / "report.html") in out
     found = rows(output)
@@ -90,7 +96,7 @@ def test_a_comparison_from_one_config(config, tmp_path):
     assert not [path for path in (output / "cells").iterdir() if path.name.startswith(".")]
 
     before = {path: path.stat().st_mtime_ns for path in (output / "cells").rglob("*.json")}
-    code, out, err = run(config, "--patterns", "['structured:0.5', '2:4']", "--methods", "[obs]", "--recipes", "{}")
+    code, out, err = run("--patterns", "['structured:0.5', '2:4']", "--methods", "[obs]", "--recipes", "{}")
     assert code == 0, err
     after = {path: path.stat().st_mtime_ns for path in (output / "cells").rglob("*.json")}
     assert {path: after[path] for path in before} == before and len(after) == len(before) + 1
@@ -98,7 +104,7 @@ def test_a_comparison_from_one_config(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_loses_no_finished_cell(config, tmp_path):
+def test_a_killed_comparison_loses_no_finished_cell(config, run, tmp_path):
     cells = tmp_path / "out" / "cells"
     more = ["--patterns", "['structured:0.5', '2:4']", "--recipes", "{}"]
     process = start(config, "--part", "0/1", *more)
@@ -109,13 +115,14 @@ def test_a_killed_comparison_loses_no_finished_cell(config, tmp_path):
     process.communicate()
     kept = {path: path.read_bytes() for path in cells.glob("*.json")}
     assert 2 <= len(kept) < 6
-    code, out, err = run(config, *more)
+    code, out, err = run(*more)
     assert code == 0 and "6 of 6" in out, err
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert not [path for path in cells.iterdir() if path.name.startswith(".")]
 
 
-def test_a_cell_that_fails_is_a_row_and_the_others_go_on(config, tmp_path):
+@pytest.mark.slow
+def test_a_cell_that_fails_is_a_row_and_the_others_go_on(config, run, tmp_path):
     changed = yaml.safe_load(config.read_text())
     broken = json.loads(json.dumps(RECIPE))
     broken["data"]["init_args"]["batch_size"] = 10**6  # more than the recording has
@@ -125,7 +132,7 @@ def test_a_cell_that_fails_is_a_row_and_the_others_go_on(config, tmp_path):
         "recipes": {"broken": str(tmp_path / "broken.yaml"), "distilled": str(tmp_path / "recipe.yaml")},
     }  # fmt: skip
     config.write_text(yaml.safe_dump(changed))
-    code, out, err = run(config)
+    code, out, err = run()
     assert code == 1 and "3 of 3" not in out and "1 failed" in out
     errors = {row["recipe"]: row["error"] for row in rows(tmp_path / "out")}
     assert errors["one shot"] is None and errors["distilled"] is None

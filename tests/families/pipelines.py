@@ -7,12 +7,25 @@ See ``TinyPipeline``.
 
 from __future__ import annotations
 
+import pytest
+
 from tests.families.dits import DITS
 from tests.families.joint import JOINT
 from tests.families.making import PROMPTS, TinyPipeline
 from tests.families.unets import UNETS
 from tests.families.videos import VIDEOS
 
-__all__ = ["PIPELINES", "PROMPTS", "TinyPipeline"]
+__all__ = ["PIPELINES", "PROMPTS", "TinyPipeline", "each"]
 
 PIPELINES: dict[str, TinyPipeline] = {**JOINT, **UNETS, **DITS, **VIDEOS}
+
+# one of each wiring: what takes seconds a family runs on the others among the slow cases
+USUAL = {
+    "sd35", "flux", "qwen-image", "sd15", "ddpm", "dit", "pixart-alpha", "sana", "z-image", "aura-flow", "wan22", "ltx",
+    "cogvideox-2b",
+}  # fmt: skip
+
+
+def each(names, usual=USUAL):
+    """Families as parameters of a test; those that are not among the usual are slow cases."""
+    return [pytest.param(name, marks=() if name in usual else pytest.mark.slow) for name in names]

@@ -28,7 +28,7 @@ from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Pruni
 from obsdiff.pruning.record import open_trajectories, record_trajectories
 from obsdiff.training.options import Objective, Optimization
 from obsdiff.training.recovery import Recovery
-from tests.families.pipelines import PIPELINES, PROMPTS
+from tests.families.pipelines import PIPELINES, PROMPTS, each
 
 # an image-to-video pipeline is told of an image too, which a list of prompts does not hold
 WITH_PROMPTS = [name for name in PIPELINES if name != "wan21-i2v"]
@@ -51,7 +51,7 @@ def save(name, folder):
     return folder
 
 
-@pytest.fixture(scope="module", params=WITH_PROMPTS)
+@pytest.fixture(scope="module", params=each(WITH_PROMPTS))
 def saved(request, tmp_path_factory):
     """Name and folder of one family's pipeline."""
     return request.param, save(request.param, tmp_path_factory.mktemp("saved") / request.param)
@@ -199,8 +199,8 @@ def fit(name, folder, tmp_path, pattern):
 
 PATTERNS = ("unstructured:0.5", "structured:0.4")
 USUAL = {  # the others take minutes together
-    *((name, PATTERNS[0]) for name in ("qwen-image", "ddpm", "z-image", "wan22", "cogvideox-5b")),
-    *((name, PATTERNS[1]) for name in ("flux", "sdxl", "dit", "wan22", "ltx")),
+    *((name, PATTERNS[0]) for name in ("qwen-image", "ddpm", "z-image", "cogvideox-2b")),
+    *((name, PATTERNS[1]) for name in ("flux", "sd15", "dit", "wan22", "ltx")),
 }
 RECOVERED = [
     pytest.param(name, pattern, marks=() if (name, pattern) in USUAL else pytest.mark.slow)

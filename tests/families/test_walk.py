@@ -16,7 +16,7 @@ from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.masks import weight_masks
 from obsdiff.pruning.options import PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan
-from tests.families.pipelines import PIPELINES
+from tests.families.pipelines import PIPELINES, each
 
 ROWS = 2
 SHARES = {"heads": 0.5, "ffn": 0.4, "channels": 0.5}
@@ -55,7 +55,7 @@ class Case:
         return self.row.sample_rows(pipe, self.row.conditioning(ROWS), range(ROWS))
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=each(PIPELINES))
 def case(request):
     return Case(request.param)
 
@@ -109,21 +109,27 @@ def masked_like(case, pipe, report):
     return masked
 
 
-@pytest.mark.parametrize("allocated", [False, True], ids=["uniform", "measured"])
-def test_structured(case, allocated, tmp_path):
+def test_structured(case, tmp_path):
+    pipe = case.traced()
+    walk_structured(case, pipe, case.structured, tmp_path, spare_blocks=())
+
+
+@pytest.mark.parametrize("case", each(PIPELINES, {"sd35", "sd15", "dit", "wan22"}), indirect=True)
+def test_structured_as_measured(case, tmp_path):
+    pipe = case.traced()
+    scan = ScanOptions(triples=4, levels=[0.5])
+    asked = PruningOptions(pattern=case.structured, allocation="measured", budget="parameters:0.9", scan=scan)
+    plan = obsdiff.allocate(pipe, asked, case.statistics, case.conditioning).plan
+    report = walk_structured(case, pipe, plan, tmp_path)
+    assert report.parameters["pruned"] <= 0.9 * report.parameters["dense"]
+
+
+def walk_structured(case, pipe, pattern, tmp_path, **options):
     """The smaller model is the masked one, comes back from disk with plain diffusers, and can be pruned again."""
-    pipe, pattern, options = case.traced(), case.structured, {"spare_blocks": ()}
-    if allocated:
-        scan = ScanOptions(triples=4, levels=[0.5])
-        asked = PruningOptions(pattern=pattern, allocation="measured", budget="parameters:0.9", scan=scan)
-        found = obsdiff.allocate(pipe, asked, case.statistics, case.conditioning)
-        pattern, options = found.plan, {}
     dense = sum(p.numel() for p in subject_of(pipe).denoiser.parameters())
     report = obsdiff.prune(pipe, pattern, statistics=case.statistics, **options)
     assert report.masks.keys() == case.units()
     assert report.parameters["pruned"] == sum(p.numel() for p in subject_of(pipe).denoiser.parameters()) < dense
-    if allocated:
-        assert report.parameters["pruned"] <= 0.9 * dense
     drawn = case.sample(pipe)
     close(drawn, case.sample(masked_like(case, pipe, report)))
     assert not torch.allclose(drawn, case.sample(case.fresh()), rtol=1e-3)
@@ -138,6 +144,7 @@ def test_structured(case, allocated, tmp_path):
     assert torch.isfinite(drawn).all()
     obsdiff.save_pipeline(loaded, tmp_path / "again", again)
     assert torch.equal(case.sample(obsdiff.load_pipeline(tmp_path / "again")), drawn)
+    return report
 
 
 def projected_like(case, pipe, report):

@@ -82,7 +82,7 @@ def run_without_obsdiff(folder, trust, tmp_path):
 @pytest.mark.parametrize(
     ("pattern", "trust", "expected"),
     [
-        ("unstructured:0.5", "plain", "SD3Transformer2DModel False"),
+        pytest.param("unstructured:0.5", "plain", "SD3Transformer2DModel False", marks=pytest.mark.slow),
         ("structured:0.5", "trust", "ShrunkSD3Transformer2DModel False"),
     ],
 )

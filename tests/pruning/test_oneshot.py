@@ -1,5 +1,7 @@
 """The whole driver on a tiny pipeline."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from obsdiff.criteria import METHODS
 from obsdiff.models.content import model_hash
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.plan import make_plan, packages_of
+from tests.conftest import make_pipe
 
 
 def state(pipe):
@@ -22,16 +25,22 @@ def unchanged(pipe, before):
 SINGLE = [name for name, method in METHODS.items() if method.solve is not None]
 
 
-def calibrated(pipe, prompts, method):
-    """With layer errors, whatever the method needs."""
-    return obsdiff.calibrate(pipe, prompts, needs={"gram"} | METHODS[method].needs)
+@pytest.fixture(scope="module")
+def calibrated(prompts):
+    """Statistics of one of the two pipelines by method: with layer errors, whatever the method needs."""
+
+    @cache
+    def by_needs(changes, needs):
+        return obsdiff.calibrate(make_pipe(**dict(changes)), prompts, needs=needs)
+
+    return lambda method, **changes: by_needs(tuple(changes.items()), frozenset({"gram"} | METHODS[method].needs))
 
 
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "unstructured:0.7", "2:4", "4:8"])
 @pytest.mark.parametrize("method", SINGLE)
-def test_every_method_and_pattern(pipe, prompts, method, pattern):
+def test_every_method_and_pattern(pipe, calibrated, method, pattern):
     before = state(pipe)
-    report = obsdiff.prune(pipe, pattern, method=method, statistics=calibrated(pipe, prompts, method))
+    report = obsdiff.prune(pipe, pattern, method=method, statistics=calibrated(method))
     assert report.sparsity == pytest.approx(report.pattern.sparsity, abs=1e-3)
     assert len(report.masks) == len(subject_of(pipe).graph.layers) == 3 * 12 - 3
     for name, mask in report.masks.items():
@@ -45,11 +54,15 @@ def test_every_method_and_pattern(pipe, prompts, method, pattern):
     assert set(report.layer_error) == set(report.masks)
 
 
-@pytest.mark.parametrize("method", ["obs", "taylor", "diff-pruning", "ecodiff", "magnitude", "l1", "random"])
-def test_structured(dual_pipe, prompts, images, method):
+SCORED = ["obs", "taylor", "diff-pruning", "magnitude", "l1", "random"]
+
+
+@pytest.mark.parametrize("method", [*SCORED, pytest.param("ecodiff", marks=pytest.mark.slow)])
+def test_structured(dual_pipe, calibrated, images, method):
     pipe = dual_pipe
     dense = sum(p.numel() for p in pipe.transformer.parameters())
-    report = obsdiff.prune(pipe, "structured:0.5", method=method, statistics=calibrated(pipe, prompts, method))
+    statistics = calibrated(method, dual_attention_layers=(0, 1))
+    report = obsdiff.prune(pipe, "structured:0.5", method=method, statistics=statistics)
     assert set(report.plan.entries) == {f"transformer_blocks.1.{m}" for m in ("attn", "attn2", "ff", "ff_context")}
     attention = pipe.transformer.transformer_blocks[1].attn
     assert attention.heads == 2 and attention.to_q.weight.shape == (8, 16) and attention.inner_dim == 8
@@ -62,12 +75,10 @@ def test_structured(dual_pipe, prompts, images, method):
 
 
 @pytest.mark.parametrize("method", ["obs", "diff-pruning", "magnitude"])
-def test_shrunk_model_equals_masked_model(prompts, images, method):
+def test_shrunk_model_equals_masked_model(calibrated, images, method):
     """Same function as the dense shapes with the removed rows and columns zeroed."""
-    from tests.conftest import make_pipe
-
     shrunk, masked = make_pipe(), make_pipe()
-    report = obsdiff.prune(shrunk, "structured:0.5", method=method, statistics=calibrated(shrunk, prompts, method))
+    report = obsdiff.prune(shrunk, "structured:0.5", method=method, statistics=calibrated(method))
     graph = subject_of(masked).graph
     with torch.no_grad():
         for name, mask in report.masks.items():
@@ -85,34 +96,26 @@ def test_shrunk_model_equals_masked_model(prompts, images, method):
     torch.testing.assert_close(images(shrunk), images(masked), rtol=1e-4, atol=1e-5)
 
 
-def test_obs_beats_the_others_in_layer_error(pipe, prompts):
-    from tests.conftest import make_pipe
-
+def test_obs_beats_the_others_in_layer_error(calibrated):
     error = {}
     for method in SINGLE:
-        statistics = calibrated(pipe, prompts, method)
-        report = obsdiff.prune(make_pipe(), "unstructured:0.5", method=method, statistics=statistics)
+        report = obsdiff.prune(make_pipe(), "unstructured:0.5", method=method, statistics=calibrated(method))
         error[method] = report.mean_layer_error
     assert error["admm"] < error["obs"] < error["sparsegpt"] < error["wanda"] < error["random"]
 
 
-def test_refit_is_an_option_for_every_method(prompts):
-    from tests.conftest import make_pipe
-
+def test_refit_is_an_option_for_every_method(calibrated):
     for method in SINGLE:
         reports = []
         for refit in (False, True):
-            pipe = make_pipe()
-            statistics = calibrated(pipe, prompts, method)
-            reports.append(obsdiff.prune(pipe, "unstructured:0.5", method=method, refit=refit, statistics=statistics))
+            asked = {"method": method, "refit": refit, "statistics": calibrated(method)}
+            reports.append(obsdiff.prune(make_pipe(), "unstructured:0.5", **asked))
         off, on = reports
         assert METHODS[method].centred or all(torch.equal(off.masks[name], on.masks[name]) for name in off.masks)
         assert on.mean_layer_error < off.mean_layer_error
 
 
 def test_packages_recalibrate_with_earlier_layers_pruned(prompts):
-    from tests.conftest import make_pipe
-
     pipe = make_pipe()
     passes, dense = [], model_hash(pipe.transformer)
 
@@ -139,8 +142,6 @@ def test_packages_are_contiguous_and_near_equal(pipe):
 
 
 def test_same_seed_same_masks_whatever_the_batch(prompts):
-    from tests.conftest import make_pipe
-
     masks = []
     for batch_size in (1, 3):
         pipe = make_pipe()
@@ -225,8 +226,6 @@ def test_pruning_twice_needs_to_be_asked_for(pipe, prompts, images, pattern):
 
 
 def test_structured_twice_describes_all_shapes(prompts, images, tmp_path):
-    from tests.conftest import make_pipe
-
     pipe = make_pipe()
     obsdiff.prune(pipe, "structured:heads=0.5,ffn=0", method="magnitude")
     report = obsdiff.prune(pipe, "structured:heads=0,ffn=0.5", method="magnitude", prune_again=True)

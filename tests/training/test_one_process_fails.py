@@ -9,6 +9,7 @@ from tests.training.common import ROOT, arguments
 from tests.training.test_several_processes import TORCHRUN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where, process", [("obsdiff.training.stage.prune_stage", 1)])
 def test_an_error_of_one_process_ends_all_with_one_message(pipe_folder, tmp_path, where, process):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

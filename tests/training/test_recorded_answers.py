@@ -67,10 +67,10 @@ def losses(kind, folder, tmp_path, prompts, objective, dropout):
 CASES = [
     ("sd3", OUTPUT, 0.5),
     ("sd3", GUIDED, 0.0),
-    ("ddpm", OUTPUT, 0.5),  # told nothing
+    pytest.param("ddpm", OUTPUT, 0.5, marks=pytest.mark.slow),  # told nothing
     ("dit", OUTPUT, 0.5),  # a learned variance; the negative rows come last
     ("wan22", GUIDED, 0.0),  # two denoisers, and the negative prompt has a call of its own
-    ("z-image", OUTPUT, 0.5),  # answers in a list
+    pytest.param("z-image", OUTPUT, 0.5, marks=pytest.mark.slow),  # answers in a list
 ]
 
 

@@ -62,10 +62,8 @@ FSDP = (
 )
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [pytest.param(("--trainer.strategy=ddp",), id="ddp", marks=pytest.mark.slow), pytest.param(FSDP, id="fsdp2")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [("--trainer.strategy=ddp",), FSDP], ids=["ddp", "fsdp2"])
 def test_zeros_survive_two_processes(pipe_folder, tmp_path, strategy):
     extra = (*strategy, "--trainer.devices=2", *EMA)
     run_two(ROOT / "train.py", "fit", *arguments(pipe_folder, tmp_path / "run", *extra))
