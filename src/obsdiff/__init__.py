@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from obsdiff.pruning.lora import load_lora
     from obsdiff.pruning.oneshot import prune
     from obsdiff.pruning.report import PruneReport
+    from obsdiff.pruning.stream import stream
 
 _HOME = {
     "NM": "obsdiff.obs.pattern",
@@ -43,6 +44,7 @@ _HOME = {
     "prune": "obsdiff.pruning.oneshot",
     "sample": "obsdiff.evaluation.sampling",
     "save_pipeline": "obsdiff.pruning.folder",
+    "stream": "obsdiff.pruning.stream",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "prune",
     "sample",
     "save_pipeline",
+    "stream",
 ]
 
 

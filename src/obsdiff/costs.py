@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 BACKWARD = 2  # a backward pass costs twice its forward pass, weights and activations once each
+STREAMED = 3  # passes of a streamed calibration: recording, measuring, and going on through the pruned stages
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
     """
     times, settings = manifest.get("time_s", {}), manifest.get("statistics") or {}
     halves = 2 if (settings.get("guidance_scale") or 0) > 1 else 1
-    calls = manifest.get("packages", 1) * settings.get("num_prompts", 0) * (settings.get("steps") or 0)
+    packages = STREAMED if manifest.get("streamed") else manifest.get("packages", 1)
+    calls = packages * settings.get("num_prompts", 0) * (settings.get("steps") or 0)
     depth = manifest.get("depth") or {}
     allocation = manifest.get("allocation") or {}
     scan, stages = allocation.get("scan", {}), allocation.get("stages", {})
     own = settings.get("gradients") or settings.get("gates") or {}
     passes = calls if own.get("inputs", True) else 0
-    rows = manifest.get("packages", 1) * own.get("rows", 0)
+    rows = packages * own.get("rows", 0)
 
     def cost(stage: str, calls: float) -> Cost:
         wall_s = float(times.get(stage, 0.0))

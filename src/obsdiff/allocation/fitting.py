@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from obsdiff.pruning.folder import PIPELINE, run_folder
 from obsdiff.pruning.manifest import read_manifest
 from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solving, memory_plan
 from obsdiff.pruning.options import PruneOptions
-from obsdiff.pruning.plan import Plan, packages_of
+from obsdiff.pruning.plan import Plan, packages_of, stages_of
 from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, products_per_s, time_plan
 
 MOST_PACKAGES = 16  # tried; each is a whole calibration pass
@@ -80,18 +81,21 @@ class _Work:
     solving: Solving
     scan: Scan | None
     on_host: bool
+    recorded: int
 
     def memory(self, prompts: int, images: int, packages: int) -> MemoryPlan:
         """With these batches and so many packages."""
         stored = self.statistics is not None
         if stored or not self.plan.entries:
             passes: Any = [[site.name for site in sites_of(self.subject.graph, self.plan, stored)]]
+        elif self.options.calibration.streamed:
+            passes = stages_of(self.subject.graph, self.plan)
         else:
             passes = packages_of(self.subject.graph, self.plan, packages)
         return memory_plan(
             self.shapes,
             self.solving,
-            Batches(prompts, images, tuple(map(tuple, passes))),
+            Batches(prompts, images, tuple(map(tuple, passes)), self.recorded),
             prompts=self.options.calibration.num_prompts,
             images=self.options.evaluation.num_images,
             on_host=self.on_host,
@@ -168,7 +172,10 @@ def _planned(
     shapes = shapes_of(subject, plan, calls, stored, max(imports, 0) + RUN_BYTES)
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics))
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
-    work = _Work(subject, plan, options, statistics, shapes, solving, scan, torch.device(device).type == "cpu")
+    made = settings.num_prompts * steps * (2 if _asks_twice(subject, call) else 1)
+    recorded = made * (calls.arguments + calls.waiting) if settings.streamed else 0
+    on_host = torch.device(device).type == "cpu"
+    work = _Work(subject, plan, options, statistics, shapes, solving, scan, on_host, recorded)
     memory, chosen = _fit(work, room)
     spent = None
     if torch.device(device).type == "cpu" or torch.cuda.is_available():
@@ -186,6 +193,13 @@ def _planned(
     if options.evaluation.measures:
         notes.append("networks that measure images are not counted")
     return Planned(chosen, memory, spent, settings.num_prompts, steps, shapes, tuple(notes)), work
+
+
+def _asks_twice(subject: Subject, call: Mapping[str, Any]) -> bool:
+    """Whether the pipeline asks for the negative prompt in a call of its own."""
+    accepted = inspect.signature(type(subject.pipe).__call__).parameters
+    scale = "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"  # else it is told to the denoiser
+    return subject.family.guidance == "calls" and (call.get(scale) or 0) > 1
 
 
 def _fit(work: _Work, room: Room) -> tuple[MemoryPlan, PruneOptions]:
@@ -216,7 +230,7 @@ def _with(options: PruneOptions, prompts: int, images: int, packages: int, least
 def _may_split(work: _Work) -> bool:
     """Whether sites may be measured in several passes: nobody said how many, and one calibration is not needed."""
     asked, once = work.options.calibration.packages, calibrates_once(work.options, work.statistics)
-    return asked is None and not once and work.solving.measured
+    return asked is None and not once and not work.recorded and work.solving.measured
 
 
 def _halves(given: int) -> Iterator[int]:

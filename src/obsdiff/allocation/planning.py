@@ -31,8 +31,7 @@ def rule_of(options: PruningOptions) -> str:
     """
     if options.allocation is not None:
         return options.allocation
-    passes = options.calibration.packages or 1
-    if options.plan is not None or passes > 1:
+    if options.plan is not None or options.calibration.streamed or (options.calibration.packages or 1) > 1:
         return "uniform"
     request = parse_request(options.pattern)
     pattern, units = of_layers(request), of_units(request)
@@ -58,7 +57,8 @@ def packages_for(options: PruningOptions, statistics: Path | None) -> int:
     """Calibration passes: as asked, else the method's own where it can be calibrated anew, else one."""
     if options.calibration.packages is not None:
         return options.calibration.packages
-    return 1 if calibrates_once(options, statistics) else find_method(options.method).packages
+    once = options.calibration.streamed or calibrates_once(options, statistics)
+    return 1 if once else find_method(options.method).packages
 
 
 def calibrates_once(options: PruningOptions, statistics: Path | None) -> bool:
@@ -100,17 +100,21 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
     """
     check_values(options)
     pattern = of_layers(pattern_of(options))
-    packages = packages_for(options, statistics)
+    packages, streamed = packages_for(options, statistics), options.calibration.streamed
+    if streamed and options.calibration.packages is not None:
+        raise UserError("a streamed calibration goes stage by stage; leave out --calibration.packages")
     if pattern is None and (statistics is not None or sensitivity is not None):
         name = "statistics" if statistics is not None else "sensitivity"
         raise UserError(f"{pattern_of(options)} alone keeps no {name}; leave out --{name}, or add a pattern")
     if pattern is not None:
-        check_solving(pattern, solve_options(options), packages)
+        check_solving(pattern, solve_options(options), packages, streamed)
     rule = rule_of(options)
-    if packages > 1 and statistics is not None:
+    if (packages > 1 or streamed) and statistics is not None:
+        what = "a streamed calibration measures" if streamed else "several packages calibrate"
+        other = "leave out --calibration.streamed" if streamed else "use --calibration.packages 1"
         raise UserError(
-            "several packages calibrate with earlier layers pruned, which a statistics folder cannot hold; "
-            "leave out --statistics or use --calibration.packages 1"
+            f"{what} with earlier layers pruned, which a statistics folder cannot hold; "
+            f"leave out --statistics or {other}"
         )
     if options.plan is not None:
         chosen = options.include or options.exclude or options.spare_blocks is not None
@@ -119,8 +123,9 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
                 "a plan names its layers and their patterns; leave out allocation, budget, limits, include, exclude "
                 "and spare_blocks, or the plan"
             )
-    if packages > 1 and allocates(options):
-        raise UserError("an allocation goes by one calibration of the dense model; use --calibration.packages 1")
+    if (packages > 1 or streamed) and allocates(options):
+        other = "leave out --calibration.streamed" if streamed else "use --calibration.packages 1"
+        raise UserError(f"an allocation goes by one calibration of the dense model; {other}, or give its plan.yaml")
     scanned = replace(options.scan, triples=None) if depth_of(options) is not None else options.scan
     if rule != "measured" and (scanned != ScanOptions() or sensitivity is not None):
         raise UserError("sensitivity and scan options belong to --allocation measured")

@@ -154,6 +154,7 @@ def _check_depth(depth: Depth, options: PruningOptions) -> None:
     given = options.calibration
     told += [f"calibration.{k}" for k in ("tokens", "damping") if getattr(given, k) != getattr(calibration, k)]
     told += ["calibration.packages"] if (given.packages or 1) > 1 else []
+    told += ["calibration.streamed"] if given.streamed else []
     told += ["scan.levels"] if options.scan.levels is not None else []
     told += ["scan.by"] if options.scan.by != default.scan.by else []
     told += ["dead remove"] if options.dead == "remove" else []

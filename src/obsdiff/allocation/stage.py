@@ -47,6 +47,7 @@ from obsdiff.pruning.planfile import fitted_plan, kinds_of
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.shorten import prune_shorter, stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
+from obsdiff.pruning.stream import stream
 from obsdiff.pruning.vectors import checked_rank
 
 HELD_OUT = 16  # prompts of the other set on which ranks are tried
@@ -206,23 +207,10 @@ def _calibrated(
 ) -> Statistics:
     """The statistics that the options ask for, at some sites (None: all). A folder keeps the inputs of all, since it
     serves every pattern and method; what it does not keep is measured for these alone."""
-    settings, wanted = options.calibration, needs_for(options, kept.statistics)
+    settings, wanted = _settings(options, kept.statistics), needs_for(options, kept.statistics)
 
     def measure(sites: set[str] | None, store: Path | None, needs: Collection[str]) -> Statistics:
-        return calibrate(
-            subject,
-            prompts,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            weighting=weighting_of(options, kept.statistics),
-            tokens=settings.tokens,
-            batch_size=settings.batch_size,
-            seed=options.seed,
-            store=store,
-            sites=sites,
-            needs=needs,
-            quiet=kept.quiet,
-        )
+        return calibrate(subject, prompts, **settings, store=store, sites=sites, needs=needs, quiet=kept.quiet)
 
     if kept.statistics is None:
         return measure(sites, None, wanted)
@@ -232,6 +220,13 @@ def _calibrated(
     own = measure(sites, None, wanted & PASSES)
     spent = {**found.time_s, "calibrate": found.time_s["calibrate"] + own.time_s["calibrate"]}
     return replace(found, gradients=own.gradients, gates=own.gates, time_s=spent)
+
+
+def _settings(options: PruningOptions, statistics: Path | None) -> dict[str, Any]:
+    """Of a calibration, as the options ask for it."""
+    settings = options.calibration
+    named = {name: getattr(settings, name) for name in ("steps", "guidance_scale", "tokens", "batch_size")}
+    return {**named, "weighting": weighting_of(options, statistics), "seed": options.seed}
 
 
 def _prune_layers(
@@ -245,6 +240,8 @@ def _prune_layers(
         return _calibrated(subject, options, prompts, kept, sites)
 
     found: Any = measure if measures(options, statistics) else None
+    if found is not None and options.calibration.streamed:
+        found = stream(subject, prompts, **_settings(options, None), needs=needs_for(options, None), quiet=quiet)
     ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
     if allocates(options) or statistics is not None or (ranked and packages_for(options, statistics) == 1):
         found = measure(plan.sites(graph))
@@ -263,7 +260,7 @@ def _prune_layers(
         method=options.method,
         statistics=found,
         refit=options.refit,
-        packages=packages_for(options, statistics),
+        packages=None if options.calibration.streamed else packages_for(options, statistics),
         seed=options.seed,
         damping=options.calibration.damping,
         fusion=options.fusion,
@@ -365,14 +362,15 @@ def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts:
     call = call_arguments(pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
     steps = int(call.get("num_inference_steps") or 1)
     if measures(options, statistics):
-        packages = packages_for(options, statistics)
-        passes = len(packages_of(graph, plan, packages))
+        passes = len(packages_of(graph, plan, packages_for(options, statistics)))
+        how = f"{passes} pass{'es' if passes > 1 else ''}"
+        if settings.streamed:
+            passes, how = len({site.stage for site in chosen}), "stage by stage"
         lines.append(
-            f"calibration: {num_prompts} prompts x {steps} steps, guidance {call.get('guidance_scale')}, "
-            f"{passes} pass{'es' if passes > 1 else ''}; "
+            f"calibration: {num_prompts} prompts x {steps} steps, guidance {call.get('guidance_scale')}, {how}; "
             + _memory(graph, chosen, needs_for(options, statistics), passes)
         )
-        lines += departures(options.method, {"weighting": weighting_of(options, statistics)}, packages)
+        lines += departures(options.method, {"weighting": weighting_of(options, statistics)}, passes)
     if rule_of(options) == "measured":
         lines.append(describe_scan(graph, plan, options, num_prompts, steps))
     if (options.budget or "").startswith("latency:"):

@@ -241,6 +241,7 @@ def _kept(unit: Unit, dense: Dense, prompts: Sequence[str]) -> tuple[Path | None
     measured.append(weighting_of(options, None))
     needs = needs_for(options, None)
     alone = packages_for(options, None) == 1 and bool(needs - PASSES)  # no store holds gradients or gates
+    alone = alone and not options.calibration.streamed
     store = dense.shared / f"statistics-{digest(measured)[:16]}" if alone else None
     if rule_of(options) != "measured":
         return store, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from obsdiff.errors import UserError
 from obsdiff.evaluation.sampling import as_images
 from obsdiff.models.calls import remembered_call
 from obsdiff.models.conditioning import asked_for, encode_prompts
+from obsdiff.models.denoisers import parts_of
 from obsdiff.models.graph import Site
 from obsdiff.models.live import Live, live_in
 from obsdiff.models.modes import eval_mode
@@ -40,6 +42,8 @@ class CallShapes:
         made: All that the denoiser makes in the call, which a backward pass keeps.
         arguments: What the denoiser is given.
         stage: The most that one of its stages is given.
+        waiting: What a call that was broken off between two stages holds of their answers: of stages that run one after
+            the other the largest, of others all.
         tokens: By site, the rows of it.
         rows: Of the call: two with guidance.
         operations: Of torch, in the call.
@@ -55,6 +59,7 @@ class CallShapes:
     made: int
     arguments: int
     stage: int
+    waiting: int
     tokens: Mapping[str, int]
     rows: int
     operations: int
@@ -81,6 +86,7 @@ def call_shapes(
     named = remembered_call(pipe, call)
     tokens: dict[str, int] = {}
     given: list[int] = [0]
+    answered: dict[str, int] = {}
     device = next(subject.denoiser.parameters()).device
     seen = _observers(subject, sites, observer, device)
 
@@ -89,18 +95,25 @@ def call_shapes(
         tokens.setdefault(name, rows.shape[1])
         seen[name].add(rows, 1.0)
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def leave(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
         given.append(_bytes([*args, *kwargs.values()]))
+        answered[name] = _bytes(answer)
 
     def lives() -> list[Live]:
         return [live_in(partial(subject.components[name], **arguments)) for name, arguments in named.items()]
 
     try:
         with eval_mode(pipe):
-            stages = [subject.graph.layer(name) for name in subject.graph.stages]
-            with _hooked([(stage, enter) for stage in stages], with_kwargs=True):
+            hooks = [
+                subject.graph.layer(name).register_forward_hook(partial(leave, name), with_kwargs=True)
+                for name in subject.graph.stages
+            ]
+            with _removed(hooks):
                 plain = lives()
-            with _hooked([(subject.graph.layer(site.name), partial(see, site.name)) for site in sites]):
+            hooks = [
+                subject.graph.layer(site.name).register_forward_pre_hook(partial(see, site.name)) for site in sites
+            ]
+            with _removed(hooks):
                 observed = lives()
     except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -117,6 +130,7 @@ def call_shapes(
         max(live.made for live in plain),
         max(sum(_bytes(value) for value in flattened(arguments).values()) for arguments in named.values()),
         max(given),
+        max(_waiting(answered, prefix, subject.trace.chains) for prefix in parts_of(subject.denoiser)),
         tokens,
         len(first[subject.family.sample]),
         plain[0].operations,
@@ -125,13 +139,13 @@ def call_shapes(
 
 
 @contextmanager
-def _hooked(hooks: Sequence[tuple[nn.Module, Callable[..., None]]], with_kwargs: bool = False) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=with_kwargs) for module, hook in hooks]
+def _removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are gone afterwards."""
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _observers(subject: Subject, sites: Sequence[Site], observer: str, device: torch.device) -> dict[str, Observer]:
@@ -166,6 +180,17 @@ def _around(subject: Subject, call: Mapping[str, Any], drawn: bool) -> tuple[int
 def _told(subject: Subject) -> list[str]:
     """A prompt that the pipeline takes."""
     return [subject.family.example]
+
+
+def _waiting(answered: Mapping[str, int], prefix: str, chains: Collection[str]) -> int:
+    """Of one denoiser. Lists inside other blocks are counted whole: those hand answers on, as skip connections do."""
+    largest: dict[str, int] = {}
+    for name, size in answered.items():
+        if name.startswith(prefix):
+            of = name.rpartition(".")[0]
+            key = of if of in chains and "." not in of.removeprefix(prefix) else name
+            largest[key] = max(size, largest.get(key, 0))
+    return sum(largest.values())
 
 
 def _bytes(value: Any) -> int:

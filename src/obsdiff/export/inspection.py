@@ -45,7 +45,8 @@ def _run(folder: Path, manifest: dict[str, Any]) -> str:
     if statistics := manifest["statistics"]:
         header.append(
             f"calibrated on {statistics['num_prompts']} prompts, {statistics['steps']} steps, guidance "
-            f"{statistics['guidance_scale']}, {statistics['weighting']} weights, {manifest['packages']} pass(es)"
+            f"{statistics['guidance_scale']}, {statistics['weighting']} weights, "
+            + ("stage by stage" if manifest.get("streamed") else f"{manifest['packages']} pass(es)")
         )
     done = [*depth_rows(manifest), *dead_rows(manifest), *reconstruction_rows(manifest)]
     header += [f"{name}: {text}" for name, text in done]

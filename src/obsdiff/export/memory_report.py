@@ -29,11 +29,12 @@ def full_plan(planned: Planned) -> str:
     memory, batches = planned.memory, planned.memory.batches
     options = planned.options
     passes = len(batches.packages)
+    how = "stage by stage" if batches.recorded else f"{passes} pass{'es' if passes > 1 else ''}"
     lines = [
         f"{options.pipeline}: {options.plan or options.pattern} by {options.method}, planned without weights",
         "",
-        f"calibration: {planned.prompts} prompts x {planned.steps} steps in batches of {batches.prompts}, {passes} "
-        f"pass{'es' if passes > 1 else ''}; evaluation: 2 x {options.evaluation.num_images} images in batches of "
+        f"calibration: {planned.prompts} prompts x {planned.steps} steps in batches of {batches.prompts}, {how}; "
+        f"evaluation: 2 x {options.evaluation.num_images} images in batches of "
         f"{batches.images}",
         "weights: " + ", ".join(f"{name} {bytes_text(size)}" for name, size in planned.shapes.weights.items()),
         "",

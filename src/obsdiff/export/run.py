@@ -226,6 +226,7 @@ def _report(
             "steps": measured["steps"],
             "guidance_scale": measured["guidance_scale"],
             "packages": done.packages,
+            "streamed": done.streamed,
             "tokens": settings.tokens,
             "weighting": measured["weighting"],
             "damping": settings.damping,

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from obsdiff.models.nested import copied_to, tensors_in
+
 KEPT_BYTES = 2**31  # of what the text encoders gave; what is more is encoded again
 
 _KEPT = "obsdiff_texts"  # on the pipeline: what its text encoders gave
@@ -33,28 +35,14 @@ def texts_kept(pipe: Any) -> Iterator[None]:
         key = repr((args, sorted(given.items()), states))
         if key not in kept:
             found = encode(*args, **given)
-            kept_bytes = sum(tensor.nbytes for value in kept.values() for tensor in _tensors(value))
-            if kept_bytes + sum(tensor.nbytes for tensor in _tensors(found)) > KEPT_BYTES:
+            kept_bytes = sum(tensor.nbytes for value in kept.values() for tensor in tensors_in(value))
+            if kept_bytes + sum(tensor.nbytes for tensor in tensors_in(found)) > KEPT_BYTES:
                 return found
-            kept[key] = _on(found, "cpu")
-        return _on(kept[key], pipe._execution_device)
+            kept[key] = copied_to(found, "cpu")
+        return copied_to(kept[key], pipe._execution_device)
 
     pipe.encode_prompt = remembered
     try:
         yield
     finally:
         del pipe.encode_prompt
-
-
-def _on(value: Any, device: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)  # the pipeline may write into its own
-    return type(value)(_on(inner, device) for inner in value) if isinstance(value, tuple | list) else value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _tensors(inner)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from obsdiff.errors import UserError
 from obsdiff.models.graph import prunable, stages_of, walk
 from obsdiff.models.modes import eval_mode
+from obsdiff.models.nested import tensors_in
 
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, ArithmeticError)
 
@@ -101,10 +102,10 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
                 known.append(name)
 
     def enter(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        visits.append((name, {memory(x) for x in _tensors([args, kwargs])}, set()))
+        visits.append((name, {memory(x) for x in tensors_in([args, kwargs])}, set()))
 
     def leave(name: str, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
-        next(out for at, _, out in reversed(visits) if at == name).update(memory(x) for x in _tensors(output))
+        next(out for at, _, out in reversed(visits) if at == name).update(memory(x) for x in tensors_in(output))
 
     with _hooks() as handles:
         for name, module in layers.items():
@@ -176,17 +177,6 @@ def _chains(visits: Sequence[tuple[str, set[int], set[int]]]) -> Iterator[str]:
             yield name
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _tensors(inner)
-
-
 @contextmanager
 def _hooks() -> Iterator[list[Any]]:
     handles: list[Any] = []
@@ -224,7 +214,7 @@ def dead_layers(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]], laye
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            outputs = [x for answer in run(denoiser, call) for x in _tensors(_plain(answer)) if x.requires_grad]
+            outputs = [x for answer in run(denoiser, call) for x in tensors_in(_plain(answer)) if x.requires_grad]
             total = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs)
             named = list(amounts.items())
             if not isinstance(total, Tensor):  # no output depends on any of them

@@ -88,7 +88,7 @@ def calibrate(
     subject = subject_of(pipe, prompts)
     call = call_arguments(subject.pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     settings = Settings(call, seed, weighting, tokens, batch_size)
-    _check(settings, prompts)
+    check_settings(settings, prompts)
     observer, slope = observer_for(needs), gradient_for(needs)
     wanted = {needs} if isinstance(needs, str) else set(needs)
     inputs = wanted - PASSES
@@ -151,8 +151,8 @@ def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -
     prompts, settings = request.prompts, request.settings
     told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, settings.call)
     _measure(subject, chosen, told, settings, statistics, partial_store, request.quiet or rank() > 0)
-    _add_up_processes(statistics, chosen)
-    _check_measured(chosen, statistics)
+    add_up_processes(statistics, chosen)
+    check_measured(chosen, statistics)
     if store is None:
         return statistics
     if rank() == 0:
@@ -162,7 +162,7 @@ def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -
     return open_statistics(store)  # read back site by site, so that memory holds one Hessian at a time
 
 
-def _check(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
+def check_settings(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
     timestep_weights(settings.weighting, 1)
     check_prompts(prompts)
     if settings.tokens is not None:
@@ -235,7 +235,7 @@ def _measure(
                 saved = time.perf_counter()
 
 
-def _add_up_processes(statistics: Statistics, sites: Sequence[Site]) -> None:
+def add_up_processes(statistics: Statistics, sites: Sequence[Site]) -> None:
     """Replace every process's sums by those over all of them, so that they all know the same."""
     if world_size() == 1:
         return
@@ -246,7 +246,7 @@ def _add_up_processes(statistics: Statistics, sites: Sequence[Site]) -> None:
     statistics.time_s = {key: max(times[key] for _, times in everyone) for key in statistics.time_s}
 
 
-def _check_measured(sites: Sequence[Site], statistics: Statistics) -> None:
+def check_measured(sites: Sequence[Site], statistics: Statistics) -> None:
     for site in sites:
         found = statistics.sites[site.name]
         if found.num_tokens == 0:

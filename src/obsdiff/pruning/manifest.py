@@ -64,6 +64,7 @@ class Manifest(BaseModel):
     refit: bool
     seed: int
     packages: Annotated[int, Field(ge=1)]
+    streamed: bool = False
     plan: dict[str, str]
     rule: str = "uniform"
     budget: str | None = None
@@ -104,6 +105,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "refit": report.refit,
         "seed": report.seed,
         "packages": report.packages,
+        "streamed": report.streamed,
         "plan": {name: str(pattern) for name, pattern in report.plan.entries.items()},
         "rule": report.plan.rule,
         "budget": report.plan.budget,

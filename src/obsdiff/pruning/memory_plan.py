@@ -147,12 +147,14 @@ class Batches:
     Attributes:
         prompts: Per call of a calibration.
         images: Per call of an evaluation.
-        packages: The sites of each calibration pass, by name.
+        packages: The sites of each calibration pass, or of each stage of a streamed one, by name.
+        recorded: Bytes of the calls that a streamed calibration holds, with what a stage has answered; 0: it is none.
     """
 
     prompts: int
     images: int
     packages: tuple[tuple[str, ...], ...]
+    recorded: int = 0
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,7 @@ def _moments(
     if images:
         yield Moment("drawing", weights | {"activations": drawing}, process | {"images": COPIES * drawn})
     host = process | {"images": drawn, "prompts": prompts * shapes.prompt if solving.measured else 0}
+    host |= {"recorded calls": batches.recorded} if batches.recorded else {}
     by_name = {site.name: site for site in shapes.sites}
     changed = masks = 0
     for number, names in enumerate(batches.packages, 1):
@@ -348,7 +351,7 @@ def _moments(
         so_far = weights | {"changed weights": changed}
         masked = host | {"masks": masks}
         if solving.measured and not solving.reused:
-            what = f"calibrating, pass {number} of {len(batches.packages)}"
+            what = f"calibrating, {'stage' if batches.recorded else 'pass'} {number} of {len(batches.packages)}"
             calling = shapes.observed * min(batches.prompts, prompts)
             saving = max(statistics_bytes(site, solving.gram) for site in sites) if solving.stored else 0
             writing = {"file": saving} if saving else {}

@@ -17,16 +17,18 @@ from obsdiff.models.info import info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.linalg import DAMPING
+from obsdiff.obs.observers import PASSES
 from obsdiff.obs.pattern import RANK, Depth, Hybrid, Pattern, of_units, parse_request
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.pruning.apply import Job, apply_package
 from obsdiff.pruning.defaults import departures, pattern_by
 from obsdiff.pruning.layers import SolveOptions
-from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks
+from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks, stages_of
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.shorten import prune_shorter
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
+from obsdiff.pruning.stream import Stream
 from obsdiff.pruning.surgery import become_shrunk, shrunk_config, undone_on_error, zero_share
 
 ZEROED = 0.01  # more exact zeros in a layer than this were put there
@@ -60,9 +62,9 @@ def prune(
             names them, which :func:`obsdiff.allocate` makes of "depth:2".
         method: One of :data:`obsdiff.criteria.METHODS`.
         statistics: From :func:`obsdiff.calibrate`; or a function that calibrates the sites it is given, called once
-            per package. Methods that look at weights alone (magnitude, l1, random) need none; with it their layer
-            errors are reported. Those that go by gradients (taylor, diff-pruning) or gates (ecodiff) need a calibration
-            made for them.
+            per package; or from :func:`obsdiff.stream`, which goes through the denoiser stage by stage. Methods that
+            look at weights alone (magnitude, l1, random) need none; with it their layer errors are reported. Those that
+            go by gradients (taylor, diff-pruning) or gates (ecodiff) need a calibration made for them.
         refit: Least squares on what is kept; None takes the method's default (on for obs and admm).
         include, exclude, spare_blocks: See :func:`obsdiff.pruning.plan.make_plan`.
         packages: Calibration passes; later layers are calibrated with earlier ones pruned (OBS-Diff §4.2). Needs a
@@ -100,8 +102,12 @@ def prune(
         )
     pattern = asked
     options = SolveOptions(method, refit, seed, damping, fusion)
+    streamed = isinstance(statistics, Stream)
     if packages is None:
-        packages = find_method(method).packages if callable(statistics) and not isinstance(pattern, Hybrid) else 1
+        anew = callable(statistics) and not streamed and not isinstance(pattern, Hybrid)
+        packages = find_method(method).packages if anew else 1
+    elif streamed:
+        raise UserError("a stream goes stage by stage; leave out packages")
     _check(pattern, options, statistics, packages)
     if given is not None and (include or exclude or spare_blocks is not None):
         raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
@@ -113,16 +119,19 @@ def prune(
     else:
         plan = fitted_plan(given, graph)
     subject.check(plan.layers(graph))
+    if isinstance(statistics, Stream) and not statistics.runs(subject):
+        raise UserError("the stream is of another pipeline; make one of this one")
     if not prune_again:
         refuse_pruned(graph, info_of(subject.pipe).manifest)
     if isinstance(statistics, Statistics):
         check_measured_on(statistics, graph.denoiser)
         check_serves(statistics, needed(pattern, options), f"method {method}")
-    report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages)
+    report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages, streamed=streamed)
     report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
+    passes = stages_of(graph, plan) if streamed else packages_of(graph, plan, packages)
     with undone_on_error() as edits:
         job = Job(edits, graph, plan, options, report, quiet)
-        for package in packages_of(graph, plan, packages):
+        for package in passes:
             found = statistics(set(package)) if callable(statistics) else statistics
             if report.model is None:  # the first package: still dense
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
@@ -138,7 +147,7 @@ def prune(
             report.shrunk = shrunk_config(graph, plan.modules)
             become_shrunk(edits, graph.denoiser, report.shrunk)
         count_parameters(graph.denoiser, report)
-    report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, packages)]
+    report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, len(passes))]
     if report.fingerprint is not None and not report.layer_error:
         what = "only the diagonal of H was" if found is not None and found.inputs else "no layer inputs were"
         report.notes.append(f"{what} measured, so there are no layer errors")
@@ -174,7 +183,7 @@ def zeroed_layers(graph: Graph) -> dict[str, float]:
     return {layer: share for layer, share in shares.items() if share > ZEROED}
 
 
-def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: int = 1) -> None:
+def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: int = 1, streamed: bool = False) -> None:
     """Refuse what no statistics can make possible.
 
     Raises:
@@ -191,8 +200,16 @@ def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: in
             f"method {options.method} removes whole heads, neurons and channels, no single weights; use it with "
             f"structured:RATIO, or another method with {pattern}"
         )
-    if isinstance(pattern, Hybrid) and packages > 1:
-        raise UserError(f"{pattern} goes by one calibration of the dense model; use --calibration.packages 1")
+    if isinstance(pattern, Hybrid) and (packages > 1 or streamed):
+        instead = "leave out --calibration.streamed" if streamed else "use --calibration.packages 1"
+        raise UserError(f"{pattern} goes by one calibration of the dense model; {instead}")
+    if streamed and units is not None and units.rank is not None:
+        raise UserError(f"{pattern}: ranks are checked on the dense model's vectors; leave out --calibration.streamed")
+    if streamed and (own := method.needs & PASSES):
+        what = ", ".join(sorted(own))
+        raise UserError(
+            f"method {options.method} goes by {what} of the whole denoiser; leave out --calibration.streamed"
+        )
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     check_number("calibration.damping", options.damping, 0.0)
@@ -203,7 +220,7 @@ def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: in
 def _check(
     pattern: Pattern | Hybrid, options: SolveOptions, statistics: Statistics | Calibrate | None, packages: int
 ) -> None:
-    check_solving(pattern, options, packages)
+    check_solving(pattern, options, packages, isinstance(statistics, Stream))
     if not (statistics is None or isinstance(statistics, Statistics) or callable(statistics)):
         raise UserError(
             f"statistics are a {type(statistics).__name__}; give what obsdiff.calibrate returns (it opens a store too)"

@@ -23,6 +23,8 @@ class CalibrationOptions:
         batch_size: Prompts per pipeline call; changes speed and memory only.
         packages: Calibration passes; later layers are measured with earlier ones pruned. Default: 4 for obs-diff as
             published, unless statistics are kept or an allocation needs one calibration; 1 for the others.
+        streamed: Go through the denoiser stage by stage: its calls are recorded once, and each stage is measured on
+            what the pruned ones before it make of them. Holds the statistics of one stage, and the recorded calls.
         tokens: Tokens drawn of each sequence at each call; default: all.
         weighting: Timestep weights: log_decrease, log_increase, linear_decrease, linear_increase or uniform.
             Default: that of the stored statistics, else the method's own (uniform for sparsegpt, log_decrease for
@@ -37,6 +39,7 @@ class CalibrationOptions:
     guidance_scale: float | None = None
     batch_size: int = 4
     packages: int | None = None
+    streamed: bool = False
     tokens: int | None = None
     weighting: str | None = None
     damping: float = 0.01

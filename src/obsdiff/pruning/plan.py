@@ -310,12 +310,9 @@ def kept_units(group: Group, pattern: Structured) -> int:
     return pattern.kept(group.kind, group.count)
 
 
-def packages_of(graph: Graph, plan: Plan, packages: int) -> list[list[str]]:
-    """Cut the plan's sites into ``packages`` contiguous near-equal runs, in the order of a forward pass.
-
-    The first packages are one site larger where it does not divide (OBS-Diff §4.2). More packages than sites give one
-    site each. Sites of groups that are cut in one go (heads fused over two streams) stay in one package.
-    """
+def joint_sites(graph: Graph, plan: Plan) -> list[list[str]]:
+    """The plan's sites in the order of a forward pass, those of groups that are cut in one go (heads fused over two
+    streams) together."""
     needed = plan.sites(graph)
     together = {
         graph.site_of[s.layer].name: i
@@ -327,7 +324,24 @@ def packages_of(graph: Graph, plan: Plan, packages: int) -> list[list[str]]:
     for site in (*graph.vectors, *graph.sites):
         if site.name in needed:
             of_unit.setdefault(together.get(site.name, site.name), []).append(site.name)
-    units = list(of_unit.values())
+    return list(of_unit.values())
+
+
+def stages_of(graph: Graph, plan: Plan) -> list[list[str]]:
+    """The plan's sites, those of one stage together, in the order of a forward pass."""
+    found: dict[int, list[str]] = {}
+    for names in joint_sites(graph, plan):
+        found.setdefault(min(graph.site_of[name].stage for name in names), []).extend(names)
+    return [found[stage] for stage in sorted(found)]
+
+
+def packages_of(graph: Graph, plan: Plan, packages: int) -> list[list[str]]:
+    """Cut the plan's sites into ``packages`` contiguous near-equal runs, in the order of a forward pass.
+
+    The first packages are one site larger where it does not divide (OBS-Diff §4.2). More packages than sites give one
+    site each. Sites of groups that are cut in one go stay in one package.
+    """
+    units = joint_sites(graph, plan)
     packages = min(packages, len(units))
     size, larger = divmod(len(units), packages)
     cuts = [0]

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from obsdiff.diffusion.distill import feature_loss
 from obsdiff.models.content import component_hash, tensor_bytes
 from obsdiff.models.denoisers import parts_of
 from obsdiff.models.modes import eval_mode
+from obsdiff.models.nested import copied_to, each_tensor, tensors_in
 from obsdiff.progress import track
 from obsdiff.pruning.finished import Finished, StageError
 from obsdiff.pruning.masks import apply_masks
@@ -134,7 +135,7 @@ def _key(models: Pair, calls: Sequence[Call], options: ReconstructionOptions, se
         digest.update(name.encode())
         add(mask)
     for call in calls:  # what is no tensor in the arguments, and the names of all
-        digest.update(repr((call.denoiser, call.rows, _each(dict(call.arguments), add))).encode())
+        digest.update(repr((call.denoiser, call.rows, each_tensor(dict(call.arguments), add))).encode())
     return digest.hexdigest()
 
 
@@ -145,7 +146,7 @@ def _example(denoiser: nn.Module, own: nn.Module, dense: nn.Module, like: nn.Mod
     """What a stage is given by the pruned prefix, and what it should answer; None if the call does not pass it."""
     given = _seen(denoiser, own, call)
     wanted = _seen(dense, like, call)
-    return None if given is None or wanted is None else (given[0], given[1], _tensors(wanted[2]))
+    return None if given is None or wanted is None else (given[0], given[1], list(tensors_in(wanted[2])))
 
 
 @torch.no_grad()
@@ -155,7 +156,7 @@ def _seen(model: nn.Module, stage: nn.Module, call: Call) -> tuple[tuple[Any, ..
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
         # a copy: a stage may write into its input's memory, and so may those behind it
-        found.append((_copied(args), _copied(kwargs), _copied(answer)))
+        found.append((copied_to(args, "cpu"), copied_to(kwargs, "cpu"), copied_to(answer, "cpu")))
         raise _Stop
 
     handle = stage.register_forward_hook(look, with_kwargs=True)
@@ -167,26 +168,6 @@ def _seen(model: nn.Module, stage: nn.Module, call: Call) -> tuple[tuple[Any, ..
     finally:
         handle.remove()
     return found[0] if found else None
-
-
-def _copied(value: Any) -> Any:
-    return _each(value, lambda tensor: tensor.detach().clone().cpu())
-
-
-def _each(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same nested value with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_each(inner, change) for inner in value)
-    if isinstance(value, dict):
-        return {key: _each(inner, change) for key, inner in value.items()}
-    return value
-
-
-def _tensors(answer: Any) -> list[Tensor]:
-    parts = answer if isinstance(answer, tuple | list) else (answer,)
-    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def _train(
@@ -240,8 +221,8 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def _loss(stage: nn.Module, example: Example) -> Tensor:
     """Of one call; examples wait in the host's memory."""
     device = next(stage.parameters()).device
-    args, kwargs, wanted = _each(example, lambda tensor: tensor.to(device))
-    return feature_loss(_tensors(stage(*args, **kwargs)), wanted, robust=False)
+    args, kwargs, wanted = each_tensor(example, lambda tensor: tensor.to(device))
+    return feature_loss(list(tensors_in(stage(*args, **kwargs))), wanted, robust=False)
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ class PruneReport:
         time_s: Seconds: "calibrate", "forward_only", "allocate", "solve", "reconstruct", "total".
         fingerprint: Of the statistics (with several packages, of the first ones), or None.
         shrunk: New shapes, or None.
-        packages: Calibration passes.
+        packages: Calibration passes; or
+        streamed: one, stage by stage (:mod:`obsdiff.pruning.stream`).
         model: Hash of the dense denoiser.
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
         notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
@@ -59,6 +60,7 @@ class PruneReport:
     fingerprint: Mapping[str, Any] | None = None
     shrunk: Mapping[str, Any] | None = None
     packages: int = 1
+    streamed: bool = False
     model: str | None = None
     allocation: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)

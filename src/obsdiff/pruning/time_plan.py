@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from obsdiff.costs import STREAMED
 from obsdiff.obs.refit import STEPS
 from obsdiff.pruning.memory_plan import SWEEPS, Batches, Shapes, Solving
 
@@ -94,7 +95,7 @@ def time_plan(shapes: Shapes, solving: Solving, batches: Batches, speed: Speed, 
     Hessian a Cholesky factor (n³ / 3), a sweep (R n²) and a refit (2 R n² a step, half of the steps that it may
     take)."""
     products = solve = 0.0
-    calls, passes = amount.prompts * amount.steps, len(batches.packages)
+    calls, passes = amount.prompts * amount.steps, STREAMED if batches.recorded else len(batches.packages)
     again = 1 + (amount.levels if amount.scan_calls else 0)
     for site in shapes.sites if solving.measured and solving.gram else ():
         n, rows = site.columns, site.groups * sum(site.rows)

@@ -43,7 +43,8 @@ def expected_costs(dense: Subject, options: PruningOptions | None, recording: Tr
             "guidance_scale": call.get("guidance_scale"),
         }
         flops = denoiser_flops(dense, call_arguments(dense.pipe))
-        costs = calibration_cost({"packages": packages_for(options, None), "statistics": request}, flops, world_size())
+        passes = {"packages": packages_for(options, None), "streamed": settings.streamed}
+        costs = calibration_cost({**passes, "statistics": request}, flops, world_size())
     return costs | ({} if recording is None else {"recording": _recorded(dense, recording)})
 
 

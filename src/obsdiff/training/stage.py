@@ -122,7 +122,8 @@ def start_from(
 
 def settled(options: PruningOptions) -> PruningOptions:
     """The options with what the method's row fills in."""
-    return replace(options, calibration=replace(options.calibration, packages=packages_for(options, None)))
+    packages = None if options.calibration.streamed else packages_for(options, None)
+    return replace(options, calibration=replace(options.calibration, packages=packages))
 
 
 def request_of(pipeline: str, options: PruningOptions) -> dict[str, Any]:

@@ -1,0 +1,302 @@
+"""Calibration stage by stage: calls recorded once on the dense pipeline's way, and carried through the pruned stages.
+
+A stage is measured on what the pruned stages before it make of the recorded calls, so that what they lost is seen by
+those behind them (as with packages, OBS-Diff 2510.06751 §4.2, and as GPTQ 2210.17323 and SparseGPT 2301.00774 go
+through a language model), while only the statistics of one stage are held, and the denoiser runs about three times in
+all: recording, measuring, going on.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.errors import UserError
+from obsdiff.models.calls import arguments_of
+from obsdiff.models.conditioning import Conditioning, encode_prompts
+from obsdiff.models.denoisers import parts_of
+from obsdiff.models.info import call_arguments
+from obsdiff.models.modes import eval_mode
+from obsdiff.models.nested import copied_to, each_tensor, tensors_in
+from obsdiff.models.subject import Subject, subject_of
+from obsdiff.obs.observers import PASSES, observer_for
+from obsdiff.progress import track
+from obsdiff.pruning.calibrate import add_up_processes, check_measured, check_settings
+from obsdiff.pruning.collect import Collector, collecting
+from obsdiff.pruning.fingerprint import Settings, fingerprint_of
+from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.trajectories import CallCounter, counted_calls, noise_seeds, run_trajectories, seen_calls
+from obsdiff.ranks import own_share, rank
+
+
+def stream(
+    pipe: Any,
+    prompts: Sequence[str] | Conditioning,
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    weighting: str = "log_decrease",
+    tokens: int | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    needs: Collection[str] = ("gram",),
+    quiet: bool = True,
+) -> Stream:
+    """A calibration that goes through the stages with :func:`obsdiff.prune`, as its ``statistics``.
+
+    Args:
+        pipe, prompts, steps, guidance_scale, weighting, tokens, batch_size, seed, needs, quiet: As for
+            :func:`obsdiff.calibrate`; what takes a pass of its own (gradients, gates) cannot be had.
+
+    Raises:
+        UserError: The settings are wrong, or the method goes by gradients or gates.
+    """
+    subject = subject_of(pipe, prompts)
+    call = call_arguments(subject.pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
+    settings = Settings(call, seed, weighting, tokens, batch_size)
+    check_settings(settings, prompts)
+    wanted = {needs} if isinstance(needs, str) else set(needs)
+    if wanted & PASSES:
+        raise UserError(f"{', '.join(sorted(wanted & PASSES))} are measured on the whole denoiser, not stage by stage")
+    fingerprint = fingerprint_of(subject, prompts, settings)
+    told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
+    return Stream(subject, told, settings, fingerprint, observer_for(wanted), quiet)
+
+
+@dataclass
+class _Call:
+    """A call of a denoiser as the dense pipeline made it, and what its stages have answered so far.
+
+    Attributes:
+        model: The denoiser, and
+        prefix: of its stages' names: "" for a single one.
+        arguments: By name, on the host.
+        part: The prompts of its batch.
+        step: Calls so far in this trajectory, step, and steps, as the counter told them.
+        answers: By stage, on the host; of those that nothing will read any more, shapes alone (on the meta device).
+    """
+
+    model: nn.Module
+    prefix: str
+    arguments: dict[str, Any]
+    part: slice
+    step: tuple[int, int, int]
+    answers: dict[str, Any] = field(default_factory=dict)
+
+    def passes(self, stages: Sequence[str]) -> bool:
+        """Whether any of the stages is its denoiser's."""
+        return any(stage.startswith(self.prefix) for stage in stages)
+
+
+class _Reached(Exception):
+    """The last stage that is asked about has run; nothing behind it has to."""
+
+
+class Stream:
+    """Statistics of one stage after the other, each measured on what the denoiser as it is now makes of the calls.
+
+    Attributes:
+        subject: The pipeline.
+        fingerprint: What the numbers depend on.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        told: Conditioning,
+        settings: Settings,
+        fingerprint: dict[str, Any],
+        observer: str,
+        quiet: bool,
+    ) -> None:
+        self.subject, self.fingerprint = subject, fingerprint
+        self._settings, self._observer, self._quiet = settings, observer, quiet or rank() > 0
+        self._share = own_share(len(told), settings.batch_size)
+        self._told = told[self._share]
+        self._seeds = noise_seeds(settings.seed, len(told))[self._share]
+        self._calls: list[_Call] | None = None
+        self._passing: frozenset[str] = frozenset()  # stages whose answers only the next one reads
+
+    def runs(self, subject: Subject) -> bool:
+        """Whether its calls are those of the same denoisers."""
+        return all(map(operator.is_, self.subject.components.values(), subject.components.values()))
+
+    @torch.no_grad()
+    def __call__(self, sites: Collection[str]) -> Statistics:
+        """Measure some sites on the denoiser as it is now.
+
+        Args:
+            sites: Of the stages that come next; never of one before those that were asked about already.
+
+        Raises:
+            UserError: Non-finite activations, a layer that saw no input, a denoiser that runs a stage twice.
+        """
+        started, graph = time.perf_counter(), self.subject.graph
+        chosen = [site for site in (*graph.vectors, *graph.sites) if site.name in sites]
+        statistics = Statistics(self.fingerprint, observer=self._observer)
+        counter = CallCounter(self.subject.pipe, self.subject.family.time)
+        with eval_mode(self.subject.pipe):
+            if self._calls is None:
+                self._calls = self._recorded()
+                self._passing = frozenset(self._found_passing(self._calls))
+            first, last = (of(site.stage for site in chosen) for of in (min, max))
+            with (
+                collecting(self.subject, chosen, self._told, self._settings, statistics, counter) as collector,
+                _answering(graph.denoiser, graph.stages[:first], graph.stages[last]) as replay,
+            ):
+                what = f"calibrating {graph.stages[last]}"
+                passed = [call for call in self._calls if call.passes(graph.stages[first : last + 1])]
+                for call in track(passed, len(passed), what, self._quiet):
+                    self._measure(call, collector, replay)
+        statistics.prompts_done = len(self._told)
+        statistics.time_s = {"calibrate": time.perf_counter() - started, "forward_only": collector.forward_s}
+        add_up_processes(statistics, chosen)
+        check_measured(chosen, statistics)
+        return statistics
+
+    def _measure(self, call: _Call, collector: Collector, replay: _Replay) -> None:
+        """Make a recorded call again as far as it has to go."""
+        collector.begin(self._told, self._seeds, call.part)
+        collector.counter.calls, collector.counter.index, collector.counter.total = call.step
+        if replay.run(call) is None:
+            collector.leave_call()
+        for before, after in zip(self.subject.graph.stages, self.subject.graph.stages[1:], strict=False):
+            if before in self._passing and after in call.answers:
+                call.answers[before] = each_tensor(call.answers[before], _shape)
+
+    def _recorded(self) -> list[_Call]:
+        """The denoiser's calls on the dense pipeline's way."""
+        calls: list[_Call] = []
+        now = slice(0)
+        ran: dict[str, int] = {}
+
+        def begin(part: slice) -> None:
+            nonlocal now
+            counter.restart()
+            now = part
+
+        def see(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = copied_to(arguments_of(model, args, kwargs) | {"return_dict": False}, "cpu")
+            calls.append(_Call(model, prefixes[id(model)], given, now, (counter.calls, counter.index, counter.total)))
+            ran.clear()
+
+        def enter(name: str, *_: object) -> None:
+            ran[name] = ran.get(name, 0) + 1
+            if ran[name] > 1:
+                raise UserError(f"{name} runs more than once in a call, so it cannot be calibrated stage by stage")
+
+        subject, settings = self.subject, self._settings
+        stages = {name: subject.graph.layer(name) for name in subject.graph.stages}
+        prefixes = {id(model): prefix for prefix, model in parts_of(subject.denoiser).items()}
+        handles = [stage.register_forward_pre_hook(partial(enter, name)) for name, stage in stages.items()]
+        try:
+            with counted_calls(subject) as counter, seen_calls(subject, see):
+                batches = run_trajectories(subject, self._told, self._seeds, settings.batch_size, settings.call, begin)
+                total = -(-len(self._told) // settings.batch_size)
+                for part, latents in track(batches, total, "recording", self._quiet):
+                    if not bool(torch.isfinite(latents).all()):
+                        raise UserError(
+                            f"recording gave non-finite latents at prompts {part.start} to {part.stop - 1}; the "
+                            "pipeline itself fails there, try another dtype"
+                        )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    def _found_passing(self, calls: Sequence[_Call]) -> Iterator[str]:
+        """Stages whose answers are read by the next one alone: of lists that run one stage after the other, those that
+        may answer anything, once all others have answered, without a change in the denoiser's answer."""
+        graph, chains = self.subject.graph, self.subject.trace.chains
+        for prefix, model in parts_of(graph.denoiser).items():
+            call = next((call for call in calls if call.model is model), None)
+            if call is None:
+                continue
+            with _answering(graph.denoiser, graph.stages, None) as replay:
+                trial = replace(call, answers={})
+                wanted = replay.run(trial)
+                lists: dict[str, list[str]] = {}
+                for name in trial.answers:
+                    lists.setdefault(name.rpartition(".")[0], []).append(name)
+                for of, names in lists.items():
+                    if of not in chains or not of.startswith(prefix):
+                        continue
+                    hollow = {name: each_tensor(trial.answers[name], _shape) for name in names[:-1]}
+                    found = replay.run(replace(trial, answers=trial.answers | hollow))
+                    if all(map(torch.equal, tensors_in(found), tensors_in(wanted))):
+                        yield from names[:-1]
+
+
+def _shape(tensor: Tensor) -> Tensor:
+    """Shape and dtype alone."""
+    return tensor.to("meta")
+
+
+class _Replay:
+    """Calls made again with answers in place of stages."""
+
+    def __init__(self) -> None:
+        self.call: _Call | None = None
+        self._zeros: dict[Any, Tensor] = {}
+
+    def run(self, call: _Call) -> Any:
+        """The denoiser's answer, or None if the stage that was to be reached has run."""
+        self.call = call
+        device = next(call.model.parameters()).device
+        try:
+            return call.model(**copied_to(call.arguments, device))
+        except _Reached:
+            return None
+        finally:
+            self.call = None
+
+    def answer(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of a stage's forward: what it has answered, or its answer, which is kept."""
+        assert self.call is not None
+        if name not in self.call.answers:
+            found = forward(*args, **kwargs)
+            self.call.answers[name] = copied_to(found, "cpu")
+            return found
+        device = next(self.call.model.parameters()).device
+        return each_tensor(self.call.answers[name], lambda tensor: self._placed(tensor, device))
+
+    def _placed(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if tensor.device.type != "meta":
+            return tensor.to(device, copy=True)
+        key = (tensor.shape, tensor.dtype)
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        return self._zeros[key]
+
+
+@contextmanager
+def _answering(denoiser: nn.Module, stages: Sequence[str], reach: str | None) -> Iterator[_Replay]:
+    """``stages`` answer what they have answered before, and ``reach`` is the last stage that runs."""
+    replay = _Replay()
+    modules: dict[str, Any] = {name: denoiser.get_submodule(name) for name in stages}
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
+
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    handle = None if reach is None else denoiser.get_submodule(reach).register_forward_hook(stop)
+    try:
+        for name, module in modules.items():
+            module.forward = partial(replay.answer, name, module.forward)
+        yield replay
+    finally:
+        if handle is not None:
+            handle.remove()
+        for name, module in modules.items():
+            if before[name] is None:
+                del module.forward
+            else:
+                module.forward = before[name]

@@ -1,0 +1,222 @@
+"""Calibration stage by stage, against whole calls of the denoiser as it is at each stage."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import obsdiff
+from obsdiff.allocation.fitting import plan_loaded
+from obsdiff.cli.main import main
+from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
+from obsdiff.models.modes import eval_mode
+from obsdiff.models.nested import copied_to, tensors_in
+from obsdiff.models.subject import subject_of
+from obsdiff.pruning.collect import collecting
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
+from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.stream import Stream, stream
+from obsdiff.pruning.trajectories import CallCounter
+from tests.conftest import CALL, make_pipe
+from tests.families.pipelines import PIPELINES, each
+from tests.training.common import assert_zero, fit
+
+ROWS = 3
+
+
+def of_family(name, encoders=False):
+    """A tiny pipeline, what it is told, and a pattern of units."""
+    row = PIPELINES[name]
+    given = row.conditioning(ROWS)
+    told = Conditioning({}, count=ROWS) if set(given) <= {"batch_size"} else Conditioning(given)
+    pipe = row.build(encoders=encoders)
+    attach_info(pipe, PipelineInfo(row.pipeline, {k: v for k, v in row.call.items() if k in CALL_ARGUMENTS}))
+    kinds = sorted({group.kind for group in subject_of(pipe, told).graph.groups} - {"rank"})
+    return pipe, told, f"structured:{','.join(f'{kind}=0.5' for kind in kinds)},multiple_of=1"
+
+
+def assert_same(found, wanted):
+    """Equal moments, up to rounding."""
+    assert found.num_tokens == wanted.num_tokens
+    assert found.weight_sum == pytest.approx(wanted.weight_sum)
+    for group in range(len(wanted.power())):
+        for name in ("covariance", "mean"):
+            a, b = getattr(found, name)(group), getattr(wanted, name)(group)
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
+class Checked(Stream):
+    """Beside each answer, whole calls of the denoiser as it is now, without anything put in place of a stage."""
+
+    seen = 0
+
+    def __call__(self, sites):
+        found = super().__call__(sites)
+        graph = self.subject.graph
+        chosen = [site for site in graph.sites if site.name in sites]
+        whole = Statistics(self.fingerprint)
+        counter = CallCounter(self.subject.pipe, self.subject.family.time)
+        with (
+            eval_mode(self.subject.pipe),
+            torch.no_grad(),
+            collecting(self.subject, chosen, self._told, self._settings, whole, counter) as collector,
+        ):
+            for call in self._calls:
+                collector.begin(self._told, self._seeds, call.part)
+                counter.calls, counter.index, counter.total = call.step
+                call.model(**copied_to(call.arguments, "cpu"))
+        for site in chosen:
+            assert_same(found.sites[site.name], whole.sites[site.name])
+        self.seen += 1
+        return found
+
+
+def checked(pipe, told, **options):
+    made = stream(pipe, told, batch_size=2, **options)
+    made.__class__ = Checked
+    return made
+
+
+@pytest.mark.parametrize("name", each(PIPELINES))
+@pytest.mark.parametrize("kind", ["weights", "units"])
+def test_each_stage_sees_what_the_pruned_ones_before_it_make(name, kind):
+    pipe, told, units = of_family(name)
+    graph = subject_of(pipe, told).graph
+    by = checked(pipe, told)
+    report = obsdiff.prune(pipe, "unstructured:0.6" if kind == "weights" else units, statistics=by, spare_blocks=())
+    stages = {graph.site_of[name].stage for name in report.plan.sites(graph)}
+    assert by.seen == len(stages) > 1
+    assert report.streamed and report.masks
+
+
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_on_a_dense_model_it_is_the_plain_calibration(pipe, prompts, tokens):
+    graph = subject_of(pipe).graph
+    plain = obsdiff.calibrate(pipe, prompts, batch_size=4, tokens=tokens)
+    by = stream(pipe, prompts, batch_size=2, tokens=tokens)
+    for stage in range(len(graph.stages)):
+        sites = {site.name for site in graph.sites if site.stage == stage}
+        found = by(sites)
+        assert set(found.sites) == sites and found.fingerprint == plain.fingerprint
+        for name in sites:
+            assert_same(found.sites[name], plain.sites[name])
+
+
+def test_only_what_the_next_stage_reads_is_held(pipe, prompts):
+    graph = subject_of(pipe).graph
+    by = stream(pipe, prompts, batch_size=3)
+    for stage in range(len(graph.stages)):
+        by({site.name for site in graph.sites if site.stage == stage})
+        for call in by._calls:
+            held = [name for name, answer in call.answers.items() if any(not t.is_meta for t in tensors_in(answer))]
+            assert held == list(graph.stages[max(stage - 1, 0) : stage])
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux", "ddpm", "wan22"])
+def test_what_is_held_is_what_was_planned(name):
+    """At its most; Flux has two lists of stages, Wan 2.2 two denoisers."""
+    pipe, told, _ = of_family(name, encoders=True)
+    subject = subject_of(pipe)
+    by = stream(pipe, told, batch_size=2)
+    graph, held = subject.graph, 0
+    for stage in sorted({site.stage for site in graph.sites}):
+        by({site.name for site in graph.sites if site.stage == stage})
+        now = [t.nbytes for call in by._calls for t in tensors_in([call.arguments, call.answers]) if not t.is_meta]
+        held = max(held, sum(now))
+    calibration = CalibrationOptions(num_prompts=ROWS, batch_size=2, streamed=True)
+    asked = PruneOptions(pipeline=name, output="-", pattern="unstructured:0.5", calibration=calibration)
+    planned = plan_loaded(subject, replace(asked, evaluation=EvaluationOptions(num_images=0)))
+    assert 0.7 * planned.memory.batches.recorded < held < 1.3 * planned.memory.batches.recorded
+    stages = [moment.name for moment in planned.memory.moments if moment.name.startswith("calibrating")]
+    assert stages[0] == f"calibrating, stage 1 of {len(stages)}" and len(stages) == len({s.stage for s in graph.sites})
+
+
+def test_answers_that_are_read_again_are_kept():
+    """The ResNet blocks of a UNet, whose answers come back as skip connections."""
+    pipe, told, _ = of_family("sd15")
+    by = checked(pipe, told)
+    obsdiff.prune(pipe, "unstructured:0.5", statistics=by)
+    kept = {name for call in by._calls for name, answer in call.answers.items() if next(tensors_in(answer)).is_meta}
+    assert not any(".resnets." in name for name in kept)
+
+
+def test_what_it_changes_is_taken_back_when_it_fails(pipe, prompts):
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    by = stream(pipe, prompts)
+    measure = by.__call__
+
+    class Failing(Stream):
+        def __call__(self, sites):
+            if any("blocks.1" in name for name in sites):
+                raise RuntimeError("power cut")
+            return measure(sites)
+
+    by.__class__ = Failing
+    with pytest.raises(RuntimeError, match="power cut"):
+        obsdiff.prune(pipe, "unstructured:0.5", statistics=by)
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
+    assert not any("forward" in vars(module) for module in pipe.transformer.modules())
+
+
+def test_bad_requests(pipe, prompts):
+    by = stream(pipe, prompts)
+    for options, word in (
+        ({"pattern": "structured:0.5+2:4"}, "one calibration of the dense model"),
+        ({"pattern": "rank:0.5"}, "ranks are checked on the dense"),
+        ({"pattern": "unstructured:0.5", "method": "taylor"}, "goes by loss_gradient of the whole denoiser"),
+        ({"pattern": "unstructured:0.5", "packages": 2}, "leave out packages"),
+    ):
+        with pytest.raises(obsdiff.UserError, match=word):
+            obsdiff.prune(pipe, options.pop("pattern"), statistics=by, **options)
+    with pytest.raises(obsdiff.UserError, match="another pipeline"):
+        obsdiff.prune(make_pipe(), "unstructured:0.5", statistics=by)
+    with pytest.raises(obsdiff.UserError, match="measured on the whole denoiser"):
+        stream(pipe, prompts, needs={"gates"})
+
+
+def test_a_stage_that_runs_twice_is_refused(pipe, prompts):
+    blocks = pipe.transformer.transformer_blocks
+    by = stream(pipe, prompts)
+    blocks[0].register_forward_hook(lambda block, _, out: None if block.training else run_again(block, out))
+
+    def run_again(block, out):
+        block.train()
+        block(hidden_states=out[1], encoder_hidden_states=out[0], temb=torch.zeros(len(out[1]), 16))
+        block.eval()
+
+    with pytest.raises(obsdiff.UserError, match="runs more than once in a call"):
+        by({"transformer_blocks.0.attn.to_q"})
+
+
+def test_the_whole_way(pipe_folder, tmp_path, capsys):
+    arguments = [
+        "prune", "--pipeline", str(pipe_folder), "--output", str(tmp_path / "out"), "--pattern", "unstructured:0.5",
+        "--calibration.num_prompts", "4", "--evaluation.num_images", "2", "--calibration.streamed", "true",
+    ]  # fmt: skip
+    main(arguments)
+    said = capsys.readouterr().err
+    assert "guidance 2.0, stage by stage; Hessians take" in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["calibration"]["streamed"] and report["layer_error"]["mean"] > 0
+    main(["inspect", str(tmp_path / "out")])
+    assert "log_decrease weights, stage by stage" in capsys.readouterr().out
+    for more, told in (
+        (["--statistics", str(tmp_path / "s")], "a statistics folder cannot hold"),
+        (["--calibration.packages", "2"], "leave out --calibration.packages"),
+        (["--allocation", "measured"], "leave out --calibration.streamed, or give its plan.yaml"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments[:4], str(tmp_path / "no"), *arguments[5:], *more])
+        assert told in capsys.readouterr().err
+
+
+def test_as_the_stage_before_a_recovery(pipe_folder, tmp_path):
+    fit(pipe_folder, tmp_path / "run", "--model.pruning.calibration.streamed=true", steps=2)
+    assert_zero(tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "recovered" / "report.json").read_text())
+    calls = denoiser_flops(subject_of(make_pipe()), CALL) * 2 * CALL["num_inference_steps"] * 4
+    assert report["budget"]["used"]["calibration"]["denoiser_flops"] == 3 * calls  # recording, measuring, going on
+    assert not (tmp_path / "run" / "statistics").exists()
