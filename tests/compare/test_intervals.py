@@ -65,12 +65,14 @@ def row(method, seed, mse, hits=(1.0, 0.0), frechet=2.0, error=None, **more):
 def test_lines_pair_what_has_the_same_seed():
     rows = [
         row("obs", 0, [1.0, 3.0]),
-        row("obs", 1, [2.0, 2.0]),
+        row("obs", 1, [2.0, 2.0], frechet=4.0),
         row("wanda", 1, [4.0, 4.0], frechet=1.0),
         row("wanda", 0, None, error="out of memory"),
     ]
     obs, wanda = lines_of(rows, ("method", "obs"))
     assert obs.ratio is None and obs.mse.value == 2.0 and obs.alignment.value == 0.5
+    assert (obs.frechet.value, obs.frechet.low, obs.frechet.high) == (3.0, 2.0, 4.0)  # over seeds alone
+    assert wanda.frechet.low == wanda.frechet.value == wanda.frechet.high == 1.0
     assert len(wanda.rows) == 1 and wanda.ratio.value == 2.0 and wanda.ratio.low == 2.0
     assert wanda.flops == 6.0 and wanda.wall_s == 3.0
     assert "Fréchet" in wanda.remark and obs.remark == ""

@@ -99,6 +99,8 @@ def interval_text(interval: Interval | None) -> str:
     """A value and, in brackets, its interval."""
     if interval is None:
         return ""
+    if interval.low == interval.high:
+        return f"{interval.value:.3g}"
     return f"{interval.value:.3g} ({interval.low:.3g} to {interval.high:.3g})"
 
 

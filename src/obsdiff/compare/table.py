@@ -28,7 +28,7 @@ class Line:
             it is not there.
         alignment, top5: Share of images that show what was asked for; None where nothing reads them.
         perceptual: Mean distance in the reader's features, if it has such.
-        frechet: Mean over seeds.
+        frechet: Mean over seeds; its interval draws seeds alone, each being the distance of a whole set of images.
         flops: Spent in denoisers on all of it, mean over seeds.
         wall_s: The same in seconds.
         remark: What should not be overlooked, or nothing.
@@ -45,7 +45,7 @@ class Line:
     alignment: Interval | None
     top5: Interval | None
     perceptual: float | None
-    frechet: float | None
+    frechet: Interval | None
     flops: float
     wall_s: float
     remark: str = ""
@@ -80,9 +80,15 @@ def _line(what: tuple[str, ...], rows: list[Row], others: list[Row]) -> Line:
             ratio = ratio_interval(
                 [_values(own, "mse") for own, _ in shared], [_values(ref, "mse") for _, ref in shared]
             )
-    frechet, other = _figure(rows, "frechet"), _figure(others, "frechet")
+    frechet, other = _over_seeds(rows, "frechet"), _over_seeds(others, "frechet")
     remark = ""
-    if ratio is not None and ratio.low > 1 and frechet is not None and other is not None and frechet < other:
+    if (
+        ratio is not None
+        and ratio.low > 1
+        and frechet is not None
+        and other is not None
+        and frechet.value < other.value
+    ):
         remark = "its Fréchet distance is lower although its images are further from the dense ones"
     costs = [cost for row in rows for cost in row["costs"].values()]
     return Line(
@@ -96,7 +102,7 @@ def _line(what: tuple[str, ...], rows: list[Row], others: list[Row]) -> Line:
         ratio,
         _interval(rows, "alignment"),
         _interval(rows, "alignment_top5"),
-        _figure(rows, "distance"),
+        _mean_of(_figures(rows, "distance")),
         frechet,
         sum(cost["denoiser_flops"] for cost in costs) / len(rows),
         sum(cost["wall_s"] for cost in costs) / len(rows),
@@ -115,9 +121,20 @@ def _interval(rows: Sequence[Row], measure: str) -> Interval | None:
     return mean_interval([_values(row, measure) for row in rows])
 
 
-def _figure(rows: Sequence[Row], name: str) -> float | None:
-    """Of what came out, mean over seeds; None if one has none."""
-    values: list[Any] = [result_of(row["evaluation"]).get(name) for row in rows]
+def _figures(rows: Sequence[Row], name: str) -> list[Any]:
+    """Of what came out, one for each seed."""
+    return [result_of(row["evaluation"]).get(name) for row in rows]
+
+
+def _over_seeds(rows: Sequence[Row], name: str) -> Interval | None:
+    values = _figures(rows, name)
+    if not values or None in values:
+        return None
+    return mean_interval([torch.tensor([value], dtype=torch.float64) for value in values])
+
+
+def _mean_of(values: Sequence[Any]) -> float | None:
+    """None if there is none, or one of them is."""
     return sum(values) / len(values) if values and None not in values else None
 
 
@@ -128,4 +145,4 @@ def _mean(rows: Sequence[Row], *path: str) -> float | None:
         for key in path:
             value = None if value is None else value.get(key)
         values.append(value)
-    return None if not values or None in values else sum(values) / len(values)
+    return _mean_of(values)
