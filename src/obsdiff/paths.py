@@ -48,5 +48,14 @@ def new_folder(path: str | Path, option: str) -> Path:
 
 def unfinished_stages(output: str) -> Path:
     """Where a prune run keeps the stages that its reconstruction has finished, until the run is written: beside it."""
+    return _beside(output, "reconstruction")
+
+
+def unfinished_solves(output: str) -> Path:
+    """The same for the layers that it has solved."""
+    return _beside(output, "solved")
+
+
+def _beside(output: str, what: str) -> Path:
     target = Path(os.path.realpath(output))
-    return target.with_name(f".{target.name}.reconstruction")
+    return target.with_name(f".{target.name}.{what}")

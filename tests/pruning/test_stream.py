@@ -9,6 +9,7 @@ import torch
 import obsdiff
 from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.cli.main import main
+from obsdiff.embedded.digits import digit_prompts
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
@@ -220,3 +221,76 @@ def test_as_the_stage_before_a_recovery(pipe_folder, tmp_path):
     calls = denoiser_flops(subject_of(make_pipe()), CALL) * 2 * CALL["num_inference_steps"] * 4
     assert report["budget"]["used"]["calibration"]["denoiser_flops"] == 3 * calls  # recording, measuring, going on
     assert not (tmp_path / "run" / "statistics").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+def prune_to(store, monkeypatch, pattern, dies_at=None, statistics=None):
+    """Prune, or be killed after so many solves; weights, report, and how many solves and measurements there were."""
+    from obsdiff.pruning import apply
+
+    pipe = make_pipe()
+    solved, measured = [], []
+
+    def counted(real):
+        def solve(*args):
+            if len(solved) == dies_at:
+                raise Killed
+            solved.append(1)
+            return real(*args)
+
+        return solve
+
+    class Counted(Stream):
+        def __call__(self, sites):
+            measured.append(1)
+            return super().__call__(sites)
+
+    if statistics is None:
+        statistics = stream(pipe, digit_prompts()[:4])
+        statistics.__class__ = Counted
+    with monkeypatch.context() as patch:
+        patch.setattr(apply, "solve_site", counted(apply.solve_site))
+        patch.setattr(apply, "solve_groups", counted(apply.solve_groups))
+        report = obsdiff.prune(pipe, pattern, statistics=statistics, solved=store, spare_blocks=())
+    return dict(pipe.transformer.state_dict()), report, len(solved), len(measured)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
+def test_a_killed_run_loses_one_stage_at_most(tmp_path, monkeypatch, pattern):
+    weights, report, solves, stages = prune_to(tmp_path / "whole", monkeypatch, pattern)
+    assert stages == 3 and not [note for note in report.notes if "cut off" in note]
+    for dies_at in {1, solves // 2, solves - 1}:
+        store = tmp_path / str(dies_at)
+        with pytest.raises(Killed):
+            prune_to(store, monkeypatch, pattern, dies_at)
+        assert len(list(store.glob("*.safetensors"))) == dies_at
+        found, again, left, measured = prune_to(store, monkeypatch, pattern)
+        assert left == solves - dies_at and measured == 3 - dies_at * 3 // solves
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+        assert again.masks.keys() == report.masks.keys() and again.layer_error == report.layer_error
+        assert all(torch.equal(again.masks[name], mask) for name, mask in report.masks.items())
+        assert again.fingerprint == report.fingerprint and again.refit_steps == report.refit_steps
+        assert f"{dies_at} of its solves were taken over" in " ".join(again.notes)
+    assert prune_to(store, monkeypatch, pattern)[2:] == (0, 0)
+    (store / "000.safetensors").write_bytes(b"torn")
+    assert prune_to(store, monkeypatch, pattern)[2] == 1
+    other = "unstructured:0.6" if pattern.startswith("un") else "structured:0.25"
+    assert prune_to(store, monkeypatch, other)[2] == solves  # nothing of another request is taken
+
+
+def test_solves_from_kept_statistics_are_kept_too(prompts, tmp_path, monkeypatch):
+    statistics = obsdiff.calibrate(make_pipe(), prompts, store=tmp_path / "statistics")
+    with pytest.raises(Killed):
+        prune_to(tmp_path / "solved", monkeypatch, "2:4", 5, statistics)
+    found, _, left, _ = prune_to(tmp_path / "solved", monkeypatch, "2:4", None, statistics)
+    weights, _, solves, _ = prune_to(None, monkeypatch, "2:4", None, statistics)
+    assert left == solves - 5 and all(torch.equal(found[name], weights[name]) for name in weights)
+    with pytest.raises(obsdiff.UserError, match="only where statistics are measured already, or streamed"):
+        prune_to(tmp_path / "no", monkeypatch, "2:4", None, lambda sites: statistics)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(obsdiff.UserError, match="mine"):
+        prune_to(tmp_path / "mine", monkeypatch, "2:4", None, statistics)

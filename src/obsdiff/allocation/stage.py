@@ -47,7 +47,7 @@ from obsdiff.pruning.planfile import fitted_plan, kinds_of
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.shorten import prune_shorter, stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
-from obsdiff.pruning.stream import stream
+from obsdiff.pruning.stream import Stream, stream
 from obsdiff.pruning.vectors import checked_rank
 
 HELD_OUT = 16  # prompts of the other set on which ranks are tried
@@ -106,6 +106,7 @@ def prune_stage(
     statistics: Path | None = None,
     sensitivity: Path | None = None,
     reconstruction: Path | None = None,
+    solved: Path | None = None,
     prune_again: bool = False,
     quiet: bool = True,
 ) -> PruneReport:
@@ -118,6 +119,7 @@ def prune_stage(
         prompts: For the calibration.
         statistics, sensitivity: Folders to keep calibration and scan in, or to find them.
         reconstruction: Folder to keep the stages in that a reconstruction has finished, or to find them.
+        solved: Folder to keep solved layers in, or to find them, where their statistics are kept or streamed.
         prune_again: Allow a pipeline that is pruned already.
         quiet: No progress bars.
 
@@ -129,7 +131,9 @@ def prune_stage(
     """
     check_options(options, statistics, sensitivity)
     subject, plan = prepare(pipe, options, prune_again)
-    kept, depth = _Kept(statistics, sensitivity, prune_again, quiet), depth_of(options)
+    if not (options.calibration.streamed or statistics is not None):
+        solved = None
+    kept, depth = _Kept(statistics, sensitivity, solved, prune_again, quiet), depth_of(options)
 
     def layers(shorter: Subject, own: PruningOptions) -> PruneReport:
         if plan.removed:
@@ -157,6 +161,7 @@ class _Kept:
 
     statistics: Path | None
     sensitivity: Path | None
+    solved: Path | None
     prune_again: bool
     quiet: bool
 
@@ -265,6 +270,7 @@ def _prune_layers(
         damping=options.calibration.damping,
         fusion=options.fusion,
         prune_again=kept.prune_again,
+        solved=kept.solved if isinstance(found, Statistics | Stream) else None,
         quiet=quiet,
     )
     report.dead = fate_of_dead(graph, plan, dead) if options.dead == "remove" else dict.fromkeys(dead, "left")

@@ -34,12 +34,13 @@ from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Depth
-from obsdiff.paths import unfinished_stages
+from obsdiff.paths import unfinished_solves, unfinished_stages
 from obsdiff.pruning.finished import remove_finished
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
 from obsdiff.pruning.report import PruneReport
+from obsdiff.pruning.solved import remove_solved
 from obsdiff.pruning.statistics import INDEX
 from obsdiff.ranks import rank, wait_for_all
 from obsdiff.versions import versions
@@ -76,7 +77,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     started = time.perf_counter()
     quiet = quiet or rank() > 0
     statistics, sensitivity = (None if p is None else Path(p) for p in (options.statistics, options.sensitivity))
-    stages = unfinished_stages(options.output)
+    stages, solves = unfinished_stages(options.output), unfinished_solves(options.output)
     check_places(options)
     check_options(options, statistics, sensitivity)
     check_space(Path(options.output), pipeline_bytes(pipe))
@@ -110,6 +111,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         statistics=statistics,
         sensitivity=sensitivity,
         reconstruction=stages,
+        solved=solves,
         prune_again=options.prune_again,
         quiet=quiet,
     )
@@ -130,6 +132,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
             _kept(statistics, sensitivity),
         )
         remove_finished(stages)
+        remove_solved(solves)
     wait_for_all()
     return report
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from obsdiff.models.graph import Graph, Group, Site
 from obsdiff.obs.observers import Observer
-from obsdiff.obs.pattern import Structured
 from obsdiff.progress import track
-from obsdiff.pruning.layers import LayerResult, SolveOptions, emptied, portable
-from obsdiff.pruning.plan import WEIGHT, Plan, kept_units
+from obsdiff.pruning.layers import SolveOptions, emptied, portable
+from obsdiff.pruning.plan import WEIGHT, Plan, cut_bundles, loses, masked_sites
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.solve import kept_columns, solve_groups, solve_site, unfolded
+from obsdiff.pruning.solved import Results, Solved
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.surgery import Edits, cut, lost_rows, project
 from obsdiff.ranks import solved_in_turn
 
 Read = Callable[[str, torch.device], Observer]
+T = TypeVar("T", Site, list[Group])
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Job:
         options: How.
         report: Receives masks, shares and errors.
         quiet: No progress bars.
+        solved: Keeps what is solved, if anything does.
     """
 
     edits: Edits
@@ -42,6 +45,20 @@ class Job:
     options: SolveOptions
     report: PruneReport
     quiet: bool
+    solved: Solved | None = None
+
+    def results(self, items: Sequence[T], solve: Callable[[T], Results]) -> Iterator[Results]:
+        """Of every item in turn: solved by an earlier run that was cut off, else now, and kept."""
+        kept = self.solved
+        fresh = solved_in_turn([item for item in items if kept is None or item not in kept], solve)
+        for item in track(items, len(items), "solving", self.quiet):
+            if kept is not None and item in kept:
+                yield kept.load(item)
+                continue
+            _, found = next(fresh)
+            if kept is not None:
+                kept.save(item, found)
+            yield found
 
 
 def apply_package(job: Job, package: Collection[str], found: Statistics | None, once: bool = False) -> None:
@@ -98,15 +115,15 @@ def _left_of(graph: Graph, slopes: Mapping[str, Tensor], kept: Mapping[str, Tens
 def _mask_sites(job: Job, package: Collection[str], read: Read | None, slopes: Mapping[str, Tensor] | None) -> None:
     """Solve the sites of a package and write the pruned weights."""
     graph, weights, report = job.graph, job.plan.weights, job.report
-    chosen = [site for site in graph.sites if site.name in package and weights.keys() & set(site.layers)]
     ending = WEIGHT if job.plan.structured else ""
 
-    def solve(site: Site) -> dict[str, LayerResult]:
+    def solve(site: Site) -> Results:
         layers = [layer for layer in site.layers if layer in weights]
         found = None if read is None else read(site.name, graph.weight(layers[0]).device)
-        return portable(solve_site(graph, layers, [weights[layer] for layer in layers], found, job.options, slopes))
+        patterns = [weights[layer] for layer in layers]
+        return {}, portable(solve_site(graph, layers, patterns, found, job.options, slopes))
 
-    for _, results in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
+    for _, results in job.results(masked_sites(graph, job.plan, package), solve):
         for layer, solved in results.items():
             assert solved.mask is not None
             dead, name = layer in job.plan.dead, layer + ending
@@ -125,11 +142,6 @@ def _mask_sites(job: Job, package: Collection[str], read: Read | None, slopes: M
                 report.refit_steps[name] = result.refit_steps
 
 
-def _whole(group: Group, pattern: Structured) -> bool:
-    """Whether a group on a basis keeps all directions, so that it needs none."""
-    return group.basis is not None and kept_units(group, pattern) == group.count
-
-
 def _shrink_modules(
     job: Job,
     package: Collection[str],
@@ -144,15 +156,11 @@ def _shrink_modules(
     """
     graph, modules, report = job.graph, job.plan.modules, job.report
     left = dict(slopes or {})  # gradients of the weights as they are now
-    whole = [name for name, pattern in modules.items() if _whole(graph.group_of[name], pattern)]
+    whole = [name for name, pattern in modules.items() if not loses(graph.group_of[name], pattern)]
     report.masks |= {name: torch.ones(graph.group_of[name].count, dtype=torch.bool) for name in whole}
     report.sparsity_per_layer |= dict.fromkeys(whole, 0.0)
-    changed = [name for name in modules if name not in whole]
-    chosen = [
-        bundle for bundle in graph.bundles(changed) if graph.site_of[bundle[0].consumers[0].layer].name in package
-    ]
 
-    def solve(bundle: list[Group]) -> tuple[dict[str, Tensor], dict[str, LayerResult]]:
+    def solve(bundle: list[Group]) -> Results:
         patterns = {group.name: modules[group.name] for group in bundle}
         consumers = dict.fromkeys(s.layer for group in bundle for s in group.consumers)
         found = None
@@ -164,7 +172,7 @@ def _shrink_modules(
         return {name: units.cpu() for name, units in kept.items()}, portable(results)
 
     cut_units: dict[str, Tensor] = {}
-    for _, (kept, results) in track(solved_in_turn(chosen, solve), len(chosen), "solving", job.quiet):
+    for kept, results in job.results(cut_bundles(graph, job.plan, package), solve):
         for group in (graph.group_of[name] for name in kept):
             if group.basis is not None:
                 basis = results[group.layers[0]].basis

@@ -1,20 +1,16 @@
-"""Stages that a reconstruction has finished, kept so that a run that was killed goes on with the first that is not."""
+"""Stages that a reconstruction has finished (:mod:`obsdiff.pruning.kept`)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from obsdiff.errors import MALFORMED
-from obsdiff.files import FILES, check_folder, check_writable, remove_folder, whole_file, write_json
-from obsdiff.ranks import rank, wait_for_all
+from obsdiff.files import remove_folder
+from obsdiff.pruning.kept import KeptParts, check_kept
 
 INDEX = "reconstruction.json"
 
@@ -39,8 +35,7 @@ def check_finished(folder: Path) -> None:
     Raises:
         UserError: Naming it.
     """
-    check_folder(folder, INDEX, "stages of a reconstruction", replace=True)
-    check_writable(folder)
+    check_kept(folder, INDEX, "stages of a reconstruction")
 
 
 def remove_finished(folder: Path) -> None:
@@ -49,33 +44,24 @@ def remove_finished(folder: Path) -> None:
 
 
 class Finished:
-    """One file of weights for each stage, whole or not there; those of another key are removed.
-
-    Every process reads what was there at the start, and the first one writes.
+    """Weights of stages.
 
     Args:
         folder: Where.
-        key: Hash of everything that the stages' weights depend on.
+        key: Hash of everything that they depend on.
         stages: Their names, in their order.
     """
 
     def __init__(self, folder: Path, key: str, stages: Sequence[str]) -> None:
-        self.key = key
-        self._files = {name: folder / f"{number:03d}.safetensors" for number, name in enumerate(stages)}
-        self._found = {name: error for name, file in self._files.items() if (error := self._error(file)) is not None}
-        wait_for_all()  # before the first one writes
-        if rank() == 0:
-            if not self._found:
-                remove_finished(folder)
-            write_json(folder / INDEX, {"key": key, FILES: [INDEX, *(file.name for file in self._files.values())]})
+        self._parts = KeptParts(folder, INDEX, key, stages)
 
     def load(self, name: str, stage: nn.Module) -> StageError | None:
         """Give a stage the weights that it was trained to; None and untouched if it was not finished."""
-        if (error := self._found.get(name)) is None:
+        if name not in self._parts:
             return None
-        with safe_open(self._files[name], framework="pt") as file:
-            stage.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        return error
+        said, state = self._parts.read(name)
+        stage.load_state_dict(state)
+        return StageError(*json.loads(said["error"]))
 
     def save(self, name: str, stage: nn.Module, error: StageError) -> None:
         """Keep a stage that is finished.
@@ -83,17 +69,4 @@ class Finished:
         Raises:
             UserError: It cannot be written.
         """
-        if rank() > 0:
-            return
-        state = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in stage.state_dict().items()}
-        said = {"key": self.key, "error": json.dumps([error.before, error.after, error.time_s])}
-        with whole_file(self._files[name]) as temporary:
-            save_file(state, temporary, said)
-
-    def _error(self, file: Path) -> StageError | None:
-        """Of a stage that was finished; None if the file is not there, damaged, or of something else."""
-        with suppress(OSError, SafetensorError, *MALFORMED), safe_open(file, framework="pt") as content:
-            said = content.metadata()
-            if said["key"] == self.key:
-                return StageError(*map(float, json.loads(said["error"])))
-        return None
+        self._parts.write(name, stage.state_dict(), {"error": json.dumps(astuple(error))})

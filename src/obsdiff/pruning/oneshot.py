@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from obsdiff.criteria import METHODS, find_method
@@ -27,6 +28,7 @@ from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks, stages_o
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.shorten import prune_shorter
+from obsdiff.pruning.solved import Solved, check_solved
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 from obsdiff.pruning.stream import Stream
 from obsdiff.pruning.surgery import become_shrunk, shrunk_config, undone_on_error, zero_share
@@ -50,6 +52,7 @@ def prune(
     damping: float = DAMPING,
     fusion: str = "reciprocal_rank",
     prune_again: bool = False,
+    solved: Path | None = None,
     quiet: bool = True,
 ) -> PruneReport:
     """Prune a pipeline's denoiser in place.
@@ -73,6 +76,9 @@ def prune(
         damping: Dampening relative to mean diag(H).
         fusion: "reciprocal_rank" (as published) or "relative_error", for heads of joint attention.
         prune_again: Allow a pipeline that is pruned already.
+        solved: Folder to keep solved layers in, so that the same prune goes on from there if it is cut off; needs
+            statistics that are measured already, or a stream. Its owner removes it
+            (:func:`obsdiff.pruning.solved.remove_solved`).
         quiet: No progress bar.
 
     Returns:
@@ -88,7 +94,7 @@ def prune(
         rest: Any = partial(
             prune, method=method, statistics=statistics, refit=refit, packages=packages, seed=seed, damping=damping
         )
-        rest = partial(rest, fusion=fusion, prune_again=prune_again, quiet=quiet)
+        rest = partial(rest, fusion=fusion, prune_again=prune_again, solved=solved, quiet=quiet)
         if include or exclude or spare_blocks is not None:
             raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
         subject = subject_of(pipe)
@@ -129,10 +135,16 @@ def prune(
     report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages, streamed=streamed)
     report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
     passes = stages_of(graph, plan) if streamed else packages_of(graph, plan, packages)
+    kept = None if solved is None else _kept(solved, graph, plan, options, statistics)
+    if isinstance(statistics, Stream):
+        report.model, report.fingerprint = statistics.fingerprint["model"], statistics.fingerprint
+        if kept is None or not all(map(kept.holds, passes)):
+            statistics.record()  # before anything is pruned
     with undone_on_error() as edits:
-        job = Job(edits, graph, plan, options, report, quiet)
+        job = Job(edits, graph, plan, options, report, quiet, kept)
         for package in passes:
-            found = statistics(set(package)) if callable(statistics) else statistics
+            there = kept is not None and streamed and kept.holds(package)
+            found = None if there else statistics(set(package)) if callable(statistics) else statistics
             if report.model is None:  # the first package: still dense
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
@@ -148,11 +160,24 @@ def prune(
             become_shrunk(edits, graph.denoiser, report.shrunk)
         count_parameters(graph.denoiser, report)
     report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, len(passes))]
+    if kept is not None and len(kept):
+        report.notes.append(f"{len(kept)} of its solves were taken over from a run that was cut off")
     if report.fingerprint is not None and not report.layer_error:
-        what = "only the diagonal of H was" if found is not None and found.inputs else "no layer inputs were"
+        seen = streamed or (found is not None and found.inputs)
+        what = "only the diagonal of H was" if seen else "no layer inputs were"
         report.notes.append(f"{what} measured, so there are no layer errors")
     report.time_s["total"] = time.perf_counter() - started
     return report
+
+
+def _kept(
+    folder: Path, graph: Graph, plan: Plan, options: SolveOptions, statistics: Statistics | Calibrate | None
+) -> Solved:
+    if not isinstance(statistics, Statistics | Stream):
+        raise UserError("layers are kept as they are solved only where statistics are measured already, or streamed")
+    measured = statistics.fingerprint if isinstance(statistics, Stream) else statistics.described()
+    check_solved(folder)
+    return Solved(folder, graph, plan, options, measured, isinstance(statistics, Stream))
 
 
 def refuse_pruned(graph: Graph, manifest: Mapping[str, Any] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from obsdiff.errors import UserError
 from obsdiff.models.checks import check_plain
-from obsdiff.models.graph import Graph, Group
+from obsdiff.models.graph import Graph, Group, Site
 from obsdiff.models.subject import refusals
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.pattern import NM, RANK, Depth, Hybrid, Pattern, Request, Structured, Unstructured
@@ -308,6 +308,24 @@ def _left_whole(graph: Graph, plan: Plan) -> list[str]:
 def kept_units(group: Group, pattern: Structured) -> int:
     """How many units of a group stay."""
     return pattern.kept(group.kind, group.count)
+
+
+def loses(group: Group, pattern: Structured) -> bool:
+    """Whether a pattern changes a group: one on a basis that keeps all directions needs none."""
+    return group.basis is None or kept_units(group, pattern) < group.count
+
+
+def cut_bundles(graph: Graph, plan: Plan, package: Collection[str] | None = None) -> list[list[Group]]:
+    """Groups that a plan changes, those together that are cut in one go, whose sites are in a package (None: all)."""
+    modules = plan.modules if plan.structured else {}
+    found = graph.bundles([name for name, pattern in modules.items() if loses(graph.group_of[name], pattern)])
+    return [b for b in found if package is None or graph.site_of[b[0].consumers[0].layer].name in package]
+
+
+def masked_sites(graph: Graph, plan: Plan, package: Collection[str] | None = None) -> list[Site]:
+    """Sites of a package (None: all) whose layers lose single weights."""
+    masked = plan.weights.keys()
+    return [site for site in graph.sites if (package is None or site.name in package) and masked & set(site.layers)]
 
 
 def joint_sites(graph: Graph, plan: Plan) -> list[list[str]]:

@@ -130,6 +130,19 @@ class Stream:
         return all(map(operator.is_, self.subject.components.values(), subject.components.values()))
 
     @torch.no_grad()
+    def record(self) -> list[_Call]:
+        """Make the calls, once; the denoiser has to be dense still.
+
+        Raises:
+            UserError: The pipeline gives something that is not finite, or runs a stage twice in a call.
+        """
+        if self._calls is None:
+            with eval_mode(self.subject.pipe):
+                self._calls = self._recorded()
+                self._passing = frozenset(self._found_passing(self._calls))
+        return self._calls
+
+    @torch.no_grad()
     def __call__(self, sites: Collection[str]) -> Statistics:
         """Measure some sites on the denoiser as it is now.
 
@@ -140,20 +153,18 @@ class Stream:
             UserError: Non-finite activations, a layer that saw no input, a denoiser that runs a stage twice.
         """
         started, graph = time.perf_counter(), self.subject.graph
+        calls = self.record()
         chosen = [site for site in (*graph.vectors, *graph.sites) if site.name in sites]
         statistics = Statistics(self.fingerprint, observer=self._observer)
         counter = CallCounter(self.subject.pipe, self.subject.family.time)
         with eval_mode(self.subject.pipe):
-            if self._calls is None:
-                self._calls = self._recorded()
-                self._passing = frozenset(self._found_passing(self._calls))
             first, last = (of(site.stage for site in chosen) for of in (min, max))
             with (
                 collecting(self.subject, chosen, self._told, self._settings, statistics, counter) as collector,
                 _answering(graph.denoiser, graph.stages[:first], graph.stages[last]) as replay,
             ):
                 what = f"calibrating {graph.stages[last]}"
-                passed = [call for call in self._calls if call.passes(graph.stages[first : last + 1])]
+                passed = [call for call in calls if call.passes(graph.stages[first : last + 1])]
                 for call in track(passed, len(passed), what, self._quiet):
                     self._measure(call, collector, replay)
         statistics.prompts_done = len(self._told)

@@ -24,10 +24,12 @@ from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.pruning.masks import load_masks, weight_masks
 from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
+from obsdiff.pruning.solved import remove_solved
 from obsdiff.pruning.statistics import model_hash
 from obsdiff.ranks import rank, wait_for_all
 
-PRUNED, STATISTICS, SENSITIVITY, RECONSTRUCTION = "pruned", "statistics", "sensitivity", "reconstruction"
+PRUNED, STATISTICS, SENSITIVITY = "pruned", "statistics", "sensitivity"
+RECONSTRUCTION, SOLVED = "reconstruction", "solved"
 REFERENCES = "references.safetensors"
 
 
@@ -189,16 +191,16 @@ def _prune(
     scan = output / SENSITIVITY if rule_of(options) == "measured" else None
     if rank() == 0:
         announce(subject, plan, options, len(prompts), store)
-    stages = output / RECONSTRUCTION
-    report = prune_stage(
-        subject, options, prompts, statistics=store, sensitivity=scan, reconstruction=stages, quiet=rank() > 0
-    )
+    stages, solves = output / RECONSTRUCTION, output / SOLVED
+    kept: Any = {"statistics": store, "sensitivity": scan, "reconstruction": stages, "solved": solves}
+    report = prune_stage(subject, options, prompts, **kept, quiet=rank() > 0)
     if rank() == 0:
         with whole_folder(folder, FILE, replace=True) as temporary:
             write_pipeline(pipe, temporary, report)
             manifest = read_json(temporary / FILE, "a manifest")
             write_json(temporary / FILE, {**manifest, "request": request})
         remove_finished(stages)
+        remove_solved(solves)
     wait_for_all()
 
 
