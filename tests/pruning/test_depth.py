@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 import obsdiff
 from obsdiff.allocation.probe import record_probe
 from obsdiff.allocation.request import check_values
-from obsdiff.allocation.stage import prune_stage
+from obsdiff.allocation.stage import Folders, prune_stage
 from obsdiff.cli.prune import main
 from obsdiff.data.digits import DigitsDataModule
 from obsdiff.export.inspection import inspect_run
@@ -176,7 +176,7 @@ def test_options_without_effect_are_refused_early(options, message):
 
 def test_folders_that_nothing_would_be_kept_in_are_refused(tmp_path):
     with pytest.raises(obsdiff.UserError, match="keeps no statistics"):
-        prune_stage(make_pipe(), asking("depth:1"), PROMPTS, statistics=tmp_path / "s")
+        prune_stage(make_pipe(), asking("depth:1"), PROMPTS, Folders(statistics=tmp_path / "s"))
 
 
 def test_without_calls_there_is_no_choice(pipe):

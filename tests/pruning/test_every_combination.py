@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.allocation.stage import prune_stage
+from obsdiff.allocation.stage import Folders, prune_stage
 from obsdiff.criteria import METHODS
 from obsdiff.models.info import attach_info, call_arguments, info_of
 from obsdiff.models.subject import subject_of
@@ -45,7 +45,7 @@ class Case:
         options = PruningOptions(
             pattern=pattern, method=method, allocation=allocation, calibration=calibration, scan=scan, spare_blocks=[]
         )
-        return prune_stage(self.pipe, options, PROMPTS[self.name], statistics=self.store if store else None)
+        return prune_stage(self.pipe, options, PROMPTS[self.name], Folders(statistics=self.store if store else None))
 
 
 @pytest.fixture(scope="module")

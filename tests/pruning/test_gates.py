@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.allocation.stage import prune_stage
+from obsdiff.allocation.stage import Folders, prune_stage
 from obsdiff.costs import calibration_cost
 from obsdiff.criteria.ecodiff import hard_concrete, open_probability
 from obsdiff.models.conditioning import encode_prompts
@@ -217,7 +217,7 @@ def test_what_it_cost_is_in_the_ledger():
 
 def test_through_the_stage_with_a_store_a_refit_and_an_allocation(tmp_path):
     options = PruningOptions(pattern="structured:0.5", method="ecodiff", refit=True)
-    report = prune_stage(make_pipe(), options, PROMPTS, statistics=tmp_path / "store")
+    report = prune_stage(make_pipe(), options, PROMPTS, Folders(statistics=tmp_path / "store"))
     assert open_statistics(tmp_path / "store").gates is None  # a store keeps none, they are learned again
     plain = prune_stage(make_pipe(), PruningOptions(pattern="structured:0.5", method="ecodiff"), PROMPTS)
     assert all(torch.equal(report.masks[name], mask) for name, mask in plain.masks.items())

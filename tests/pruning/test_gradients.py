@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.allocation.stage import prune_stage
+from obsdiff.allocation.stage import Folders, prune_stage
 from obsdiff.costs import calibration_cost
 from obsdiff.models.subject import subject_of
 from obsdiff.obs import observers
@@ -160,9 +160,9 @@ def test_a_choice_by_gradients_with_compensation(large, method):
 
 def test_through_the_stage_with_a_store_and_packages(tmp_path):
     options = PruningOptions(pattern="structured:0.5", method="diff-pruning", refit=True)
-    report = prune_stage(make_pipe(), options, PROMPTS, statistics=tmp_path / "store")
+    report = prune_stage(make_pipe(), options, PROMPTS, Folders(statistics=tmp_path / "store"))
     assert open_statistics(tmp_path / "store").gradients is None  # a store keeps none, they are measured again
-    again = prune_stage(make_pipe(), options, PROMPTS, statistics=tmp_path / "store")
+    again = prune_stage(make_pipe(), options, PROMPTS, Folders(statistics=tmp_path / "store"))
     assert all(torch.equal(report.masks[name], mask) for name, mask in again.masks.items())
     assert report.layer_error == pytest.approx(again.layer_error, rel=1e-4)
     options.calibration.packages = 2

@@ -7,7 +7,7 @@ import torch
 
 import obsdiff
 from obsdiff.allocation.planning import needs_for
-from obsdiff.allocation.stage import prune_stage
+from obsdiff.allocation.stage import Folders, prune_stage
 from obsdiff.pruning import collect
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.statistics import open_statistics
@@ -112,5 +112,5 @@ def test_the_stage_measures_what_the_method_needs(pipe, monkeypatch, tmp_path):
     assert needs_for(PruningOptions(method="wanda", refit=True), None) >= {"gram"}
     assert needs_for(PruningOptions(method="wanda", allocation="owl"), None) == {"gram"}
     obsdiff.calibrate(make_pipe(), PROMPTS, store=tmp_path / "few", needs=["diagonal"])
-    kept = prune_stage(make_pipe(), wanda, PROMPTS, statistics=tmp_path / "few")
+    kept = prune_stage(make_pipe(), wanda, PROMPTS, Folders(statistics=tmp_path / "few"))
     assert all(torch.equal(kept.masks[name], mask) for name, mask in report.masks.items())

@@ -7,7 +7,7 @@ import torch
 
 import obsdiff
 from obsdiff.allocation.planning import packages_for
-from obsdiff.allocation.stage import prune_stage
+from obsdiff.allocation.stage import Folders, prune_stage
 from obsdiff.export.inspection import inspect_run
 from obsdiff.obs.linalg import damped
 from obsdiff.obs.pattern import Structured
@@ -92,7 +92,7 @@ def test_structured_as_published(pipe, statistics, tmp_path, through):
     else:
         save_statistics(statistics["log_decrease"], tmp_path / "store")
         options = PruningOptions(pattern="structured:0.3", method="obs-diff")
-        report = prune_stage(pipe, options, ["a seven", "a two"], statistics=tmp_path / "store")
+        report = prune_stage(pipe, options, ["a seven", "a two"], Folders(statistics=tmp_path / "store"))
     assert report.pattern == Structured(0.3, 0.3, 1, 0.0) and report.notes == [ONE]
     assert set(report.plan.entries) == {f"transformer_blocks.1.{part}" for part in ("attn", "ff", "ff_context")}
     assert int(report.masks["transformer_blocks.1.attn"].sum()) == 3  # of 4

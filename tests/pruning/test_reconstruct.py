@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from obsdiff.allocation.stage import calibration_prompts, prune_stage
+from obsdiff.allocation.stage import Folders, calibration_prompts, prune_stage
 from obsdiff.costs import calibration_cost
 from obsdiff.diffusion.distill import feature_loss
 from obsdiff.errors import UserError
@@ -194,7 +194,7 @@ def prune_to(store, monkeypatch, dies_at=None, options=None):
     pipe = make_pipe()
     with monkeypatch.context() as patch:
         patch.setattr(reconstructing, "_train", train)
-        report = prune_stage(pipe, options, calibration_prompts(pipe, options), reconstruction=store)
+        report = prune_stage(pipe, options, calibration_prompts(pipe, options), Folders(reconstruction=store))
     return pipe.transformer.state_dict(), report, len(trained)
 
 

@@ -13,7 +13,7 @@ LONG = {
     "obsdiff.data.trajectories.TrajectoryDataModule.__init__": 11,
     "obsdiff.embedded.pretrain_sd3.DigitsSD3Pretraining.__init__": 9,
     "obsdiff.pruning.calibrate.calibrate": 12,
-    "obsdiff.pruning.oneshot.prune": 14,
+    "obsdiff.pruning.oneshot.prune": 15,
     "obsdiff.pruning.stream.stream": 10,
     "obsdiff.training.recovery.Recovery.__init__": 11,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from obsdiff.allocation.planning import (
     packages_for,
     rule_of,
 )
+from obsdiff.allocation.rank_check import checked_ranks, rank_notes
 from obsdiff.allocation.reconstruction import before_reconstruction, reconstruct_stages
 from obsdiff.criteria import find_method
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import in_known_words
+from obsdiff.memory import within_memory
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.graph import Graph, Site
 from obsdiff.models.info import call_arguments, info_of
@@ -42,16 +44,14 @@ from obsdiff.pruning.gates import STEPS, gated_groups
 from obsdiff.pruning.gradients import TIMES, layers_of
 from obsdiff.pruning.oneshot import prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, describe, kept_units, packages_of, remarks
+from obsdiff.pruning.plan import Plan, describe, packages_of, remarks
 from obsdiff.pruning.planfile import fitted_plan, kinds_of
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.shorten import prune_shorter, stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 from obsdiff.pruning.stream import Stream, stream
-from obsdiff.pruning.vectors import checked_rank
 
-HELD_OUT = 16  # prompts of the other set on which ranks are tried
-WORSE, NOTED = 4.0, 1e-3  # a note is due where they lose this many times as much, and that is no trifle
+LESS = "--calibration.streamed true holds the Hessians of one stage, --dtype bfloat16 half the weights"
 
 
 def calibration_prompts(pipe: Any, options: PruningOptions) -> list[str]:
@@ -98,15 +98,28 @@ def needs_prompts(options: PruningOptions, statistics: Path | None) -> bool:
     return measures(options, statistics) or depth_of(options) is not None or options.reconstruction.steps > 0
 
 
+@dataclass(frozen=True)
+class Folders:
+    """Where parts of a prune are kept, or found, so that others need not do them again; None: nowhere.
+
+    Attributes:
+        statistics, sensitivity: Calibration and scan.
+        reconstruction: Stages that a reconstruction has finished.
+        solved: Solved layers, where their statistics are kept or streamed.
+    """
+
+    statistics: Path | None = None
+    sensitivity: Path | None = None
+    reconstruction: Path | None = None
+    solved: Path | None = None
+
+
 def prune_stage(
     pipe: Any,
     options: PruningOptions,
     prompts: Sequence[str],
+    folders: Folders = Folders(),
     *,
-    statistics: Path | None = None,
-    sensitivity: Path | None = None,
-    reconstruction: Path | None = None,
-    solved: Path | None = None,
     prune_again: bool = False,
     quiet: bool = True,
 ) -> PruneReport:
@@ -117,9 +130,7 @@ def prune_stage(
             fails, the pruned weights are left).
         options: What is asked for.
         prompts: For the calibration.
-        statistics, sensitivity: Folders to keep calibration and scan in, or to find them.
-        reconstruction: Folder to keep the stages in that a reconstruction has finished, or to find them.
-        solved: Folder to keep solved layers in, or to find them, where their statistics are kept or streamed.
+        folders: To keep parts of it in, or to find them.
         prune_again: Allow a pipeline that is pruned already.
         quiet: No progress bars.
 
@@ -129,63 +140,73 @@ def prune_stage(
     Raises:
         UserError: The request cannot be met.
     """
-    check_options(options, statistics, sensitivity)
-    subject, plan = prepare(pipe, options, prune_again)
-    if not (options.calibration.streamed or statistics is not None):
-        solved = None
-    kept, depth = _Kept(statistics, sensitivity, solved, prune_again, quiet), depth_of(options)
+    check_options(options, folders.statistics, folders.sensitivity)
+    if not (options.calibration.streamed or folders.statistics is not None):
+        folders = replace(folders, solved=None)
+    way = _Way(folders, prune_again, quiet)
+
+    def in_batches(size: int) -> PruneReport:
+        smaller = replace(options, calibration=replace(options.calibration, batch_size=size))
+        return _stage(pipe, smaller, prompts, way)
+
+    return within_memory(in_batches, options.calibration.batch_size, "pruning", LESS)
+
+
+def _stage(pipe: Any, options: PruningOptions, prompts: Sequence[str], way: _Way) -> PruneReport:
+    subject, plan = prepare(pipe, options, way.prune_again)
+    depth, quiet, reconstruction = depth_of(options), way.quiet, way.folders.reconstruction
 
     def layers(shorter: Subject, own: PruningOptions) -> PruneReport:
         if plan.removed:
             fitted = fitted_plan(replace(plan, removed=()), shorter.graph)
             if own.dead == "remove":
                 fitted = without_dead(shorter.graph, fitted, shorter.dead, own.exclude)
-            return _prune_layers(shorter, fitted, own, prompts, kept)
-        return _prune_layers(*prepare(shorter, own, prune_again=True), own, prompts, kept)
+            return _prune_layers(shorter, fitted, own, prompts, way)
+        return _prune_layers(*prepare(shorter, own, prune_again=True), own, prompts, way)
 
     whole = before_reconstruction(subject, options, prompts, reconstruction) if options.reconstruction.steps else None
     if depth is not None and options.budget is not None:
-        report = _prune_numbered(subject, depth, options, prompts, kept)
+        report = _prune_numbered(subject, depth, options, prompts, way)
     elif plan.removed or depth is not None:
         report = prune_depth(subject, plan, options, prompts, layers, quiet)
     else:
-        report = _prune_layers(subject, plan, options, prompts, kept)
+        report = _prune_layers(subject, plan, options, prompts, way)
     if whole is not None:
         reconstruct_stages(subject.pipe, report, options, whole, quiet)
     return report
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Way:
     """What of a stage is the same for the whole denoiser and a shorter one."""
 
-    statistics: Path | None
-    sensitivity: Path | None
-    solved: Path | None
+    folders: Folders
     prune_again: bool
     quiet: bool
 
-    def without(self, stages: int) -> _Kept:
+    def without(self, stages: int) -> _Way:
         """Beside the whole denoiser's folders those of what is left where so many stages went."""
 
         def beside(folder: Path | None) -> Path | None:
             return folder if folder is None or not stages else folder.with_name(f"{folder.name}-without-{stages}")
 
-        return replace(self, statistics=beside(self.statistics), sensitivity=beside(self.sensitivity))
+        there = self.folders
+        moved = {name: beside(getattr(there, name)) for name in ("statistics", "sensitivity", "solved")}
+        return replace(self, folders=replace(there, **moved))
 
 
 def _prune_numbered(
-    subject: Subject, depth: Depth, options: PruningOptions, prompts: Sequence[str], kept: _Kept
+    subject: Subject, depth: Depth, options: PruningOptions, prompts: Sequence[str], way: _Way
 ) -> PruneReport:
     """Choose under a budget how many stages go, then prune by the plan that came of it."""
     started = time.perf_counter()
 
     def allocated(shorter: Subject, own: PruningOptions, gone: int, whole: float) -> tuple[Allocation, Statistics]:
-        at = kept.without(gone)
+        at = way.without(gone)
         found = _calibrated(shorter, own, prompts, at, None)
-        return allocate(shorter, own, found, prompts, store=at.sensitivity, whole=whole, quiet=kept.quiet), found
+        return allocate(shorter, own, found, prompts, store=at.folders.sensitivity, whole=whole, quiet=way.quiet), found
 
-    best, stages = choose_number(subject, depth, options, prompts, allocated, kept.quiet)
+    best, stages = choose_number(subject, depth, options, prompts, allocated, way.quiet)
     plan, took = best.plan, time.perf_counter() - started
     given = replace(options.calibration, packages=1)
     own = replace(options, pattern=str(depth.then or depth), budget=None, allocation="uniform", calibration=given)
@@ -194,7 +215,7 @@ def _prune_numbered(
         fitted = replace(plan, removed=())
         if own.dead == "remove":
             fitted = without_dead(shorter.graph, fitted, shorter.dead, own.exclude)
-        return _prune_layers(shorter, fitted, own, prompts, kept.without(len(plan.removed)))
+        return _prune_layers(shorter, fitted, own, prompts, way.without(len(plan.removed)))
 
     if plan.removed:
         measured = {"alone": stages["alone"], "triples": stages["triples"]}
@@ -208,18 +229,18 @@ def _prune_numbered(
 
 
 def _calibrated(
-    subject: Subject, options: PruningOptions, prompts: Sequence[str], kept: _Kept, sites: set[str] | None
+    subject: Subject, options: PruningOptions, prompts: Sequence[str], way: _Way, sites: set[str] | None
 ) -> Statistics:
     """The statistics that the options ask for, at some sites (None: all). A folder keeps the inputs of all, since it
     serves every pattern and method; what it does not keep is measured for these alone."""
-    settings, wanted = _settings(options, kept.statistics), needs_for(options, kept.statistics)
+    settings, wanted = _settings(options, way.folders.statistics), needs_for(options, way.folders.statistics)
 
     def measure(sites: set[str] | None, store: Path | None, needs: Collection[str]) -> Statistics:
-        return calibrate(subject, prompts, **settings, store=store, sites=sites, needs=needs, quiet=kept.quiet)
+        return calibrate(subject, prompts, **settings, store=store, sites=sites, needs=needs, quiet=way.quiet)
 
-    if kept.statistics is None:
+    if way.folders.statistics is None:
         return measure(sites, None, wanted)
-    found = measure(None, kept.statistics, wanted - PASSES)
+    found = measure(None, way.folders.statistics, wanted - PASSES)
     if not wanted & PASSES:
         return found
     own = measure(sites, None, wanted & PASSES)
@@ -235,14 +256,14 @@ def _settings(options: PruningOptions, statistics: Path | None) -> dict[str, Any
 
 
 def _prune_layers(
-    subject: Subject, plan: Plan, options: PruningOptions, prompts: Sequence[str], kept: _Kept
+    subject: Subject, plan: Plan, options: PruningOptions, prompts: Sequence[str], way: _Way
 ) -> PruneReport:
     """Calibrate, allocate, prune what is there."""
-    statistics, quiet = kept.statistics, kept.quiet
+    statistics, quiet = way.folders.statistics, way.quiet
     graph, dead = subject.graph, [] if options.dead == "ignore" else subject.dead
 
     def measure(sites: set[str] | None) -> Statistics:
-        return _calibrated(subject, options, prompts, kept, sites)
+        return _calibrated(subject, options, prompts, way, sites)
 
     found: Any = measure if measures(options, statistics) else None
     if found is not None and options.calibration.streamed:
@@ -253,12 +274,12 @@ def _prune_layers(
     record, allocate_s, notes = None, 0.0, []
     if allocates(options):
         started = time.perf_counter()
-        allocation = allocate(subject, options, found, prompts, store=kept.sensitivity, quiet=quiet)
+        allocation = allocate(subject, options, found, prompts, store=way.folders.sensitivity, quiet=quiet)
         plan, record, notes = allocation.plan, allocation.record, allocation.notes
         allocate_s = allocation.earlier_s + time.perf_counter() - started
         if options.dead == "remove":
             plan = without_dead(graph, plan, dead, options.exclude)
-    ranks = _ranks(subject, plan, found, options, prompts, quiet)
+    ranks = checked_ranks(subject, plan, found, options, prompts, quiet)
     report = prune(
         subject,
         plan,
@@ -269,57 +290,15 @@ def _prune_layers(
         seed=options.seed,
         damping=options.calibration.damping,
         fusion=options.fusion,
-        prune_again=kept.prune_again,
-        solved=kept.solved if isinstance(found, Statistics | Stream) else None,
+        prune_again=way.prune_again,
+        solved=way.folders.solved if isinstance(found, Statistics | Stream) else None,
         quiet=quiet,
     )
     report.dead = fate_of_dead(graph, plan, dead) if options.dead == "remove" else dict.fromkeys(dead, "left")
     report.allocation, report.ranks = record, ranks
-    report.notes += notes + _rank_notes(ranks)
+    report.notes += notes + rank_notes(ranks)
     report.time_s["allocate"] = allocate_s
     return report
-
-
-def _ranks(
-    subject: Subject, plan: Plan, found: Any, options: PruningOptions, prompts: Sequence[str], quiet: bool
-) -> dict[str, dict[str, float]]:
-    """What the ranks of a plan leave out, on the calibration's prompts and on some of the pipeline's other set."""
-    graph = subject.graph
-    groups = [group for group in plan.groups(graph) if group.basis is not None] if plan.structured else []
-    if not groups:
-        return {}
-    sites = {group.layers[0] for group in groups}
-    settings, source = options.calibration, info_of(subject.pipe).prompts.get("evaluation")
-    own = found if isinstance(found, Statistics) else found(sites)
-    others = None
-    if source is not None and (unseen := [text for text in load_prompts(source) if text not in set(prompts)]):
-        steps, scale = settings.steps, settings.guidance_scale
-        some = unseen[:: max(1, len(unseen) // HELD_OUT)][:HELD_OUT]
-        given: Any = {"steps": steps, "guidance_scale": scale, "batch_size": settings.batch_size}
-        others = calibrate(subject, some, **given, seed=options.seed + 1, sites=sites, quiet=quiet)
-    checked = {}
-    for group in groups:
-        rank, device = kept_units(group, plan.entries[group.name]), graph.weight(group.name).device  # type: ignore[arg-type]  # structured
-        if rank < group.count:
-            sets = [None if s is None else s.site(group.name, device) for s in (own, others)]
-            checked[group.name] = checked_rank(graph, group, rank, *sets)  # type: ignore[arg-type]  # own is there
-    return checked
-
-
-def _rank_notes(ranks: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """For people: ranks that serve other prompts worse, or that were tried on none."""
-    notes = []
-    for name, found in ranks.items():
-        what = f"rank {found['rank']:g} of {found['width']:g} at {name}"
-        error, other = found["error"], found.get("error_held_out")
-        if other is None:
-            notes.append(f"{what} was tried on no other prompts: this pipeline names no set of them")
-        elif other > WORSE * error and other > NOTED:
-            notes.append(
-                f"{what} loses {other:.2g} of its layers' output with prompts that were not calibrated on, {error:.2g} "
-                "with those that were; calibrate on more prompts, or keep a higher rank"
-            )
-    return notes
 
 
 def weighting_of(options: PruningOptions, statistics: Path | None) -> str:

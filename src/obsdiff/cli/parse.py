@@ -180,6 +180,8 @@ def _mendable(error: Exception) -> str | None:
         return f"{squeezed(error.filename)}: {error.strerror}"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here
         return squeezed(error)
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+        return f"out of memory; smaller batches, bfloat16 or gradient checkpointing take less ({squeezed(error)})"
     if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
         return squeezed(error)
     return None

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obsdiff.allocation.planning import depth_of, needs_for, packages_for, rule_of
-from obsdiff.allocation.stage import calibration_prompts, needs_prompts, prune_stage, weighting_of
+from obsdiff.allocation.stage import Folders, calibration_prompts, needs_prompts, prune_stage, weighting_of
 from obsdiff.compare.cells import ONE_SHOT, Unit, key_of, read_recipe
 from obsdiff.compare.options import CompareOptions
 from obsdiff.costs import calibration_cost
@@ -218,7 +218,7 @@ def _pruned(unit: Unit, dense: Dense, folder: Path) -> dict[str, Any]:
     dense_bytes = pipeline_bytes(pipe)
     prompts = calibration_prompts(pipe, options) if needs_prompts(options, None) else []
     store, scan = _kept(unit, dense, prompts)
-    report = prune_stage(subject, options, prompts, statistics=store, sensitivity=scan)
+    report = prune_stage(subject, options, prompts, Folders(store, scan))
     folder.mkdir()
     write_pipeline(pipe, folder, report)
     costs = calibration_cost(read_json(folder / FILE, "a manifest"), flops, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.allocation.planning import check_options
-from obsdiff.allocation.stage import announce, calibration_prompts, prepare, prune_stage
+from obsdiff.allocation.stage import Folders, announce, calibration_prompts, prepare, prune_stage
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import check_measurable
@@ -28,7 +28,7 @@ from obsdiff.export.memory_report import short_plan
 from obsdiff.export.places import check_places, finite, pipeline_bytes, write_or_rescue
 from obsdiff.export.report import draw_samples, render_markdown, steps_taken
 from obsdiff.files import check_space, write_json, write_text
-from obsdiff.memory import peak_memory_bytes
+from obsdiff.memory import peak_memory_bytes, within_memory
 from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
@@ -100,18 +100,20 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     suite = load_suite(info_of(pipe).alignment, options.evaluation, pipe.device) if evaluated else Suite({})
 
     def draw(allow_nonfinite: bool) -> Tensor | None:
-        batch_size = options.evaluation.batch_size
-        return sample_shared(pipe, evaluated, seeds, batch_size, quiet, allow_nonfinite) if evaluated else None
+        if not evaluated:
+            return None
+
+        def in_batches(size: int) -> Tensor:
+            return sample_shared(pipe, evaluated, seeds, size, quiet, allow_nonfinite)
+
+        return within_memory(in_batches, options.evaluation.batch_size, "drawing", "--dtype bfloat16 takes less")
 
     dense = draw(allow_nonfinite=False)
     done = prune_stage(
         subject,
         options,
         prompts,
-        statistics=statistics,
-        sensitivity=sensitivity,
-        reconstruction=stages,
-        solved=solves,
+        Folders(statistics, sensitivity, stages, solves),
         prune_again=options.prune_again,
         quiet=quiet,
     )

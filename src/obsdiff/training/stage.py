@@ -12,7 +12,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from obsdiff.allocation.planning import packages_for, rule_of
-from obsdiff.allocation.stage import announce, calibration_prompts, measures, needs_prompts, prepare, prune_stage
+from obsdiff.allocation.stage import (
+    Folders,
+    announce,
+    calibration_prompts,
+    measures,
+    needs_prompts,
+    prepare,
+    prune_stage,
+)
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.content import component_hashes
@@ -192,8 +200,8 @@ def _prune(
     if rank() == 0:
         announce(subject, plan, options, len(prompts), store)
     stages, solves = output / RECONSTRUCTION, output / SOLVED
-    kept: Any = {"statistics": store, "sensitivity": scan, "reconstruction": stages, "solved": solves}
-    report = prune_stage(subject, options, prompts, **kept, quiet=rank() > 0)
+    folders = Folders(store, scan, stages, solves)
+    report = prune_stage(subject, options, prompts, folders, quiet=rank() > 0)
     if rank() == 0:
         with whole_folder(folder, FILE, replace=True) as temporary:
             write_pipeline(pipe, temporary, report)

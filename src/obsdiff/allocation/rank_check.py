@@ -1,0 +1,60 @@
+"""What ranks leave out, on prompts that were not calibrated on, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from obsdiff.data.prompts import load_prompts
+from obsdiff.models.info import info_of
+from obsdiff.models.subject import Subject
+from obsdiff.pruning.calibrate import calibrate
+from obsdiff.pruning.options import PruningOptions
+from obsdiff.pruning.plan import Plan, kept_units
+from obsdiff.pruning.statistics import Statistics
+from obsdiff.pruning.vectors import checked_rank
+
+HELD_OUT = 16  # prompts of the other set on which ranks are tried
+WORSE, NOTED = 4.0, 1e-3  # a note is due where they lose this many times as much, and that is no trifle
+
+
+def checked_ranks(
+    subject: Subject, plan: Plan, found: Any, options: PruningOptions, prompts: Sequence[str], quiet: bool
+) -> dict[str, dict[str, float]]:
+    """What the ranks of a plan leave out, on the calibration's prompts and on some of the pipeline's other set."""
+    graph = subject.graph
+    groups = [group for group in plan.groups(graph) if group.basis is not None] if plan.structured else []
+    if not groups:
+        return {}
+    sites = {group.layers[0] for group in groups}
+    settings, source = options.calibration, info_of(subject.pipe).prompts.get("evaluation")
+    own = found if isinstance(found, Statistics) else found(sites)
+    others = None
+    if source is not None and (unseen := [text for text in load_prompts(source) if text not in set(prompts)]):
+        steps, scale = settings.steps, settings.guidance_scale
+        some = unseen[:: max(1, len(unseen) // HELD_OUT)][:HELD_OUT]
+        given: Any = {"steps": steps, "guidance_scale": scale, "batch_size": settings.batch_size}
+        others = calibrate(subject, some, **given, seed=options.seed + 1, sites=sites, quiet=quiet)
+    checked = {}
+    for group in groups:
+        rank, device = kept_units(group, plan.entries[group.name]), graph.weight(group.name).device  # type: ignore[arg-type]  # structured
+        if rank < group.count:
+            sets = [None if s is None else s.site(group.name, device) for s in (own, others)]
+            checked[group.name] = checked_rank(graph, group, rank, *sets)  # type: ignore[arg-type]  # own is there
+    return checked
+
+
+def rank_notes(ranks: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """For people: ranks that serve other prompts worse, or that were tried on none."""
+    notes = []
+    for name, found in ranks.items():
+        what = f"rank {found['rank']:g} of {found['width']:g} at {name}"
+        error, other = found["error"], found.get("error_held_out")
+        if other is None:
+            notes.append(f"{what} was tried on no other prompts: this pipeline names no set of them")
+        elif other > WORSE * error and other > NOTED:
+            notes.append(
+                f"{what} loses {other:.2g} of its layers' output with prompts that were not calibrated on, {error:.2g} "
+                "with those that were; calibrate on more prompts, or keep a higher rank"
+            )
+    return notes

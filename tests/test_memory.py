@@ -1,0 +1,76 @@
+"""What becomes of work that memory does not hold."""
+
+import json
+
+import pytest
+import torch
+
+from obsdiff.allocation import stage
+from obsdiff.cli.main import main
+from obsdiff.errors import UserError
+from obsdiff.export import run as export_run
+from obsdiff.memory import is_out_of_memory, within_memory
+
+TOO_MUCH = 2**55  # bytes; no machine has them
+
+
+def test_both_kinds_are_recognised():
+    with pytest.raises(RuntimeError) as of_host:
+        torch.empty(TOO_MUCH, dtype=torch.uint8)
+    assert is_out_of_memory(of_host.value) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize(("holds", "tried"), [(8, [8]), (4, [8, 4]), (3, [8, 4])])
+def test_once_more_in_half_of_the_batches(holds, tried, capsys):
+    sizes = []
+
+    def work(size):
+        sizes.append(size)
+        return "done" if size <= holds else torch.empty(TOO_MUCH, dtype=torch.uint8)
+
+    if holds >= tried[-1]:
+        assert within_memory(work, 8, "drawing", "less is less") == "done"
+    else:
+        with pytest.raises(UserError, match=r"out of memory while drawing in batches of 4; less is less .*allocat"):
+            within_memory(work, 8, "drawing", "less is less")
+    assert sizes == tried
+    assert ("once more with 4" in capsys.readouterr().err) is (len(tried) == 2)
+
+
+def test_a_single_one_is_not_halved_and_other_errors_pass():
+    with pytest.raises(UserError, match="in batches of 1"):
+        within_memory(lambda size: torch.empty(TOO_MUCH, dtype=torch.uint8), 1, "drawing", "")
+    with pytest.raises(RuntimeError, match="shapes"):
+        within_memory(lambda size: torch.ones(2, 3) @ torch.ones(2, 3), 8, "drawing", "")
+
+
+def test_a_prune_goes_on_with_smaller_batches(pipe_folder, tmp_path, monkeypatch, capsys):
+    """To the same masks; calibration and drawing, each once."""
+    sizes = {"calibrate": [], "draw": []}
+
+    def short(name, real, at):
+        def work(*args, **options):
+            size = options["batch_size"] if at is None else args[at]
+            sizes[name].append(size)
+            return real(*args, **options) if size <= 2 else torch.empty(TOO_MUCH, dtype=torch.uint8)
+
+        return work
+
+    arguments = ["prune", "--pipeline", str(pipe_folder), "--pattern", "2:4", "--calibration.num_prompts", "4"]
+    arguments += ["--evaluation.num_images", "4", "--calibration.batch_size", "4", "--evaluation.batch_size", "4"]
+    main([*arguments, "--output", str(tmp_path / "plenty")])
+    monkeypatch.setattr(stage, "calibrate", short("calibrate", stage.calibrate, None))
+    monkeypatch.setattr(export_run, "sample_shared", short("draw", export_run.sample_shared, 3))
+    main([*arguments, "--output", str(tmp_path / "little")])
+    assert sizes == {"calibrate": [4, 2], "draw": [4, 2, 4, 2]}
+    said = capsys.readouterr().err
+    assert "out of memory while pruning in batches of 4; once more with 2" in said
+    plenty, little = (json.loads((tmp_path / way / "report.json").read_text()) for way in ("plenty", "little"))
+    assert little["layer_error"]["mean"] == pytest.approx(plenty["layer_error"]["mean"], rel=1e-4)
+    monkeypatch.setattr(stage, "calibrate", lambda *_, **__: torch.empty(TOO_MUCH, dtype=torch.uint8))
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--output", str(tmp_path / "none")])
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("obsdiff prune: ")]
+    assert ended.value.code == 2 and "in batches of 2; --calibration.streamed true holds" in line
+    assert not (tmp_path / "none").exists()
