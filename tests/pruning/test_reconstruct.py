@@ -13,6 +13,7 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.export.run import prune_run
 from obsdiff.models.info import call_arguments
+from obsdiff.models.nested import tensors_in
 from obsdiff.models.subject import subject_of
 from obsdiff.paths import unfinished_stages
 from obsdiff.pruning import reconstruct as reconstructing
@@ -25,7 +26,7 @@ from obsdiff.pruning.options import (
     PruningOptions,
     ReconstructionOptions,
 )
-from obsdiff.pruning.reconstruct import Call, Pair, _example, reconstruct
+from obsdiff.pruning.reconstruct import Call, Pair, _Way, reconstruct
 from tests.conftest import make_pipe
 
 HOW = ReconstructionOptions(steps=20, lr=1e-2, triples=24, batch_size=4)
@@ -68,8 +69,9 @@ def test_a_stage_reads_the_pruned_prefix_and_aims_at_the_dense_one():
         )
         model(**call.arguments)
         handle.remove()
-    args, kwargs, wanted = _example(
-        pipe.transformer, pipe.transformer.transformer_blocks[1], dense, dense.transformer_blocks[1], call
+    stages = {stage: stage for stage in subject_of(pipe).graph.stages}
+    [(args, kwargs, wanted)] = _Way(Pair(pipe.transformer, dense, stages, {}), [call]).examples(
+        *["transformer_blocks.1"] * 2
     )
     assert not args and torch.equal(kwargs["hidden_states"], seen["pruned"][0]["hidden_states"])
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(wanted, seen["dense"][1], strict=True))
@@ -91,14 +93,35 @@ def test_errors_fall_zeros_stay_and_what_is_said_is_what_is():
     assert all(p.grad is None for p in pipe.transformer.parameters())
     last = graph.stages[-1]  # its inputs did not change after it was trained
     losses = []
-    for call in calls[::5]:
-        stage, like = pipe.transformer.get_submodule(last), dense.get_submodule(last)
-        args, kwargs, wanted = _example(pipe.transformer, stage, dense, like, call)
+    for args, kwargs, wanted in _Way(Pair(pipe.transformer, dense, stages, {}), calls[::5]).examples(last, last):
+        stage = pipe.transformer.get_submodule(last)
         with torch.no_grad():
             answer = stage(*args, **kwargs)
         mine = [part for part in answer if isinstance(part, torch.Tensor)]
         losses.append(float(feature_loss(mine, wanted, robust=False)))
     assert found[last].after == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@torch.no_grad()
+def test_examples_are_the_same_whatever_is_held_of_the_stages_before():
+    """With every stage's answer held, and with the latest alone; stages that run once more after they were seen."""
+    pipe, _, dense = pruned_by_half()
+    stages = {stage: stage for stage in subject_of(pipe).graph.stages}
+    calls = [call_of(pipe, seed=seed) for seed in range(2)]
+    ways = [_Way(Pair(pipe.transformer, dense, stages, {}, chains), calls) for chains in ((), {"transformer_blocks"})]
+    ran = []
+    for block in (*pipe.transformer.transformer_blocks, *dense.transformer_blocks):
+        block.attn.register_forward_hook(lambda *_: ran.append(1))
+    for stage in stages:
+        plain, passing = (way.examples(stage, stage) for way in ways)
+        for mine, theirs in zip(plain, passing, strict=True):
+            assert all(map(torch.equal, tensors_in(mine), tensors_in(theirs)))
+    for way in ways:
+        for model, made in way._calls.items():
+            real = [name for name, answer in made[0].answers.items() if not next(tensors_in(answer)).is_meta]
+            assert len(real) == len(stages) - (model is pipe.transformer) if way is ways[0] else len(real) == 1
+    once = len(calls) * (2 * len(stages) - 1)  # through both models; the last stage of the pruned one never has to run
+    assert len(ran) == 2 * once
 
 
 def test_a_stage_that_training_makes_worse_keeps_its_weights():
@@ -130,13 +153,12 @@ def test_through_the_stage_with_what_it_cost(pattern):
     stages = subject_of(pipe).graph.stages
     assert list(found["stages"]) == list(stages) and all(after <= before for before, after in found["stages"].values())
     assert any(after < before for before, after in found["stages"].values())
-    # 6 prompts x 3 steps recorded; 18 triples of two rows in 5 calls, to each stage of both models; 20 steps of three
-    # passes; the call held out before and after
+    # 6 prompts x 3 steps recorded; 18 triples of two rows in 5 calls, once through both models, and one call of each;
+    # 20 steps of three passes; the call held out before and after
     call = call_arguments(pipe)
     dense, pruned = (denoiser_flops(subject_of(each), call) for each in (make_pipe(), pipe))
-    to_stages = sum(36 * (i + 1) / len(stages) for i in range(len(stages)))
-    held = 8
-    wanted = dense * (36 + to_stages) + pruned * (to_stages + 3 * 20 * 36 / 5 + 2 * held)
+    through, held = 36 + 36 / 5, 8
+    wanted = dense * (36 + through) + pruned * (through + 3 * 20 * 36 / 5 + 2 * held)
     assert found["calls"] == 5 and found["denoiser_flops"] == pytest.approx(wanted)
     counted = calibration_cost({"reconstruction": found, "time_s": report.time_s}, 1, 2)["reconstruction"]
     assert counted.denoiser_flops == found["denoiser_flops"] and counted.device_s == 2 * report.time_s["reconstruct"]

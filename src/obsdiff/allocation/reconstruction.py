@@ -36,6 +36,7 @@ class Whole:
     Attributes:
         denoiser: A copy.
         stages: In the order of execution.
+        chains: Lists of them in which each reads of the others only the one before it.
         calls: Recorded on its way.
         recorded: Rows through the denoiser that recording took.
         flops: Of one row.
@@ -45,6 +46,7 @@ class Whole:
 
     denoiser: nn.Module
     stages: tuple[str, ...]
+    chains: frozenset[str]
     calls: list[Call]
     recorded: int
     flops: int
@@ -84,7 +86,14 @@ def before_reconstruction(
     flops = denoiser_flops(subject, call_arguments(subject.pipe))
     spent = time.perf_counter() - started
     return Whole(
-        copy.deepcopy(subject.denoiser), subject.graph.stages, calls, probe.recorded * rows, flops, spent, store
+        copy.deepcopy(subject.denoiser),
+        subject.graph.stages,
+        subject.trace.chains,
+        calls,
+        probe.recorded * rows,
+        flops,
+        spent,
+        store,
     )
 
 
@@ -106,7 +115,7 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
     before = [stage for stage in whole.stages if stage not in removed]
     stages = dict(zip(subject.graph.stages, before, strict=True))
     errors = reconstruct(
-        Pair(subject.denoiser, whole.denoiser, stages, masks),
+        Pair(subject.denoiser, whole.denoiser, stages, masks, whole.chains),
         whole.calls,
         asked,
         seed=options.seed,
@@ -118,21 +127,22 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         "lr": asked.lr,
         "calls": len(whole.calls),
         "stages": {name: [error.before, error.after] for name, error in errors.items()},
-        "denoiser_flops": _flops(whole, denoiser_flops(subject, call_arguments(pipe)), len(errors), asked.steps),
+        "denoiser_flops": _flops(whole, denoiser_flops(subject, call_arguments(pipe)), asked.steps),
     }
     count_parameters(subject.denoiser, report)
     report.time_s["reconstruct"] = whole.time_s + sum(error.time_s for error in errors.values())
 
 
-def _flops(whole: Whole, pruned: int, stages: int, steps: int) -> float:
-    """In both models: recording; reaching each stage in turn, on average half a pass; the stages' steps; their errors.
+def _flops(whole: Whole, pruned: int, steps: int) -> float:
+    """Recording; going through the stages of both models, and a call of each to see what has to be held meanwhile; the
+    stages' steps; their errors.
 
     Args:
         whole: The dense denoiser and its calls.
         pruned: FLOPs of one row through the pruned one.
-        stages: How many were trained.
-        steps: Of each.
+        steps: Of each stage.
     """
     rows, held = (sum(call.rows for call in calls) for calls in (whole.calls, whole.calls[::HELD_OUT]))
-    reached, trained = rows * (stages + 1) / 2, (1 + BACKWARD) * steps * rows / len(whole.calls)
-    return whole.flops * (whole.recorded + reached) + pruned * (reached + trained + 2 * held)
+    each = rows / len(whole.calls)
+    trained = (1 + BACKWARD) * steps * each
+    return whole.flops * (whole.recorded + rows + each) + pruned * (rows + each + trained + 2 * held)

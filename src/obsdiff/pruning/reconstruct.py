@@ -27,6 +27,7 @@ from obsdiff.models.content import component_hash, tensor_bytes
 from obsdiff.models.denoisers import parts_of
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.nested import copied_to, each_tensor, tensors_in
+from obsdiff.models.replay import MadeCall, Reached, answering, passing_stages
 from obsdiff.progress import track
 from obsdiff.pruning.finished import Finished, StageError
 from obsdiff.pruning.masks import apply_masks
@@ -44,12 +45,15 @@ class Pair:
         dense: The same model before pruning.
         stages: Names of its blocks, in the order of execution, and what each was called in ``dense``.
         masks: Bool by layer (True = kept) of weights that stay zero elsewhere.
+        chains: Lists of stages in which each reads of the others only the one before it
+            (:class:`obsdiff.models.tracing.Trace`).
     """
 
     pruned: nn.Module
     dense: nn.Module
     stages: Mapping[str, str]
     masks: Mapping[str, Tensor]
+    chains: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,6 @@ class Call:
     denoiser: str
     arguments: Mapping[str, Any]
     rows: int
-
-
-class _Stop(Exception):
-    """The stage was seen; nothing behind it has to run."""
 
 
 def reconstruct(
@@ -96,22 +96,20 @@ def reconstruct(
     Returns:
         By stage, its error before and after.
     """
-    held = calls[::HELD_OUT]
-    seen = [call for at, call in enumerate(calls) if at % HELD_OUT]
     denoiser, dense, stages = models.pruned, models.dense, models.stages
     finished = None if store is None else Finished(store, _key(models, calls, options, seed), list(stages))
     found = {}
     with eval_mode(denoiser), eval_mode(dense):
+        way = _Way(models, calls)
         for name, before in track(stages.items(), len(stages), "reconstructing", quiet):
-            own, like = denoiser.get_submodule(name), dense.get_submodule(before)
+            own = denoiser.get_submodule(name)
             if finished is not None and (error := finished.load(name, own)) is not None:
                 found[name] = error
                 continue
             started = time.perf_counter()
-            examples, checks = (
-                [example for call in part if (example := _example(denoiser, own, dense, like, call)) is not None]
-                for part in (seen, held)
-            )
+            seen = way.examples(name, before)
+            checks = [example for example in seen[::HELD_OUT] if example is not None]
+            examples = [example for at, example in enumerate(seen) if at % HELD_OUT and example is not None]
             if examples and checks:  # of two denoisers, a stage answers the calls of its own
                 inside = {layer: mask for layer, mask in models.masks.items() if f"{layer}.".startswith(f"{name}.")}
                 error = _train(denoiser, own, examples, checks, inside, options, seed)
@@ -142,32 +140,66 @@ def _key(models: Pair, calls: Sequence[Call], options: ReconstructionOptions, se
 Example = tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]
 
 
-def _example(denoiser: nn.Module, own: nn.Module, dense: nn.Module, like: nn.Module, call: Call) -> Example | None:
-    """What a stage is given by the pruned prefix, and what it should answer; None if the call does not pass it."""
-    given = _seen(denoiser, own, call)
-    wanted = _seen(dense, like, call)
-    return None if given is None or wanted is None else (given[0], given[1], list(tensors_in(wanted[2])))
+class _Way:
+    """What the stages of both models are given and answer in recorded calls, one stage after the other."""
+
+    def __init__(self, models: Pair, calls: Sequence[Call]) -> None:
+        self._models = models
+        self._stages = {models.pruned: list(models.stages), models.dense: list(models.stages.values())}
+        self._calls = {model: [_made(model, call) for call in calls] for model in self._stages}
+        self._passing = {
+            model: passing_stages(model, stages, models.chains, self._calls[model])
+            for model, stages in self._stages.items()
+        }
+
+    def examples(self, name: str, before: str) -> list[Example | None]:
+        """Of each call: what a stage is given by the pruned prefix as it is now, and what the dense stage, which is
+        called ``before``, answers on the dense way; None if the call does not pass it."""
+        given = self._seen(self._models.pruned, name, answers=False)
+        wanted = self._seen(self._models.dense, before, answers=True)
+        return [
+            None if own is None or like is None else (own[0], own[1], list(tensors_in(like[2])))
+            for own, like in zip(given, wanted, strict=True)
+        ]
+
+    def _seen(self, model: nn.Module, stage: str, answers: bool) -> list[_Look | None]:
+        stages = self._stages[model]
+        found: list[_Look | None] = []
+        with answering(model, stages[: stages.index(stage)]) as replay, _looking(model, stage, answers) as looks:
+            for call in self._calls[model]:
+                looks.clear()
+                if call.passes([stage]):
+                    replay.run(call)
+                    call.answers |= {stage: looks[0][2]} if looks and answers else {}  # it stays as it is
+                    call.forget(stages, self._passing[model])
+                found.append(looks[0] if looks else None)
+        return found
 
 
-@torch.no_grad()
-def _seen(model: nn.Module, stage: nn.Module, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], Any] | None:
-    """Arguments and answer of a stage in a call."""
-    found: list[Any] = []
+_Look = tuple[tuple[Any, ...], dict[str, Any], Any]
 
-    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
-        # a copy: a stage may write into its input's memory, and so may those behind it
-        found.append((copied_to(args, "cpu"), copied_to(kwargs, "cpu"), copied_to(answer, "cpu")))
-        raise _Stop
 
-    handle = stage.register_forward_hook(look, with_kwargs=True)
+@contextmanager
+def _looking(model: nn.Module, stage: str, answers: bool) -> Iterator[list[_Look]]:
+    """What a stage is given, and what it answers unless that is not asked for; nothing runs after that."""
+    looks: list[_Look] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any = None) -> None:
+        looks.append(copied_to((args, kwargs, answer), "cpu"))  # who reads them may write into them
+        raise Reached
+
+    module = model.get_submodule(stage)
+    register = module.register_forward_hook if answers else module.register_forward_pre_hook
+    handle = register(look, with_kwargs=True)
     try:
-        asked = model.get_submodule(call.denoiser) if call.denoiser else model
-        asked(**call.arguments)
-    except _Stop:
-        pass
+        yield looks
     finally:
         handle.remove()
-    return found[0] if found else None
+
+
+def _made(model: nn.Module, call: Call) -> MadeCall:
+    asked, prefix = (model.get_submodule(call.denoiser), f"{call.denoiser}.") if call.denoiser else (model, "")
+    return MadeCall(asked, prefix, dict(call.arguments))
 
 
 def _train(

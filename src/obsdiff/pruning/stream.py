@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from obsdiff.errors import UserError
 from obsdiff.models.calls import arguments_of
@@ -25,12 +25,13 @@ from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.denoisers import parts_of
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
-from obsdiff.models.nested import copied_to, each_tensor, tensors_in
+from obsdiff.models.nested import copied_to
+from obsdiff.models.replay import MadeCall, Reached, answering, passing_stages
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.observers import PASSES, observer_for
 from obsdiff.progress import track
 from obsdiff.pruning.calibrate import add_up_processes, check_measured, check_settings
-from obsdiff.pruning.collect import Collector, collecting
+from obsdiff.pruning.collect import collecting
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.trajectories import CallCounter, counted_calls, noise_seeds, run_trajectories, seen_calls
@@ -71,33 +72,17 @@ def stream(
     return Stream(subject, told, settings, fingerprint, observer_for(wanted), quiet)
 
 
-@dataclass
-class _Call:
-    """A call of a denoiser as the dense pipeline made it, and what its stages have answered so far.
+@dataclass(kw_only=True)
+class _Call(MadeCall):
+    """A call of the dense pipeline.
 
     Attributes:
-        model: The denoiser, and
-        prefix: of its stages' names: "" for a single one.
-        arguments: By name, on the host.
         part: The prompts of its batch.
         step: Calls so far in this trajectory, step, and steps, as the counter told them.
-        answers: By stage, on the host; of those that nothing will read any more, shapes alone (on the meta device).
     """
 
-    model: nn.Module
-    prefix: str
-    arguments: dict[str, Any]
     part: slice
     step: tuple[int, int, int]
-    answers: dict[str, Any] = field(default_factory=dict)
-
-    def passes(self, stages: Sequence[str]) -> bool:
-        """Whether any of the stages is its denoiser's."""
-        return any(stage.startswith(self.prefix) for stage in stages)
-
-
-class _Reached(Exception):
-    """The last stage that is asked about has run; nothing behind it has to."""
 
 
 class Stream:
@@ -139,7 +124,8 @@ class Stream:
         if self._calls is None:
             with eval_mode(self.subject.pipe):
                 self._calls = self._recorded()
-                self._passing = frozenset(self._found_passing(self._calls))
+                chains, stages = self.subject.trace.chains, self.subject.graph.stages
+                self._passing = passing_stages(self.subject.denoiser, stages, chains, self._calls)
         return self._calls
 
     @torch.no_grad()
@@ -159,29 +145,24 @@ class Stream:
         counter = CallCounter(self.subject.pipe, self.subject.family.time)
         with eval_mode(self.subject.pipe):
             first, last = (of(site.stage for site in chosen) for of in (min, max))
+            asked = graph.stages[first : last + 1]
             with (
                 collecting(self.subject, chosen, self._told, self._settings, statistics, counter) as collector,
-                _answering(graph.denoiser, graph.stages[:first], graph.stages[last]) as replay,
+                answering(graph.denoiser, graph.stages[:first]) as replay,
+                _stopping(graph.layer(asked[-1])),
             ):
-                what = f"calibrating {graph.stages[last]}"
-                passed = [call for call in calls if call.passes(graph.stages[first : last + 1])]
-                for call in track(passed, len(passed), what, self._quiet):
-                    self._measure(call, collector, replay)
+                passed = [call for call in calls if call.passes(asked)]
+                for call in track(passed, len(passed), f"calibrating {asked[-1]}", self._quiet):
+                    collector.begin(self._told, self._seeds, call.part)
+                    counter.calls, counter.index, counter.total = call.step
+                    if replay.run(call) is None:
+                        collector.leave_call()
+                    call.forget(graph.stages, self._passing)
         statistics.prompts_done = len(self._told)
         statistics.time_s = {"calibrate": time.perf_counter() - started, "forward_only": collector.forward_s}
         add_up_processes(statistics, chosen)
         check_measured(chosen, statistics)
         return statistics
-
-    def _measure(self, call: _Call, collector: Collector, replay: _Replay) -> None:
-        """Make a recorded call again as far as it has to go."""
-        collector.begin(self._told, self._seeds, call.part)
-        collector.counter.calls, collector.counter.index, collector.counter.total = call.step
-        if replay.run(call) is None:
-            collector.leave_call()
-        for before, after in zip(self.subject.graph.stages, self.subject.graph.stages[1:], strict=False):
-            if before in self._passing and after in call.answers:
-                call.answers[before] = each_tensor(call.answers[before], _shape)
 
     def _recorded(self) -> list[_Call]:
         """The denoiser's calls on the dense pipeline's way."""
@@ -196,7 +177,8 @@ class Stream:
 
         def see(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = copied_to(arguments_of(model, args, kwargs) | {"return_dict": False}, "cpu")
-            calls.append(_Call(model, prefixes[id(model)], given, now, (counter.calls, counter.index, counter.total)))
+            step = counter.calls, counter.index, counter.total
+            calls.append(_Call(model, prefixes[id(model)], given, part=now, step=step))
             ran.clear()
 
         def enter(name: str, *_: object) -> None:
@@ -223,91 +205,16 @@ class Stream:
                 handle.remove()
         return calls
 
-    def _found_passing(self, calls: Sequence[_Call]) -> Iterator[str]:
-        """Stages whose answers are read by the next one alone: of lists that run one stage after the other, those that
-        may answer anything, once all others have answered, without a change in the denoiser's answer."""
-        graph, chains = self.subject.graph, self.subject.trace.chains
-        for prefix, model in parts_of(graph.denoiser).items():
-            call = next((call for call in calls if call.model is model), None)
-            if call is None:
-                continue
-            with _answering(graph.denoiser, graph.stages, None) as replay:
-                trial = replace(call, answers={})
-                wanted = replay.run(trial)
-                lists: dict[str, list[str]] = {}
-                for name in trial.answers:
-                    lists.setdefault(name.rpartition(".")[0], []).append(name)
-                for of, names in lists.items():
-                    if of not in chains or not of.startswith(prefix):
-                        continue
-                    hollow = {name: each_tensor(trial.answers[name], _shape) for name in names[:-1]}
-                    found = replay.run(replace(trial, answers=trial.answers | hollow))
-                    if all(map(torch.equal, tensors_in(found), tensors_in(wanted))):
-                        yield from names[:-1]
-
-
-def _shape(tensor: Tensor) -> Tensor:
-    """Shape and dtype alone."""
-    return tensor.to("meta")
-
-
-class _Replay:
-    """Calls made again with answers in place of stages."""
-
-    def __init__(self) -> None:
-        self.call: _Call | None = None
-        self._zeros: dict[Any, Tensor] = {}
-
-    def run(self, call: _Call) -> Any:
-        """The denoiser's answer, or None if the stage that was to be reached has run."""
-        self.call = call
-        device = next(call.model.parameters()).device
-        try:
-            return call.model(**copied_to(call.arguments, device))
-        except _Reached:
-            return None
-        finally:
-            self.call = None
-
-    def answer(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of a stage's forward: what it has answered, or its answer, which is kept."""
-        assert self.call is not None
-        if name not in self.call.answers:
-            found = forward(*args, **kwargs)
-            self.call.answers[name] = copied_to(found, "cpu")
-            return found
-        device = next(self.call.model.parameters()).device
-        return each_tensor(self.call.answers[name], lambda tensor: self._placed(tensor, device))
-
-    def _placed(self, tensor: Tensor, device: torch.device) -> Tensor:
-        if tensor.device.type != "meta":
-            return tensor.to(device, copy=True)
-        key = (tensor.shape, tensor.dtype)
-        if key not in self._zeros:
-            self._zeros[key] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-        return self._zeros[key]
-
 
 @contextmanager
-def _answering(denoiser: nn.Module, stages: Sequence[str], reach: str | None) -> Iterator[_Replay]:
-    """``stages`` answer what they have answered before, and ``reach`` is the last stage that runs."""
-    replay = _Replay()
-    modules: dict[str, Any] = {name: denoiser.get_submodule(name) for name in stages}
-    before = {name: vars(module).get("forward") for name, module in modules.items()}
+def _stopping(stage: nn.Module) -> Iterator[None]:
+    """Calls end when this stage has run."""
 
     def stop(*_: object) -> None:
-        raise _Reached
+        raise Reached
 
-    handle = None if reach is None else denoiser.get_submodule(reach).register_forward_hook(stop)
+    handle = stage.register_forward_hook(stop)
     try:
-        for name, module in modules.items():
-            module.forward = partial(replay.answer, name, module.forward)
-        yield replay
+        yield
     finally:
-        if handle is not None:
-            handle.remove()
-        for name, module in modules.items():
-            if before[name] is None:
-                del module.forward
-            else:
-                module.forward = before[name]
+        handle.remove()

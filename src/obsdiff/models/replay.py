@@ -1,0 +1,151 @@
+"""Calls of a denoiser made again, with what stages have answered put in their places.
+
+So going through a model stage by stage costs two passes of it, whatever its depth. Nothing of its wiring is rebuilt:
+what lies between the stages runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.models.denoisers import parts_of
+from obsdiff.models.nested import copied_to, each_tensor, tensors_in
+
+
+@dataclass
+class MadeCall:
+    """A call as it was made, and what its stages have answered so far.
+
+    Attributes:
+        model: The denoiser, and
+        prefix: of its stages' names: "" for a single one.
+        arguments: By name, on the host.
+        answers: By stage, on the host; of those that nothing will read any more, shapes alone (on the meta device).
+    """
+
+    model: nn.Module
+    prefix: str
+    arguments: dict[str, Any]
+    answers: dict[str, Any] = field(default_factory=dict)
+
+    def passes(self, stages: Collection[str]) -> bool:
+        """Whether any of the stages is its denoiser's."""
+        return any(stage.startswith(self.prefix) for stage in stages)
+
+    def forget(self, stages: Sequence[str], passing: Collection[str]) -> None:
+        """Let answers go that only the stage behind them reads, where that has answered.
+
+        Args:
+            stages: In the order of execution.
+            passing: From :func:`passing_stages`.
+        """
+        for before, after in pairwise(stages):
+            if before in passing and after in self.answers:
+                self.answers[before] = each_tensor(self.answers[before], _shape)
+
+
+class Reached(Exception):
+    """Raised by a hook: what was asked for has been seen, and nothing behind it has to run."""
+
+
+class Replay:
+    """Makes calls again; see :func:`answering`."""
+
+    def __init__(self) -> None:
+        self._call: MadeCall | None = None
+        self._zeros: dict[Any, Tensor] = {}
+
+    @torch.no_grad()
+    def run(self, call: MadeCall) -> Any:
+        """The denoiser's answer, or None if a hook has seen enough."""
+        self._call = call
+        try:
+            return call.model(**copied_to(call.arguments, next(call.model.parameters()).device))
+        except Reached:
+            return None
+        finally:
+            self._call = None
+
+    def answer(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of a stage's forward: what it has answered; or its answer, which is kept."""
+        call = self._call
+        assert call is not None
+        if name not in call.answers:
+            found = forward(*args, **kwargs)
+            call.answers[name] = copied_to(found, "cpu")
+            return found
+        device = next(call.model.parameters()).device
+        return each_tensor(call.answers[name], lambda tensor: self._placed(tensor, device))
+
+    def _placed(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if not tensor.is_meta:
+            return tensor.to(device, copy=True)  # who reads it may write into it
+        key = (tensor.shape, tensor.dtype)
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        return self._zeros[key]
+
+
+@contextmanager
+def answering(denoiser: nn.Module, stages: Sequence[str]) -> Iterator[Replay]:
+    """Inside, the stages called so answer in replayed calls what they have answered there before."""
+    replay = Replay()
+    modules: dict[str, Any] = {name: denoiser.get_submodule(name) for name in stages}
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.forward = partial(replay.answer, name, module.forward)
+        yield replay
+    finally:
+        for name, module in modules.items():
+            if before[name] is None:
+                del module.forward
+            else:
+                module.forward = before[name]
+
+
+def passing_stages(
+    denoiser: nn.Module, stages: Sequence[str], chains: Collection[str], calls: Sequence[MadeCall]
+) -> frozenset[str]:
+    """Stages whose answers are read by the next one alone: of lists that run one after the other, those that may answer
+    anything, once all others have answered, without a change in the denoiser's answer.
+
+    Args:
+        denoiser: The model, or both.
+        stages: In the order of execution.
+        chains: Names of lists in which each stage reads of the others only the one before it
+            (:class:`obsdiff.models.tracing.Trace`).
+        calls: One of each denoiser is tried.
+    """
+    found: set[str] = set()
+    for prefix, model in parts_of(denoiser).items():
+        call = next((call for call in calls if call.model is model), None)
+        if call is None or not chains:
+            continue
+        with answering(denoiser, stages) as replay:
+            trial = replace(call, answers={})
+            wanted = list(tensors_in(replay.run(trial)))
+            lists: dict[str, list[str]] = {}
+            for name in trial.answers:
+                lists.setdefault(name.rpartition(".")[0], []).append(name)
+            for of, names in lists.items():
+                if of not in chains or not of.startswith(prefix):
+                    continue
+                hollow = {name: each_tensor(trial.answers[name], _shape) for name in names[:-1]}
+                again = tensors_in(replay.run(replace(trial, answers=trial.answers | hollow)))
+                if all(map(torch.equal, again, wanted)):
+                    found.update(names[:-1])
+    return frozenset(found)
+
+
+def _shape(tensor: Tensor) -> Tensor:
+    """Shape and dtype alone."""
+    return tensor.to("meta")
