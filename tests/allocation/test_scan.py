@@ -72,7 +72,7 @@ def test_the_same_prompts_give_the_same_probe_whatever_the_batch():
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
 def test_restarting_from_a_block_changes_no_figure(setting, pattern):
     _, graph, statistics, probe = setting
-    unchained = replace(graph, chain=False)
+    unchained = replace(graph, repeats=True)
     units = units_of(graph, pattern)[::3]
     before = {name: tensor.clone() for name, tensor in graph.denoiser.state_dict().items()}
     chained, whole = (

@@ -49,7 +49,8 @@ def test_every_linear_layer_of_attention_and_ffn_is_covered():
         and any(part in name for part in (".attn.", ".attn2.", ".ff.", ".ff_context."))
     }
     assert found == {layer for site in graph.sites for layer in site.layers} == set(graph.layers)
-    assert graph.chain and graph.stages == tuple(f"transformer_blocks.{i}" for i in range(3))
+    assert graph.chains == {"transformer_blocks"} and not graph.repeats
+    assert graph.stages == tuple(f"transformer_blocks.{i}" for i in range(3))
 
 
 @pytest.mark.parametrize(

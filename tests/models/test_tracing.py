@@ -63,8 +63,16 @@ def test_memory_that_was_freed_and_used_again_is_not_the_same():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_stages_are_a_chain_only_if_each_reads_what_the_one_before_gave(device):
     call = {"": {name: value.to(device) for name, value in CALL[""].items()}}
-    assert trace(Model().to(device), call).chain
-    assert not trace(Model(skip=True).to(device), call).chain
+    assert trace(Model().to(device), call).chains == {"blocks"}
+    assert not trace(Model(skip=True).to(device), call).chains
+
+
+def test_a_stage_that_runs_twice_is_told():
+    class Twice(Model):
+        def forward(self, x, vector):
+            return super().forward(super().forward(x, vector)[0], vector)
+
+    assert trace(Twice(), CALL).repeats and not trace(Model(), CALL).repeats
 
 
 def test_stages_are_in_the_order_of_execution():

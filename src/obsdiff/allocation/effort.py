@@ -60,16 +60,16 @@ def _passes(graph: Graph, units: Sequence[Unit], levels: Sequence[float] | None,
     runs = stages * (1 + (few if few < 1 else 0))  # the dense outputs
     first = at = 0
     for part in parts_of(graph, units, by):
-        if graph.chain and part[0].stage > first:
-            runs += stages - first  # moving on
+        if not graph.repeats and part[0].stage > first:
+            runs += part[0].stage - first  # moving on
             first = part[0].stage
         if by == BACKWARD:
             runs += (1 + vectors_of(units, triples)) * (stages - first)
         if few == 1:
             at = first
         for unit in part:
-            if graph.chain and unit.stage > at:
-                runs += few * (stages - at)
+            if not graph.repeats and unit.stage > at:
+                runs += few * (unit.stage - at)
                 at = unit.stage
             runs += few * len(measured_levels(unit, levels, by)) * (stages - at)
         if few == 1:

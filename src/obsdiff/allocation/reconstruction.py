@@ -88,7 +88,7 @@ def before_reconstruction(
     return Whole(
         copy.deepcopy(subject.denoiser),
         subject.graph.stages,
-        subject.trace.chains,
+        subject.graph.chains,
         calls,
         probe.recorded * rows,
         flops,

@@ -134,7 +134,7 @@ def scan_of(
         levels,
         max(1, min(triples, BATCH_ROWS // calls.rows)),
         tuple(stages),
-        triples * (calls.arguments + calls.stage),
+        triples * (calls.arguments + calls.waiting),
         plan.structured,
         held_bytes(graph) if way == BACKWARD else 0,
         triples * passes_needed(graph, units, options.scan.levels, options.scan.by, triples),

@@ -41,7 +41,6 @@ class CallShapes:
         image: One image, float32.
         made: All that the denoiser makes in the call, which a backward pass keeps.
         arguments: What the denoiser is given.
-        stage: The most that one of its stages is given.
         waiting: What a call that was broken off between two stages holds of their answers: of stages that run one after
             the other the largest, of others all.
         tokens: By site, the rows of it.
@@ -58,7 +57,6 @@ class CallShapes:
     image: int
     made: int
     arguments: int
-    stage: int
     waiting: int
     tokens: Mapping[str, int]
     rows: int
@@ -85,7 +83,6 @@ def call_shapes(
     pipe = subject.pipe
     named = remembered_call(pipe, call)
     tokens: dict[str, int] = {}
-    given: list[int] = [0]
     answered: dict[str, int] = {}
     device = next(subject.denoiser.parameters()).device
     seen = _observers(subject, sites, observer, device)
@@ -95,8 +92,7 @@ def call_shapes(
         tokens.setdefault(name, rows.shape[1])
         seen[name].add(rows, 1.0)
 
-    def leave(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
-        given.append(_bytes([*args, *kwargs.values()]))
+    def leave(name: str, _: nn.Module, __: tuple[Any, ...], answer: Any) -> None:
         answered[name] = _bytes(answer)
 
     def lives() -> list[Live]:
@@ -105,8 +101,7 @@ def call_shapes(
     try:
         with eval_mode(pipe):
             hooks = [
-                subject.graph.layer(name).register_forward_hook(partial(leave, name), with_kwargs=True)
-                for name in subject.graph.stages
+                subject.graph.layer(name).register_forward_hook(partial(leave, name)) for name in subject.graph.stages
             ]
             with _removed(hooks):
                 plain = lives()
@@ -129,8 +124,7 @@ def call_shapes(
         image,
         max(live.made for live in plain),
         max(sum(_bytes(value) for value in flattened(arguments).values()) for arguments in named.values()),
-        max(given),
-        max(_waiting(answered, prefix, subject.trace.chains) for prefix in parts_of(subject.denoiser)),
+        max(_waiting(answered, prefix, subject.graph.chains) for prefix in parts_of(subject.denoiser)),
         tokens,
         len(first[subject.family.sample]),
         plain[0].operations,

@@ -117,7 +117,8 @@ class Graph:
         sites: In the order of execution; empty if the denoiser was not traced.
         vectors: Sites of one vector per sample, which only ranks of groups go by.
         groups: In the order of execution.
-        chain: Whether each stage reads of the earlier ones nothing but what the one before it returned.
+        chains: Lists of stages of which each reads nothing of the earlier ones but what the one before it returned.
+        repeats: Whether a stage runs more than once in a call.
     """
 
     denoiser: nn.Module
@@ -126,8 +127,9 @@ class Graph:
     layers: Mapping[str, int]
     sites: tuple[Site, ...]
     groups: tuple[Group, ...]
-    chain: bool = False
+    chains: frozenset[str] = frozenset()
     vectors: tuple[Site, ...] = ()
+    repeats: bool = False
     group_of: Mapping[str, Group] = field(init=False)
 
     def __post_init__(self) -> None:

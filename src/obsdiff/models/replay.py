@@ -27,7 +27,7 @@ class MadeCall:
     Attributes:
         model: The denoiser, and
         prefix: of its stages' names: "" for a single one.
-        arguments: By name, on the host.
+        arguments: By name.
         answers: By stage, on the host; of those that nothing will read any more, shapes alone (on the meta device).
     """
 
@@ -63,7 +63,6 @@ class Replay:
         self._call: MadeCall | None = None
         self._zeros: dict[Any, Tensor] = {}
 
-    @torch.no_grad()
     def run(self, call: MadeCall) -> Any:
         """The denoiser's answer, or None if a hook has seen enough."""
         self._call = call
@@ -112,6 +111,21 @@ def answering(denoiser: nn.Module, stages: Sequence[str]) -> Iterator[Replay]:
                 module.forward = before[name]
 
 
+@contextmanager
+def stopping(stage: nn.Module, *, before: bool = False) -> Iterator[None]:
+    """Inside, replayed calls end when a stage has run, or when it is about to."""
+
+    def stop(*_: object) -> None:
+        raise Reached
+
+    handle = stage.register_forward_pre_hook(stop) if before else stage.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
 def passing_stages(
     denoiser: nn.Module, stages: Sequence[str], chains: Collection[str], calls: Sequence[MadeCall]
 ) -> frozenset[str]:

@@ -172,7 +172,9 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
     ordered = dict.fromkeys([*sorted(ran, key=there.__getitem__), *there])  # stage by stage; idle layers last
     told, ranks = _ranks(denoiser, stages, traced)
     found_layers = {name: there[name] for name in ordered}
-    return Graph(denoiser, family, stages, found_layers, tuple(sites), (*ranks, *groups), traced.chain, told)
+    return Graph(
+        denoiser, family, stages, found_layers, tuple(sites), (*ranks, *groups), traced.chains, told, traced.repeats
+    )
 
 
 def _ranks(denoiser: nn.Module, stages: tuple[str, ...], traced: Trace) -> tuple[tuple[Site, ...], tuple[Group, ...]]:

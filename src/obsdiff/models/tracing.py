@@ -30,8 +30,9 @@ class Trace:
         vectors: Layers that read one vector per sample (no token or pixel axis), such as modulations.
         told: Linear layers anywhere, once a stage has begun, that read equal vectors, in the order of execution.
         times: How often each layer ran.
-        chain: Whether each stage reads of the earlier ones nothing but what the one before it returned.
-        chains: The lists of stages of which that is true, each by itself.
+        chains: The lists of stages that run one after the other, and of which each reads nothing of the earlier ones
+            but what the one before it returned.
+        repeats: Whether a stage ran more than once.
     """
 
     stages: tuple[str, ...]
@@ -39,8 +40,8 @@ class Trace:
     vectors: frozenset[str]
     told: tuple[tuple[str, ...], ...]
     times: Mapping[str, int]
-    chain: bool
     chains: frozenset[str]
+    repeats: bool
 
 
 class _Memory:
@@ -125,8 +126,8 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
         frozenset(vectors),
         tuple(tuple(n) for _, n in told),
         times,
-        _is_chain(visits),
         frozenset(_chains(visits)),
+        len(order) < len(visits),
     )
 
 

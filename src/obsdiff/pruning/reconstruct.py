@@ -165,7 +165,8 @@ class _Way:
     def _seen(self, model: nn.Module, stage: str, answers: bool) -> list[_Look | None]:
         stages = self._stages[model]
         found: list[_Look | None] = []
-        with answering(model, stages[: stages.index(stage)]) as replay, _looking(model, stage, answers) as looks:
+        before = stages[: stages.index(stage)]
+        with torch.no_grad(), answering(model, before) as replay, _looking(model, stage, answers) as looks:
             for call in self._calls[model]:
                 looks.clear()
                 if call.passes([stage]):

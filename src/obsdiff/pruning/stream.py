@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from obsdiff.models.denoisers import parts_of
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.nested import copied_to
-from obsdiff.models.replay import MadeCall, Reached, answering, passing_stages
+from obsdiff.models.replay import MadeCall, answering, passing_stages, stopping
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.observers import PASSES, observer_for
 from obsdiff.progress import track
@@ -58,7 +56,8 @@ def stream(
             :func:`obsdiff.calibrate`; what takes a pass of its own (gradients, gates) cannot be had.
 
     Raises:
-        UserError: The settings are wrong, or the method goes by gradients or gates.
+        UserError: The settings are wrong, the method goes by gradients or gates, or a block runs more than once in a
+            call.
     """
     subject = subject_of(pipe, prompts)
     call = call_arguments(subject.pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
@@ -67,6 +66,8 @@ def stream(
     wanted = {needs} if isinstance(needs, str) else set(needs)
     if wanted & PASSES:
         raise UserError(f"{', '.join(sorted(wanted & PASSES))} are measured on the whole denoiser, not stage by stage")
+    if subject.graph.repeats:
+        raise UserError(f"this {subject.family.denoiser} runs a block more than once in a call; calibrate in packages")
     fingerprint = fingerprint_of(subject, prompts, settings)
     told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
     return Stream(subject, told, settings, fingerprint, observer_for(wanted), quiet)
@@ -119,13 +120,13 @@ class Stream:
         """Make the calls, once; the denoiser has to be dense still.
 
         Raises:
-            UserError: The pipeline gives something that is not finite, or runs a stage twice in a call.
+            UserError: The pipeline gives something that is not finite.
         """
         if self._calls is None:
             with eval_mode(self.subject.pipe):
                 self._calls = self._recorded()
-                chains, stages = self.subject.trace.chains, self.subject.graph.stages
-                self._passing = passing_stages(self.subject.denoiser, stages, chains, self._calls)
+                graph = self.subject.graph
+                self._passing = passing_stages(graph.denoiser, graph.stages, graph.chains, self._calls)
         return self._calls
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class Stream:
             sites: Of the stages that come next; never of one before those that were asked about already.
 
         Raises:
-            UserError: Non-finite activations, a layer that saw no input, a denoiser that runs a stage twice.
+            UserError: Non-finite activations, a layer that saw no input.
         """
         started, graph = time.perf_counter(), self.subject.graph
         calls = self.record()
@@ -149,7 +150,7 @@ class Stream:
             with (
                 collecting(self.subject, chosen, self._told, self._settings, statistics, counter) as collector,
                 answering(graph.denoiser, graph.stages[:first]) as replay,
-                _stopping(graph.layer(asked[-1])),
+                stopping(graph.layer(asked[-1])),
             ):
                 passed = [call for call in calls if call.passes(asked)]
                 for call in track(passed, len(passed), f"calibrating {asked[-1]}", self._quiet):
@@ -168,7 +169,6 @@ class Stream:
         """The denoiser's calls on the dense pipeline's way."""
         calls: list[_Call] = []
         now = slice(0)
-        ran: dict[str, int] = {}
 
         def begin(part: slice) -> None:
             nonlocal now
@@ -179,42 +179,15 @@ class Stream:
             given = copied_to(arguments_of(model, args, kwargs) | {"return_dict": False}, "cpu")
             step = counter.calls, counter.index, counter.total
             calls.append(_Call(model, prefixes[id(model)], given, part=now, step=step))
-            ran.clear()
-
-        def enter(name: str, *_: object) -> None:
-            ran[name] = ran.get(name, 0) + 1
-            if ran[name] > 1:
-                raise UserError(f"{name} runs more than once in a call, so it cannot be calibrated stage by stage")
 
         subject, settings = self.subject, self._settings
-        stages = {name: subject.graph.layer(name) for name in subject.graph.stages}
         prefixes = {id(model): prefix for prefix, model in parts_of(subject.denoiser).items()}
-        handles = [stage.register_forward_pre_hook(partial(enter, name)) for name, stage in stages.items()]
-        try:
-            with counted_calls(subject) as counter, seen_calls(subject, see):
-                batches = run_trajectories(subject, self._told, self._seeds, settings.batch_size, settings.call, begin)
-                total = -(-len(self._told) // settings.batch_size)
-                for part, latents in track(batches, total, "recording", self._quiet):
-                    if not bool(torch.isfinite(latents).all()):
-                        raise UserError(
-                            f"recording gave non-finite latents at prompts {part.start} to {part.stop - 1}; the "
-                            "pipeline itself fails there, try another dtype"
-                        )
-        finally:
-            for handle in handles:
-                handle.remove()
+        with counted_calls(subject) as counter, seen_calls(subject, see):
+            batches = run_trajectories(subject, self._told, self._seeds, settings.batch_size, settings.call, begin)
+            for part, latents in track(batches, -(-len(self._told) // settings.batch_size), "recording", self._quiet):
+                if not bool(torch.isfinite(latents).all()):
+                    raise UserError(
+                        f"recording gave non-finite latents at prompts {part.start} to {part.stop - 1}; the pipeline "
+                        "itself fails there, try another dtype"
+                    )
         return calls
-
-
-@contextmanager
-def _stopping(stage: nn.Module) -> Iterator[None]:
-    """Calls end when this stage has run."""
-
-    def stop(*_: object) -> None:
-        raise Reached
-
-    handle = stage.register_forward_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
