@@ -21,11 +21,12 @@ def test_rank_correlation():
 def test_bench_scan_prints_one_json_line(capsys, monkeypatch):
     from dataclasses import replace
 
-    from obsdiff.bench import workloads
+    from obsdiff.bench import presets
 
-    tiny = workloads.PRESETS["sd3-tiny-cpu"]
-    small = {**tiny.transformer, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
-    monkeypatch.setitem(workloads.PRESETS, "sd3-tiny-cpu", replace(tiny, transformer=small, num_prompts=2, steps=2))
+    tiny = presets.PRESETS["sd3-tiny-cpu"]
+    small = {**tiny.config, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
+    work = replace(tiny.work, num_prompts=2, steps=2)
+    monkeypatch.setitem(presets.PRESETS, "sd3-tiny-cpu", replace(tiny, config=small, work=work))
     capsys.readouterr()
     main(["bench", "scan", "--triples", "3", "--plans", "40", "--method", "magnitude"])
     [line] = capsys.readouterr().out.splitlines()

@@ -300,14 +300,16 @@ def test_killed_half_way_leaves_no_output(pipe_folder, tmp_path):
 def test_bench_prints_one_json_line(capsys, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from obsdiff.bench import workloads
+    from obsdiff.bench import presets
 
-    tiny = workloads.PRESETS["sd3-tiny-cpu"]
-    small = {**tiny.transformer, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
-    monkeypatch.setitem(workloads.PRESETS, "sd3-tiny-cpu", replace(tiny, transformer=small, num_prompts=2, steps=2))
+    tiny = presets.PRESETS["sd3-tiny-cpu"]
+    small = {**tiny.config, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
+    work = replace(tiny.work, num_prompts=2, steps=2)
+    monkeypatch.setitem(presets.PRESETS, "sd3-tiny-cpu", replace(tiny, config=small, work=work))
     for more in (
         [],
         ["--statistics", str(tmp_path / "s")],
+        ["--streamed", "true"],
         ["--statistics", str(tmp_path / "s"), "--pattern", "2:4"],
     ):
         capsys.readouterr()
@@ -317,7 +319,7 @@ def test_bench_prints_one_json_line(capsys, tmp_path, monkeypatch):
         assert {"forward_only_s", "calibrate_s", "solve_s", "total_s", "ratio", "peak_memory_bytes", "device", "preset",
                 "packages"} <= found.keys()  # fmt: skip
         assert found["ratio"] == pytest.approx(found["total_s"] / found["forward_only_s"], rel=0.05)
-        assert abs(found["sparsity"] - 0.5) < 1e-3
+        assert abs(found["sparsity"] - 0.5) < 1e-3 and found["streamed"] is ("--streamed" in more)
     assert found["statistics_reused"] is True and found["calibrate_s"] == 0
 
 

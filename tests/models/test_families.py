@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from obsdiff.bench.workloads import PRESETS
+from obsdiff.bench.presets import PRESETS
 from obsdiff.models.families import FAMILIES, find_family
 from obsdiff.models.graph import units_parameters
 from obsdiff.models.subject import graph_of, subject_of
@@ -69,7 +69,7 @@ def test_every_linear_layer_of_attention_and_ffn_is_covered():
 def test_structured_parameter_counts_are_the_papers(preset, ratio, billions):
     """OBS-Diff tables 9 and 4: heads and neurons of all blocks but the first and last, unaligned widths."""
     with torch.device("meta"):
-        model = diffusers.SD3Transformer2DModel(**{**PRESETS[preset].transformer, "sample_size": 128})
+        model = diffusers.SD3Transformer2DModel(**{**PRESETS[preset].config, "sample_size": 128})
     graph = graph_of(model)
     pattern = Structured(ratio, ratio, multiple_of=1)
     plan = make_plan(graph, pattern)

@@ -66,7 +66,7 @@ def test_mistakes_import_neither_torch_nor_diffusers(tmp_path):
 def test_light_names_match_the_tables():
     from obsdiff import names
     from obsdiff.allocation import request
-    from obsdiff.bench.workloads import PRESETS
+    from obsdiff.bench.presets import PRESETS
     from obsdiff.criteria import METHODS
     from obsdiff.criteria.structured import RULES
     from obsdiff.evaluation.alignment import READERS
@@ -81,7 +81,7 @@ def test_light_names_match_the_tables():
     assert tuple(PRESETS) == names.PRESETS
     assert tuple(READERS) == names.ALIGNMENTS
     assert all(files("obsdiff.data.assets").joinpath(name, "model_index.json").is_file() for name in names.EMBEDDED)
-    assert {preset.dtype for preset in PRESETS.values()} <= set(names.DTYPES)
+    assert {preset.work.dtype for preset in PRESETS.values()} <= set(names.DTYPES)
     assert set(request.KINDS) == {"sparsity", "parameters", "bytes", "flops", "latency"}
 
 

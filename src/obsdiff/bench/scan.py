@@ -13,7 +13,8 @@ from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.scan import scan
 from obsdiff.allocation.units import make_units
 from obsdiff.bench.additivity import check_additivity
-from obsdiff.bench.workloads import Preset, forward_only
+from obsdiff.bench.presets import Workload
+from obsdiff.bench.workloads import forward_only
 from obsdiff.criteria import find_method
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.subject import subject_of
@@ -30,7 +31,7 @@ def bench_scan(
     name: str,
     pipe: Any,
     conditioning: Conditioning,
-    preset: Preset,
+    work: Workload,
     pattern: str,
     method: str,
     scanning: ScanOptions,
@@ -40,7 +41,7 @@ def bench_scan(
 
     Args:
         name: Of the preset or pipeline.
-        pipe, conditioning, preset: What to run (:mod:`obsdiff.bench.workloads`).
+        pipe, conditioning, work: What to run (:mod:`obsdiff.bench.workloads`).
         pattern, method: How layers are pruned.
         scanning: How the scan measures.
         plans: Random plans to compare.
@@ -50,14 +51,14 @@ def bench_scan(
         ``rank_correlation`` over ``plans`` random plans at the budget of ``pattern`` and its 95 % interval (None for
         fewer than two), the ``predicted`` and ``joint`` error of each, and what else the figures depend on.
     """
-    forward_s = forward_only(pipe, conditioning, preset)
+    forward_s = forward_only(pipe, conditioning, work)
     started = time.perf_counter()
     statistics = calibrate(
         pipe,
         conditioning,
-        steps=preset.steps,
-        guidance_scale=preset.guidance_scale,
-        batch_size=preset.batch_size,
+        steps=work.steps,
+        guidance_scale=work.guidance_scale,
+        batch_size=work.batch_size,
         needs=find_method(method).needs | {"gram"},
     )
     calibrate_s = time.perf_counter() - started
@@ -66,7 +67,7 @@ def bench_scan(
     base = make_plan(graph, parse_pattern(pattern), spare_blocks=())
     units = make_units(graph, base, Limits())
     solver = Solver(graph, statistics, SolveOptions(method))
-    settings = settings_of(statistics, preset.batch_size)
+    settings = settings_of(statistics, work.batch_size)
     started = time.perf_counter()
     probe, bare = probe_for(subject, units, conditioning, settings, scanning)
     told = conditioning_hash(pipe, conditioning)
@@ -92,10 +93,10 @@ def bench_scan(
         "preset": name,
         "pattern": pattern,
         "method": method,
-        "num_prompts": preset.num_prompts,
-        "steps": preset.steps,
+        "num_prompts": work.num_prompts,
+        "steps": work.steps,
         "device": torch.cuda.get_device_name() if pipe.device.type == "cuda" else "cpu",
-        "dtype": preset.dtype,
+        "dtype": work.dtype,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from obsdiff.allocation.stage import calibration_prompts
+from obsdiff.bench.presets import Preset, Workload
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.info import PipelineInfo, attach_info, call_arguments
@@ -21,128 +21,32 @@ from obsdiff.pruning.options import CalibrationOptions, PruningOptions
 from obsdiff.pruning.trajectories import noise_seeds, run_trajectories
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A calibration workload.
-
-    Attributes:
-        transformer: Config of the SD3 transformer.
-        text_length: Prompt tokens.
-        num_prompts, steps, batch_size, guidance_scale: The calibration.
-        device, dtype: Where and in what the model runs.
-    """
-
-    transformer: Mapping[str, Any]
-    text_length: int
-    num_prompts: int
-    steps: int
-    batch_size: int
-    guidance_scale: float
-    device: str
-    dtype: str
-    scheduler: Mapping[str, Any] = field(default_factory=lambda: {"shift": 3.0})
-
-
-_MEDIUM = {
-    "sample_size": 64,  # 512 x 512 pixels, as the paper calibrates
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
-_LARGE = {
-    **_MEDIUM,
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "qk_norm": "rms_norm",
-}
-
-PRESETS: dict[str, Preset] = {
-    # ratio 6.3, peak 1.48 GB, total 96.1 s with the published code, 4 packages, 2 CPU cores
-    "sd3-tiny-cpu": Preset(
-        {
-            "sample_size": 16,
-            "patch_size": 1,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 6,
-            "attention_head_dim": 64,
-            "num_attention_heads": 8,
-            "joint_attention_dim": 256,
-            "caption_projection_dim": 512,
-            "pooled_projection_dim": 256,
-            "pos_embed_max_size": 16,
-        },
-        text_length=77,
-        num_prompts=8,
-        steps=8,
-        batch_size=4,
-        guidance_scale=4.0,
-        device="cpu",
-        dtype="float32",
-    ),
-    "sd3-medium": Preset(_MEDIUM, 333, 100, 25, 4, 7.0, "cuda", "float16"),
-    "sd35-large": Preset(_LARGE, 333, 100, 25, 4, 7.0, "cuda", "bfloat16"),
-}
-
-
-def find_preset(name: str) -> Preset:
-    """The preset called ``name``.
-
-    Raises:
-        UserError: There is none.
-    """
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
 def build(preset: Preset) -> tuple[Any, Conditioning]:
-    """A pipeline with a random transformer and nothing else, and random prompts without padding."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    """A pipeline with a random denoiser and nothing else, and random prompts without padding."""
+    import diffusers
 
-    if preset.dtype not in DTYPES:
-        raise UserError(f"unknown dtype {preset.dtype!r}; choose one of {', '.join(DTYPES)}")
+    if preset.work.dtype not in DTYPES:
+        raise UserError(f"unknown dtype {preset.work.dtype!r}; choose one of {', '.join(DTYPES)}")
+    dtype = getattr(torch, preset.work.dtype)
     torch.manual_seed(0)
-    with torch.device(_checked(preset.device)):
-        transformer = SD3Transformer2DModel(**preset.transformer).to(getattr(torch, preset.dtype)).eval()
-    parts = (
-        "vae",
-        "text_encoder",
-        "tokenizer",
-        "text_encoder_2",
-        "tokenizer_2",
-        "text_encoder_3",
-        "tokenizer_3",
-    )
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(**preset.scheduler),
-        **dict.fromkeys(parts),
-    )
+    with torch.device(_checked(preset.work.device)):
+        denoiser = getattr(diffusers, preset.denoiser)(**preset.config).to(dtype).eval()
+    kind = getattr(diffusers, preset.pipeline)
+    known = {"scheduler": getattr(diffusers, preset.scheduler)(**preset.scheduling)}
+    known["unet" if "UNet" in preset.denoiser else "transformer"] = denoiser
+    needed = [name for name, p in inspect.signature(kind).parameters.items() if p.default is inspect.Parameter.empty]
+    pipe = kind(**{**dict.fromkeys(needed), **known})
     pipe.set_progress_bar_config(disable=True)
-    attach_info(pipe, PipelineInfo("random SD3 transformer"))
+    attach_info(pipe, PipelineInfo(f"random {preset.denoiser}", dict(preset.call)))
     generator = torch.Generator().manual_seed(1)
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(preset.num_prompts, *shape, generator=generator).to(getattr(torch, preset.dtype))
+    def made(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name.endswith("mask"):
+            return torch.ones(preset.work.num_prompts, *shape, dtype=torch.int64)
+        return torch.randn(preset.work.num_prompts, *shape, generator=generator).to(dtype)
 
-    width, pooled = preset.transformer["joint_attention_dim"], preset.transformer["pooled_projection_dim"]
-    return to_device(pipe, preset.device), Conditioning(
-        {
-            "prompt_embeds": random(preset.text_length, width),
-            "negative_prompt_embeds": random(preset.text_length, width),
-            "pooled_prompt_embeds": random(pooled),
-            "negative_pooled_prompt_embeds": random(pooled),
-        }
-    )
+    embeds = {name: made(name, shape) for name, shape in preset.embeds.items()}
+    return to_device(pipe, preset.work.device), Conditioning(embeds)
 
 
 def _checked(device: str) -> torch.device:
@@ -158,7 +62,7 @@ def workload_of(
     batch_size: int = 4,
     device: str = "cpu",
     dtype: str | None = None,
-) -> tuple[Any, Conditioning, Preset]:
+) -> tuple[Any, Conditioning, Workload]:
     """A real pipeline with its own prompts, in place of a preset: the pipeline, encoded prompts, and what is run.
 
     Raises:
@@ -171,9 +75,7 @@ def workload_of(
     return (
         pipe,
         encode_prompts(pipe, prompts, call),
-        Preset(
-            dict(denoiser.config),
-            int(call.get("max_sequence_length") or 0),
+        Workload(
             num_prompts,
             int(call["num_inference_steps"]),
             batch_size,
@@ -184,7 +86,7 @@ def workload_of(
     )
 
 
-def forward_only(pipe: Any, conditioning: Conditioning, preset: Preset) -> float:
+def forward_only(pipe: Any, conditioning: Conditioning, work: Workload) -> float:
     """Seconds in the denoiser over one pass of all prompts, nothing measured; one call beforehand warms up."""
     subject = subject_of(pipe, conditioning)
     spent, entered = 0.0, 0.0
@@ -204,13 +106,13 @@ def forward_only(pipe: Any, conditioning: Conditioning, preset: Preset) -> float
 
     handles = [subject.denoiser.register_forward_pre_hook(enter), subject.denoiser.register_forward_hook(leave)]
     seeds = noise_seeds(0, len(conditioning))
-    call = call_arguments(pipe, num_inference_steps=1, guidance_scale=preset.guidance_scale)
+    call = call_arguments(pipe, num_inference_steps=1, guidance_scale=work.guidance_scale)
     try:
-        for _ in run_trajectories(subject, conditioning, seeds, preset.batch_size, call):
+        for _ in run_trajectories(subject, conditioning, seeds, work.batch_size, call):
             break
         spent = 0.0
-        call["num_inference_steps"] = preset.steps
-        for _ in run_trajectories(subject, conditioning, seeds, preset.batch_size, call):
+        call["num_inference_steps"] = work.steps
+        for _ in run_trajectories(subject, conditioning, seeds, work.batch_size, call):
             pass
     finally:
         for handle in handles:

@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
                     preset,
                     options.pattern,
                     options.method,
-                    options.packages,
+                    None if options.streamed else options.packages,
                     options.statistics,
                 )
             )
@@ -86,10 +86,11 @@ def _scan(args: Sequence[str]) -> None:
         if options.pipeline is None:
             preset = _preset(options, name)
             pipe, conditioning = build(preset)
+            work = preset.work
         else:
             given = {**_given(options), "device": choose_device(options.device)}
-            pipe, conditioning, preset = workload_of(name, **given)
-        found = bench_scan(name, pipe, conditioning, preset, options.pattern, options.method, scanning, options.plans)
+            pipe, conditioning, work = workload_of(name, **given)
+        found = bench_scan(name, pipe, conditioning, work, options.pattern, options.method, scanning, options.plans)
         print(json.dumps(found))
 
 
@@ -97,11 +98,16 @@ def _preset(options: BenchOptions | BenchScanOptions, name: str) -> Any:
     """The preset with what the options change."""
     from dataclasses import replace
 
-    from obsdiff.bench.workloads import find_preset
+    from obsdiff.bench.presets import find_preset, shortened
     from obsdiff.devices import choose_device
 
-    preset = replace(find_preset(name), **_given(options))
-    choose_device(preset.device)
+    preset = find_preset(name)
+    preset = replace(preset, work=replace(preset.work, **_given(options)))
+    if isinstance(options, BenchOptions) and options.stages is not None:
+        preset = replace(preset, config=shortened(preset, options.stages))
+    if isinstance(options, BenchOptions) and options.side is not None:
+        preset = replace(preset, call={**preset.call, "height": options.side, "width": options.side})
+    choose_device(preset.work.device)
     return preset
 
 

@@ -152,10 +152,14 @@ def check_bench(options: BenchOptions | BenchScanOptions) -> None:
         raise UserError(f"unknown method {options.method!r}; choose one of {', '.join(METHODS)}")
     parse_pattern(options.pattern)
     check_loading(options.dtype, options.device)
-    for name in ("num_prompts", "steps", "batch_size", "threads", "packages"):
+    for name in ("num_prompts", "steps", "batch_size", "threads", "packages", "stages", "side"):
         if (value := getattr(options, name, None)) is not None:
             check_whole(name, value, 1, 10**9)
     if isinstance(options, BenchOptions):
+        if options.streamed and (options.packages > 1 or options.statistics is not None):
+            raise UserError(
+                "a streamed calibration goes stage by stage and keeps nothing; leave out packages, statistics"
+            )
         _optional(options.statistics, "statistics", whole=True)
     elif options.pipeline is not None:
         check_source(options.pipeline)

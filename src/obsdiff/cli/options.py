@@ -93,10 +93,13 @@ class BenchOptions:
     """Measure the speed of pruning on a model with random weights; prints one JSON line.
 
     Args:
-        preset: sd3-tiny-cpu, sd3-medium or sd35-large.
+        preset: sd3-tiny-cpu, sd3-medium, sd35-large, sdxl, flux, qwen-image or wan-14b.
         pattern: As for prune.
         method: As for prune.
         packages: Calibration passes.
+        streamed: Calibrate stage by stage instead, as prune's calibration.streamed.
+        stages: Keep so many blocks of each list, of their true shapes, so that a large model starts anywhere.
+        side: Pixels along a side of the images; default: the preset's.
         device: Such as cpu or cuda; default: the preset's.
         dtype: Default: the preset's.
         num_prompts: Default: the preset's.
@@ -110,6 +113,9 @@ class BenchOptions:
     pattern: str = "unstructured:0.5"
     method: str = "obs"
     packages: int = 1
+    streamed: bool = False
+    stages: int | None = None
+    side: int | None = None
     device: str | None = None
     dtype: str | None = None
     num_prompts: int | None = None
@@ -124,7 +130,7 @@ class BenchScanOptions:
     """Measure the cost of a sensitivity scan over a calibration, and whether its errors add up; prints one JSON line.
 
     Args:
-        preset: Random weights in the shape of sd3-tiny-cpu (the default), sd3-medium or sd35-large.
+        preset: Random weights in the shape of a preset of bench prune; default: sd3-tiny-cpu.
         pipeline: An embedded pipeline, a folder, or a hub id, with its own prompts; in place of a preset.
         pattern: As for prune.
         method: As for prune.
