@@ -125,14 +125,25 @@ def test_what_is_held_is_what_was_planned(name):
     graph, held = subject.graph, 0
     for stage in sorted({site.stage for site in graph.sites}):
         by({site.name for site in graph.sites if site.stage == stage})
-        now = [t.nbytes for call in by._calls for t in tensors_in([call.arguments, call.answers]) if not t.is_meta]
-        held = max(held, sum(now))
+        now = {
+            id(t): t.nbytes for call in by._calls for t in tensors_in([call.arguments, call.answers]) if not t.is_meta
+        }
+        held = max(held, sum(now.values()))
     calibration = CalibrationOptions(num_prompts=ROWS, batch_size=2, streamed=True)
     asked = PruneOptions(pipeline=name, output="-", pattern="unstructured:0.5", calibration=calibration)
     planned = plan_loaded(subject, replace(asked, evaluation=EvaluationOptions(num_images=0)))
     assert 0.7 * planned.memory.batches.recorded < held < 1.3 * planned.memory.batches.recorded
     stages = [moment.name for moment in planned.memory.moments if moment.name.startswith("calibrating")]
     assert stages[0] == f"calibrating, stage 1 of {len(stages)}" and len(stages) == len({s.stage for s in graph.sites})
+
+
+def test_what_is_told_again_at_every_step_is_held_once(pipe, prompts):
+    by = stream(pipe, prompts, batch_size=3)
+    by({"transformer_blocks.0.attn.to_q"})
+    assert len(by._calls) == 2 * CALL["num_inference_steps"]
+    embeds = {id(call.arguments["encoder_hidden_states"]) for call in by._calls}
+    assert len(embeds) == 2  # of two batches
+    assert len({id(call.arguments["hidden_states"]) for call in by._calls}) == len(by._calls)
 
 
 def test_answers_that_are_read_again_are_kept():

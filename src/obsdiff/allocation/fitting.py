@@ -172,8 +172,10 @@ def _planned(
     shapes = shapes_of(subject, plan, calls, stored, max(imports, 0) + RUN_BYTES)
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics))
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
-    made = settings.num_prompts * steps * (2 if _asks_twice(subject, call) else 1)
-    recorded = made * (calls.arguments + calls.waiting) if settings.streamed else 0
+    each = 2 if _asks_twice(subject, call) else 1
+    recorded = 0
+    if settings.streamed:
+        recorded = settings.num_prompts * each * (calls.arguments + steps * (calls.sample + calls.waiting))
     on_host = torch.device(device).type == "cpu"
     work = _Work(subject, plan, options, statistics, shapes, solving, scan, on_host, recorded)
     memory, chosen = _fit(work, room)

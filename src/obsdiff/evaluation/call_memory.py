@@ -40,7 +40,8 @@ class CallShapes:
         prompt: One encoded prompt, the negative one with it.
         image: One image, float32.
         made: All that the denoiser makes in the call, which a backward pass keeps.
-        arguments: What the denoiser is given.
+        arguments: What the denoiser is given, and
+        sample: of that the latents, which are others in every call.
         waiting: What a call that was broken off between two stages holds of their answers: of stages that run one after
             the other the largest, of others all.
         tokens: By site, the rows of it.
@@ -57,6 +58,7 @@ class CallShapes:
     image: int
     made: int
     arguments: int
+    sample: int
     waiting: int
     tokens: Mapping[str, int]
     rows: int
@@ -124,6 +126,7 @@ def call_shapes(
         image,
         max(live.made for live in plain),
         max(sum(_bytes(value) for value in flattened(arguments).values()) for arguments in named.values()),
+        max(_bytes(arguments[subject.family.sample]) for arguments in named.values()),
         max(_waiting(answered, prefix, subject.graph.chains) for prefix in parts_of(subject.denoiser)),
         tokens,
         len(first[subject.family.sample]),

@@ -23,7 +23,7 @@ from obsdiff.models.conditioning import Conditioning, encode_prompts
 from obsdiff.models.denoisers import parts_of
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
-from obsdiff.models.nested import copied_to
+from obsdiff.models.nested import kept_once
 from obsdiff.models.replay import MadeCall, answering, passing_stages, stopping
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.observers import PASSES, observer_for
@@ -176,7 +176,9 @@ class Stream:
             now = part
 
         def see(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = copied_to(arguments_of(model, args, kwargs) | {"return_dict": False}, "cpu")
+            # the call before, or the one before that, where a negative prompt's is in between
+            earlier = [call.arguments for call in calls[-2:] if call.part is now]
+            given = kept_once(arguments_of(model, args, kwargs) | {"return_dict": False}, earlier)
             step = counter.calls, counter.index, counter.total
             calls.append(_Call(model, prefixes[id(model)], given, part=now, step=step))
 
