@@ -1,9 +1,16 @@
-"""The same masks on a GPU as on the CPU."""
+"""The same masks on a GPU as on the CPU, by every way of calibrating; and what only a GPU shows."""
+
+import json
 
 import pytest
 import torch
 
 import obsdiff
+from obsdiff.allocation.fitting import plan_loaded
+from obsdiff.cli.main import main
+from obsdiff.memory import is_out_of_memory, peak_memory_bytes
+from obsdiff.models.subject import subject_of
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
 from tests.conftest import make_pipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -24,3 +31,56 @@ def test_half_precision_calibrates(prompts):
     pipe = make_pipe().to("cuda", torch.float16)
     report = obsdiff.prune(pipe, "unstructured:0.5", statistics=obsdiff.calibrate(pipe, prompts))
     assert report.mean_layer_error < 0.5
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
+def test_stage_by_stage_too(prompts, pattern):
+    masks = []
+    for device in ("cpu", "cuda"):
+        pipe = make_pipe().to(device)
+        masks.append(obsdiff.prune(pipe, pattern, statistics=obsdiff.stream(pipe, prompts)).masks)
+    agree = [float((masks[0][name] == masks[1][name]).float().mean()) for name in masks[0]]
+    assert min(agree) > 0.98
+
+
+def test_more_than_the_device_has_is_recognised():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    assert is_out_of_memory(raised.value)
+
+
+def test_a_measured_prune_and_a_recovery_by_the_command_line(pipe_folder, tmp_path):
+    main(
+        ["prune", "--pipeline", str(pipe_folder), "--output", str(tmp_path / "pruned"), "--device", "cuda",
+         "--pattern", "unstructured:0.5", "--scan.by", "backward", "--calibration.num_prompts", "4",
+         "--reconstruction.steps", "2", "--reconstruction.batch_size", "4", "--evaluation.num_images", "4"]
+    )  # fmt: skip
+    report = json.loads((tmp_path / "pruned" / "report.json").read_text())
+    assert report["evaluation"]["pruned"]["mse"] > 0 and report["device"].startswith("cuda")
+    main(
+        ["train", "fit", "--trainer.accelerator=gpu", "--trainer.devices=1", "--trainer.max_epochs=-1",
+         "--trainer.precision=bf16-mixed", "--budget.steps=3", "--model=obsdiff.training.recovery.Recovery",
+         f"--model.pipeline={tmp_path / 'pruned'}", f"--model.output={tmp_path / 'run'}", "--model.pruning=null",
+         "--model.objective.distill_output=1", "--model.evaluation.num_images=2",
+         "--data=obsdiff.data.trajectories.TrajectoryDataModule", f"--data.pipeline={pipe_folder}",
+         f"--data.folder={tmp_path / 'traj'}", "--data.prompts=digits-train", "--data.num_prompts=4",
+         "--data.batch_size=4"]
+    )  # fmt: skip
+    assert (tmp_path / "run" / "recovered" / "report.json").exists()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_device_holds_what_was_planned(streamed):
+    """On a model whose weights and Hessians outweigh what CUDA itself takes."""
+    pipe = obsdiff.load_pipeline("emoji-sd3", device="cuda")
+    calibration = CalibrationOptions(num_prompts=32, batch_size=32, streamed=streamed)
+    asked = PruneOptions(
+        pipeline="emoji-sd3", output="-", pattern="unstructured:0.5", allocation="uniform", calibration=calibration,
+        evaluation=EvaluationOptions(num_images=0),
+    )  # fmt: skip
+    planned = plan_loaded(subject_of(pipe), asked).memory
+    torch.cuda.reset_peak_memory_stats()
+    prompts = obsdiff.load_prompts("emoji-train", num=32)
+    found = (obsdiff.stream if streamed else obsdiff.calibrate)(pipe, prompts, batch_size=32)
+    obsdiff.prune(pipe, "unstructured:0.5", statistics=found)
+    assert 0.8 < planned.device_bytes / peak_memory_bytes("cuda") < 1.2
