@@ -60,7 +60,7 @@ def calibration_cost(manifest: Mapping[str, Any], flops: int, processes: int) ->
         return Cost(0, 0, calls * halves * flops, wall_s * processes, wall_s)
 
     costs = {
-        "calibration": cost("calibrate", passes + rows / halves),
+        "calibration": cost("calibrate", passes + rows / halves + manifest.get("weighing_calls", 0)),
         "allocation": cost("allocate", sum(of.get("denoiser_calls", 0) for of in (scan, stages, depth))),
         "solving": cost("solve", 0),
     }

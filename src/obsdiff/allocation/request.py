@@ -20,7 +20,7 @@ from obsdiff.names import (
 )
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.pattern import RANK, Depth, Hybrid, is_bare, of_layers, of_units, parse_request
-from obsdiff.obs.timesteps import timestep_weights
+from obsdiff.obs.timesteps import check_weighting
 from obsdiff.pruning.options import (
     BACKWARD,
     FORWARD,
@@ -234,7 +234,7 @@ def _check_calibration(calibration: CalibrationOptions) -> None:
     if calibration.guidance_scale is not None:
         check_number("calibration.guidance_scale", calibration.guidance_scale, 0.0)
     if calibration.weighting is not None:
-        timestep_weights(calibration.weighting, 1)
+        check_weighting(calibration.weighting)
     check_number("calibration.damping", calibration.damping, 0.0)
 
 

@@ -37,6 +37,8 @@ from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.observers import GATES, PASSES, gradient_for
 from obsdiff.obs.pattern import Depth
+from obsdiff.obs.timesteps import MEASURED
+from obsdiff.pruning.alphas import calls_for, named_weighting
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.dead import fate_of_dead, without_dead
 from obsdiff.pruning.defaults import departures
@@ -154,6 +156,7 @@ def prune_stage(
 
 def _stage(pipe: Any, options: PruningOptions, prompts: Sequence[str], way: _Way) -> PruneReport:
     subject, plan = prepare(pipe, options, way.prune_again)
+    options, weighing = _weighted(subject, options, prompts, way.folders.statistics)
     depth, quiet, reconstruction = depth_of(options), way.quiet, way.folders.reconstruction
 
     def layers(shorter: Subject, own: PruningOptions) -> PruneReport:
@@ -173,7 +176,22 @@ def _stage(pipe: Any, options: PruningOptions, prompts: Sequence[str], way: _Way
         report = _prune_layers(subject, plan, options, prompts, way)
     if whole is not None:
         reconstruct_stages(subject.pipe, report, options, whole, quiet)
+    if weighing:
+        report.weighing_calls = weighing
+        report.notes.append(f"timestep weights were measured: {options.calibration.weighting}")
     return report
+
+
+def _weighted(
+    subject: Subject, options: PruningOptions, prompts: Sequence[str], statistics: Path | None
+) -> tuple[PruningOptions, int]:
+    """The options with the timestep weights that they ask to be measured, and the denoiser calls that took."""
+    settings = options.calibration
+    if settings.weighting != MEASURED or not needs_prompts(options, statistics):
+        return options, 0
+    call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
+    found = named_weighting(subject, prompts, MEASURED, call, options.seed)
+    return replace(options, calibration=replace(settings, weighting=found)), calls_for(len(found.split(",")))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from obsdiff.models.modes import eval_mode
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.obs.observers import GATES, PASSES, gradient_for, observer_for
-from obsdiff.obs.timesteps import timestep_weights
+from obsdiff.obs.timesteps import check_weighting
 from obsdiff.progress import track
+from obsdiff.pruning.alphas import named_weighting
 from obsdiff.pruning.collect import collecting
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
 from obsdiff.pruning.gates import check_gateable, gated_groups, learned_gates
@@ -65,7 +66,8 @@ def calibrate(
         prompts: Prompts, or an already encoded :class:`Conditioning`.
         steps: Denoising steps; None takes the pipeline's own default.
         guidance_scale: Classifier-free guidance; None takes the pipeline's own default.
-        weighting: Timestep weights: log_decrease (the paper's), or another of :mod:`obsdiff.obs.timesteps`.
+        weighting: Timestep weights: log_decrease (the paper's), or others of :mod:`obsdiff.obs.timesteps`; "measured":
+            found out on the model first (:mod:`obsdiff.pruning.alphas`).
         tokens: Tokens drawn of each sequence at each call; None uses all. Padded text tokens never count.
         batch_size: Prompts per pipeline call.
         seed: Noise seed.
@@ -89,6 +91,7 @@ def calibrate(
     call = call_arguments(subject.pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     settings = Settings(call, seed, weighting, tokens, batch_size)
     check_settings(settings, prompts)
+    settings = replace(settings, weighting=named_weighting(subject, prompts, weighting, call, seed))
     observer, slope = observer_for(needs), gradient_for(needs)
     wanted = {needs} if isinstance(needs, str) else set(needs)
     inputs = wanted - PASSES
@@ -163,7 +166,7 @@ def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -
 
 
 def check_settings(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
-    timestep_weights(settings.weighting, 1)
+    check_weighting(settings.weighting)
     check_prompts(prompts)
     if settings.tokens is not None:
         check_whole("calibration.tokens", settings.tokens, 1)

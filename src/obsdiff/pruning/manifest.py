@@ -65,6 +65,7 @@ class Manifest(BaseModel):
     seed: int
     packages: Annotated[int, Field(ge=1)]
     streamed: bool = False
+    weighing_calls: Size = 0
     plan: dict[str, str]
     rule: str = "uniform"
     budget: str | None = None
@@ -106,6 +107,7 @@ def manifest_of(report: PruneReport, source: str, component: str, denoiser: str)
         "seed": report.seed,
         "packages": report.packages,
         "streamed": report.streamed,
+        "weighing_calls": report.weighing_calls,
         "plan": {name: str(pattern) for name, pattern in report.plan.entries.items()},
         "rule": report.plan.rule,
         "budget": report.plan.budget,

@@ -26,7 +26,8 @@ class CalibrationOptions:
         streamed: Go through the denoiser stage by stage: its calls are recorded once, and each stage is measured on
             what the pruned ones before it make of them. Holds the statistics of one stage, and the recorded calls.
         tokens: Tokens drawn of each sequence at each call; default: all.
-        weighting: Timestep weights: log_decrease, log_increase, linear_decrease, linear_increase or uniform.
+        weighting: Timestep weights: log_decrease, log_increase, linear_decrease, linear_increase or uniform, with
+            another range than 0.8-1.2 as log_decrease:0.2-1.8, a list of one for each step, or measured on the model.
             Default: that of the stored statistics, else the method's own (uniform for sparsegpt, log_decrease for
             the others).
         damping: Dampening relative to the mean of a Hessian's diagonal.

@@ -33,6 +33,7 @@ class PruneReport:
         shrunk: New shapes, or None.
         packages: Calibration passes; or
         streamed: one, stage by stage (:mod:`obsdiff.pruning.stream`).
+        weighing_calls: Denoiser calls with one prompt each that measuring timestep weights took.
         model: Hash of the dense denoiser.
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
         notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
@@ -61,6 +62,7 @@ class PruneReport:
     shrunk: Mapping[str, Any] | None = None
     packages: int = 1
     streamed: bool = False
+    weighing_calls: int = 0
     model: str | None = None
     allocation: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)

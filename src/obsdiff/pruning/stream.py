@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from obsdiff.models.replay import MadeCall, answering, passing_stages, stopping
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.observers import PASSES, observer_for
 from obsdiff.progress import track
+from obsdiff.pruning.alphas import named_weighting
 from obsdiff.pruning.calibrate import add_up_processes, check_measured, check_settings
 from obsdiff.pruning.collect import collecting
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
@@ -68,6 +69,7 @@ def stream(
         raise UserError(f"{', '.join(sorted(wanted & PASSES))} are measured on the whole denoiser, not stage by stage")
     if subject.graph.repeats:
         raise UserError(f"this {subject.family.denoiser} runs a block more than once in a call; calibrate in packages")
+    settings = replace(settings, weighting=named_weighting(subject, prompts, weighting, call, seed))
     fingerprint = fingerprint_of(subject, prompts, settings)
     told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
     return Stream(subject, told, settings, fingerprint, observer_for(wanted), quiet)
