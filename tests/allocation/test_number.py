@@ -72,7 +72,7 @@ def by_hand(stages, options, budget):
         obsdiff.prune(pipe, plan, statistics=statistics, prune_again=True)
     error = 0.0
     power = 0.0
-    for arguments, weights, dense in zip(restart.arguments, restart.weights, restart.dense, strict=True):
+    for (_, arguments, weights), dense in zip(restart.probe.batches(), restart.dense, strict=True):
         with torch.no_grad():
             now = restart.probe.guided(pipe.transformer(**arguments)[0], len(weights))
         error += float((weights * (now - dense).square().flatten(1).sum(1)).sum())

@@ -235,7 +235,7 @@ def test_mistakes(pipe_folder, tmp_path, capsys):
     assert "output" in refused(capsys, "prune", "--pipeline", pipe_folder)
     assert "not the folder of a prune run" in refused(capsys, "inspect", tmp_path)
     assert "must end in .png" in refused(capsys, "sample", pipe_folder, "--prompt", "x", "--output", tmp_path / "x.jpg")
-    assert "unknown preset" in refused(capsys, "bench", "prune", "--preset", "flux")
+    assert "unknown preset" in refused(capsys, "bench", "prune", "--preset", "sd9")
     assert "say what to measure" in refused(capsys, "bench")
     assert "unknown command" in refused(capsys, "compress")
     assert {path.name for path in tmp_path.iterdir()} <= {"empty.txt", "t.csv"}

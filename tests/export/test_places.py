@@ -95,7 +95,7 @@ def test_without_any_room_the_line_says_what_is_kept(pipe, tmp_path, monkeypatch
     stats = str(tmp_path / "stats")
     with pytest.raises(obsdiff.UserError, match=r"kept are the calibration in .*stats, from which the same command"):
         prune_run(pipe, options(tmp_path, statistics=stats), quiet=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "stats"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.solved", "elsewhere", "stats"]
     assert not list((tmp_path / "elsewhere").iterdir())
 
 

@@ -29,7 +29,7 @@ MISTAKES = [
     ["sample", "digits-sd3", "--prompt", "x", "--dtype", "int8"],
     ["sample", "digits-sd3"],
     ["inspect", "nowhere"],
-    ["bench", "prune", "--preset", "flux"],
+    ["bench", "prune", "--preset", "sd9"],
     ["bench", "scan", "--method", "foo"],
     ["train", "fit", "--config", "none.yaml"],
     ["train", "fitt"],
