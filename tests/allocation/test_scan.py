@@ -213,6 +213,7 @@ def test_members_of_a_unit_are_pruned_together(setting):
     assert found.measured[unit.name][0.5] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(setting, tmp_path, monkeypatch):
     """Each measures half of the layers, both end with all of them; and one clock decides for both."""
     script = tmp_path / "two.py"

@@ -43,6 +43,7 @@ def test_a_run_in_another_dtype(pipe_folder, tmp_path, precision, monkeypatch):
         assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
 
 
+@pytest.mark.slow
 def test_trajectories_and_checkpoints_in_half_precision(pipe_folder, tmp_path):
     extra = (
         "--trainer.precision=bf16-true",
