@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from obsdiff.cli.main import main
+from obsdiff.compare import run as running
+from obsdiff.errors import UserError
 from obsdiff.evaluation.evaluate import result_of
 from tests.rules.test_architecture import ROOT
 
@@ -139,6 +142,23 @@ def test_a_cell_that_fails_is_a_row_and_the_others_go_on(config, run, tmp_path):
     assert "fewer than one batch of 1000000" in errors["broken"]
     assert "## Failed" in (tmp_path / "out" / "report.md").read_text()
     assert "failed: " in err and "Traceback" not in err
+
+
+def test_a_recovery_that_is_interrupted_is_no_refusal(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "fit_arguments", lambda *_: [])
+    options = SimpleNamespace(recipes={"distilled": "recipe.yaml"})
+
+    def recovered(code):
+        def fit(_):
+            raise SystemExit(code)
+
+        (tmp_path / str(code)).mkdir()
+        running._recovered(options, None, None, tmp_path / str(code), "distilled", fit)
+
+    with pytest.raises(UserError, match=r"recipe recipe\.yaml was refused"):
+        recovered(2)
+    with pytest.raises(SystemExit):
+        recovered(1)
 
 
 def test_mistakes_are_one_line(config, tmp_path, capsys):

@@ -260,7 +260,9 @@ def _recovered(options: CompareOptions, unit: Unit, dense: Dense, work: Path, na
     try:
         with said.open("w") as log, redirect_stdout(log), redirect_stderr(log):
             fit(arguments)
-    except SystemExit as stop:  # how parsers refuse
+    except SystemExit as stop:  # how parsers refuse, with 2, and how Lightning ends where it is interrupted
+        if stop.code != 2:
+            raise
         last = said.read_text().strip().splitlines()[-1:]
         raise UserError(f"recipe {recipe} was refused: {' '.join(last) or stop}") from stop
     report = read_json(output / "recovered" / "report.json", "a report")
