@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 
+from obsdiff.bench.presets import PRESETS
 from obsdiff.models.graph import shapes_with
 from obsdiff.models.subject import graph_of
 from obsdiff.models.tracing import trace
@@ -11,19 +12,7 @@ from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.plan import kept_units, make_plan
 
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+SDXL = PRESETS["sdxl"].config
 DDPM = {
     "sample_size": 32,
     "block_out_channels": (128, 256, 256, 256),
