@@ -26,7 +26,7 @@ from obsdiff.pruning.folder import PIPELINE, run_folder
 from obsdiff.pruning.manifest import read_manifest
 from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solving, memory_plan
 from obsdiff.pruning.options import PruneOptions
-from obsdiff.pruning.plan import Plan, packages_of, stages_of
+from obsdiff.pruning.plan import Plan, packages_of, stage_packages
 from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, products_per_s, time_plan
 
 MOST_PACKAGES = 16  # tried; each is a whole calibration pass
@@ -89,7 +89,7 @@ class _Work:
         if stored or not self.plan.entries:
             passes: Any = [[site.name for site in sites_of(self.subject.graph, self.plan, stored)]]
         elif self.options.calibration.streamed:
-            passes = stages_of(self.subject.graph, self.plan)
+            passes = stage_packages(self.subject.graph, self.plan)
         else:
             passes = packages_of(self.subject.graph, self.plan, packages)
         return memory_plan(

@@ -240,8 +240,9 @@ def _kept(unit: Unit, dense: Dense, prompts: Sequence[str]) -> tuple[Path | None
     measured = [dense.content, prompts, asdict(options.calibration), options.seed, str(depth_of(options))]
     measured.append(weighting_of(options, None))
     needs = needs_for(options, None)
-    alone = packages_for(options, None) == 1 and bool(needs - PASSES)  # no store holds gradients or gates
-    alone = alone and not options.calibration.streamed
+    # no store holds gradients or gates, or what was measured with earlier layers pruned
+    anew = packages_for(options, None) > 1 or options.calibration.streamed
+    alone = not anew and bool(needs - PASSES)
     store = dense.shared / f"statistics-{digest(measured)[:16]}" if alone else None
     if rule_of(options) != "measured":
         return store, None

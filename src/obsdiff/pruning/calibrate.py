@@ -166,6 +166,11 @@ def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -
 
 
 def check_settings(settings: Settings, prompts: Sequence[str] | Conditioning) -> None:
+    """Refuse a calibration that cannot be run.
+
+    Raises:
+        UserError: A setting is out of range, or there are no prompts.
+    """
     check_weighting(settings.weighting)
     check_prompts(prompts)
     if settings.tokens is not None:
@@ -250,6 +255,11 @@ def add_up_processes(statistics: Statistics, sites: Sequence[Site]) -> None:
 
 
 def check_measured(sites: Sequence[Site], statistics: Statistics) -> None:
+    """Refuse statistics that no solve can go by.
+
+    Raises:
+        UserError: A site saw no input, or one that is not finite or all zeros.
+    """
     for site in sites:
         found = statistics.sites[site.name]
         if found.num_tokens == 0:

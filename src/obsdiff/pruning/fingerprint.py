@@ -15,7 +15,7 @@ from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.content import DECODING, TEXT, component_hashes, model_hash, tensor_bytes
 from obsdiff.models.subject import Subject
-from obsdiff.obs.timesteps import ALPHA_MAX, ALPHA_MIN
+from obsdiff.obs.timesteps import ALPHA_MAX, ALPHA_MIN, WEIGHTINGS
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def fingerprint_of(subject: Subject, prompts: Sequence[str] | Conditioning, sett
         "call": {key: value for key, value in settings.call.items() if key not in named},
         "seed": settings.seed,
         "weighting": settings.weighting,
-        "alpha": [ALPHA_MIN, ALPHA_MAX],
+        "alpha": [ALPHA_MIN, ALPHA_MAX] if settings.weighting in WEIGHTINGS else None,  # else the text says all
         "tokens": settings.tokens,
         "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
     }

@@ -24,7 +24,7 @@ from obsdiff.obs.structured import FUSIONS
 from obsdiff.pruning.apply import Job, apply_package
 from obsdiff.pruning.defaults import departures, pattern_by
 from obsdiff.pruning.layers import SolveOptions
-from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks, stages_of
+from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks, stage_packages
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.shorten import prune_shorter
@@ -134,7 +134,7 @@ def prune(
         check_serves(statistics, needed(pattern, options), f"method {method}")
     report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages, streamed=streamed)
     report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
-    passes = stages_of(graph, plan) if streamed else packages_of(graph, plan, packages)
+    passes = stage_packages(graph, plan) if streamed else packages_of(graph, plan, packages)
     kept = None if solved is None else _kept(solved, graph, plan, options, statistics)
     if isinstance(statistics, Stream):
         report.model, report.fingerprint = statistics.fingerprint["model"], statistics.fingerprint

@@ -345,7 +345,7 @@ def joint_sites(graph: Graph, plan: Plan) -> list[list[str]]:
     return list(of_unit.values())
 
 
-def stages_of(graph: Graph, plan: Plan) -> list[list[str]]:
+def stage_packages(graph: Graph, plan: Plan) -> list[list[str]]:
     """The plan's sites, those of one stage together, in the order of a forward pass."""
     found: dict[int, list[str]] = {}
     for names in joint_sites(graph, plan):
