@@ -1,14 +1,20 @@
 """Which cells a comparison has, what they are kept by, and what is refused before anything is loaded."""
 
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 
 import pytest
 
+from obsdiff.compare import run as running
 from obsdiff.compare.cells import check, key_of, part_of, units_of
 from obsdiff.compare.options import CompareOptions
 from obsdiff.compare.run import Dense, _kept
+from obsdiff.costs import calibration_cost
 from obsdiff.errors import UserError
+from obsdiff.obs.pattern import parse_request
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions, ScanOptions
+from obsdiff.pruning.plan import Plan
+from obsdiff.pruning.report import PruneReport
 
 RECIPE = "configs/recover/distill.yaml"
 
@@ -42,6 +48,16 @@ def test_a_method_may_bring_its_refit():
     assert left.method == "obs+refit" and left.reason == "obs refits anyway; leave out +refit"
     with pytest.raises(UserError, match="unknown method 'magic'"):
         check(options(methods=["obs", "magic+refit"]))
+
+
+def test_a_method_may_train_its_shape_from_scratch():
+    given = options(methods=["obs", "obs+scratch", "random+scratch"], patterns=["structured:0.5"])
+    plain, own, free = units_of(given)[0]
+    assert (plain.scratch, own.scratch, free.scratch) == (False, True, True)
+    assert own.pruning == plain.pruning and free.pruning.method == "random"
+    assert len({key_of(unit, None, {}, {}) for unit in (plain, own, free)}) == 3
+    with pytest.raises(UserError, match="unknown method 'magic'"):
+        check(options(methods=["obs", "magic+scratch"]))
 
 
 def test_variants_change_other_options_alone():
@@ -203,6 +219,24 @@ def test_what_is_measured_alike_is_kept_in_one_place_and_nothing_else(tmp_path):
     assert places("unstructured:0.5", prompts=("two",))[0] != store
     assert places("unstructured:0.5", calibration=CalibrationOptions(steps=3))[0] != store
     assert places("unstructured:0.5", "uniform", "sparsegpt")[0] != store  # weighs steps otherwise
-    assert places("unstructured:0.5", "uniform", "magnitude")[0] is None  # measures nothing
+    for other in ("magnitude", "taylor"):  # measure no inputs, and are told their layer errors by the same calibration
+        assert places("unstructured:0.5", "uniform", other)[0] == store
     assert places("unstructured:0.5", "uniform", "obs-diff")[0] is None  # four calibrations
-    assert places("unstructured:0.5", "uniform", "taylor")[0] is None  # no store holds gradients
+    assert places("depth:1", "uniform")[0] is None  # no layer is solved
+
+
+@pytest.mark.parametrize(("method", "left"), [("magnitude", {}), ("taylor", {"rows": 6, "inputs": False})])
+def test_a_calibration_that_a_method_does_not_need_costs_it_nothing(tmp_path, monkeypatch, method, left):
+    """Its layer errors are measured by it; what it needs is a pass of its own, or nothing."""
+    own = {"gradients": {"rows": 6, "inputs": True}} if left else {}
+    given = {"num_prompts": 4, "steps": 5, "guidance_scale": 2.0, **own}
+    plan = Plan(parse_request("2:4"), {})
+    report = PruneReport(
+        plan.pattern, method, False, 0, plan, fingerprint=given, time_s={"calibrate": 3.0, "solve": 1.0}
+    )
+    stored = SimpleNamespace(time_s={"calibrate": 3.0 - len(own)})
+    monkeypatch.setattr(running, "open_statistics", lambda store: stored)
+    running._leave_out_calibration(report, tmp_path)
+    assert ((report.fingerprint or {}).get("gradients") or {}) == left
+    cost = calibration_cost({"time_s": report.time_s, "statistics": report.fingerprint}, 10, 1)["calibration"]
+    assert (cost.denoiser_flops, cost.wall_s) == (60.0 if left else 0.0, float(len(own)))

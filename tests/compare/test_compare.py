@@ -39,7 +39,7 @@ def config(pipe_folder, tmp_path):
     settings = {
         "pipeline": str(pipe_folder),
         "output": str(tmp_path / "out"),
-        "methods": ["obs", "obs-diff", "magnitude"],
+        "methods": ["obs", "obs-diff", "magnitude", "random+scratch"],
         "patterns": ["structured:0.5"],
         "recipes": {"distilled": str(tmp_path / "recipe.yaml")},
         "calibration": {"num_prompts": 4},
@@ -78,10 +78,10 @@ def test_a_comparison_from_one_config(run, tmp_path):
     output = tmp_path / "out"
     code, out, err = run("--jobs", "2")
     assert code == 0, err
-    assert "6 of 6" in out and str(output / "report.html") in out
+    assert "8 of 8" in out and str(output / "report.html") in out
     found = rows(output)
-    assert [row["error"] for row in found] == [None] * 6
-    methods, recipes = ("obs", "obs-diff", "magnitude"), ("one shot", "distilled")
+    assert [row["error"] for row in found] == [None] * 8
+    methods, recipes = ("obs", "obs-diff", "magnitude", "random+scratch"), ("one shot", "distilled")
     assert {(row["method"], row["recipe"]) for row in found} == {(m, recipe) for m in methods for recipe in recipes}
     for row in found:
         assert len(row["per_image"]["mse"]) == 4 and result_of(row["evaluation"])["mse"] > 0
@@ -93,8 +93,14 @@ def test_a_comparison_from_one_config(run, tmp_path):
             assert row["recovery"]["steps"] == 2 and row["costs"]["recovery"]["steps"] == 2
     calibrated = {row["method"]: row["costs"]["calibration"]["denoiser_flops"] for row in found}
     assert calibrated["magnitude"] == 0 and calibrated["obs-diff"] == 4 * calibrated["obs"] > 0
+    told = {row["method"]: row["layer_error"] for row in found}  # by the calibration of obs, which it does not pay for
+    assert 0 < told["obs"] < told["magnitude"] and told["random+scratch"] is None
+    untrained = {row["recipe"]: result_of(row["evaluation"])["mse"] for row in found if row["method"] == methods[-1]}
+    assert untrained["one shot"] != untrained["distilled"]
     page, text = (output / "report.html").read_text(), (output / "report.md").read_text()
-    assert page.count("data:image/png;base64,") == 1 + 2 * (1 + 6) and "http" not in page.replace("xmlns", "")
+    assert page.count("data:image/png;base64,") == 2 + 2 * (1 + 8) and "http" not in page.replace("xmlns", "")
+    header, rule, first = text[text.index("| method |") :].splitlines()[:3]
+    assert header.count("|") == rule.count("|") == first.count("|") and first.startswith("| dense | | | 0 |")
     assert text.count("| obs-diff | uniform |") == 2 and "methods:\n- obs\n" in text
     assert not [path for path in (output / "cells").iterdir() if path.name.startswith(".")]
 

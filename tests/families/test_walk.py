@@ -16,6 +16,7 @@ from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.masks import weight_masks
 from obsdiff.pruning.options import PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan
+from obsdiff.pruning.scratch import draw_weights
 from tests.families.pipelines import PIPELINES, each
 
 ROWS = 2
@@ -145,6 +146,26 @@ def walk_structured(case, pipe, pattern, tmp_path, **options):
     obsdiff.save_pipeline(loaded, tmp_path / "again", again)
     assert torch.equal(case.sample(obsdiff.load_pipeline(tmp_path / "again")), drawn)
     return report
+
+
+def test_new_weights_for_what_is_left(case):
+    """Cut tensors come as zeros out of their class: layers of them are drawn, norms let their channels through."""
+    pipe = case.traced()
+    report = obsdiff.prune(pipe, case.structured, method="random", spare_blocks=())
+    denoiser = subject_of(pipe).denoiser
+    shapes = {name: value.shape for name, value in denoiser.state_dict().items()}
+    trained = case.sample(pipe)
+    draw_weights(denoiser, {}, seed=0)
+    assert {name: value.shape for name, value in denoiser.state_dict().items()} == shapes
+    for name in report.shrunk["tensors"]:
+        owner = denoiser.get_submodule(name.rpartition(".")[0])
+        tensor = denoiser.get_parameter(name)
+        if "Norm" in type(owner).__name__:
+            assert bool((tensor == name.endswith("weight")).all()), name
+        else:
+            assert tensor.numel() < 2 or float(tensor.std()) > 0, name
+    drawn = case.sample(pipe)
+    assert torch.isfinite(drawn).all() and not torch.equal(drawn, trained)
 
 
 def projected_like(case, pipe, report):

@@ -21,6 +21,7 @@ from obsdiff.pruning.options import EvaluationOptions, PruningOptions, ScanOptio
 from obsdiff.yamlfiles import read_yaml
 
 REFIT = "+refit"  # added to a method: what it leaves by least squares
+SCRATCH = "+scratch"  # added to a method: the shape it leaves, with weights as before any training
 AXES = ("pattern", "budget", "method", "plan", "allocation", "seed")  # what a variant cannot say
 ONE_SHOT = "one shot"  # the name of a row that nothing was trained for
 
@@ -42,6 +43,11 @@ class Unit:
     seed: int
     pruning: PruningOptions
     evaluation: EvaluationOptions
+
+    @property
+    def scratch(self) -> bool:
+        """Whether it is trained from new weights."""
+        return self.method.endswith(SCRATCH)
 
     def __str__(self) -> str:
         variant = f", {self.variant}" if self.variant else ""
@@ -93,7 +99,7 @@ def _request(
     usual = PruningOptions(
         pattern=text,
         budget=budget.strip() or None,
-        method=method.removesuffix(REFIT),
+        method=_bare(method),
         refit=True if method.endswith(REFIT) else None,
         allocation=allocation,
         seed=seed,
@@ -101,6 +107,11 @@ def _request(
         scan=options.scan if allocation == "measured" else ScanOptions(),
     )
     return _changed(usual, options.variants[variant], f"variants.{variant}") if variant else usual
+
+
+def _bare(method: str) -> str:
+    """A method without what is added to it."""
+    return method.removesuffix(REFIT).removesuffix(SCRATCH)
 
 
 def _changed(options: Any, changes: Any, what: str) -> Any:
@@ -147,7 +158,7 @@ def check(options: CompareOptions) -> None:
     for pattern in options.patterns:
         check_values(_request(options, "obs", pattern, "uniform", "", 0))
     for method in (*options.methods, options.reference):
-        check_method(method.removesuffix(REFIT))
+        check_method(_bare(method))
     for name, other in itertools.combinations(options.variants, 2):
         if options.variants[name] == options.variants[other]:
             raise UserError(f"the variants {name} and {other} say the same; leave one out")
@@ -226,12 +237,14 @@ def key_of(unit: Unit, recipe: str | None, budget: Mapping[str, float], content:
     """
     unnamed: dict[str, Any] = {"prompts": None, "column": None, "batch_size": 1}  # the content says which prompts
     calibration = replace(unit.pruning.calibration, **unnamed)
-    material = {
+    material: dict[str, Any] = {
         "pruning": _asked(replace(unit.pruning, calibration=calibration)),
         "evaluation": _with_content(_asked(replace(unit.evaluation, **unnamed, real_cache=None)), folders=True),
         "recovery": None if recipe is None else [_with_content(read_recipe(recipe)), dict(budget)],
         "content": content,
     }
+    if unit.scratch:  # alone, so that the keys of the others stay as they are
+        material["scratch"] = True
     return hashlib.sha256(json.dumps(material, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -20,7 +20,8 @@ class CompareOptions:
         pipeline: The dense pipeline: an embedded one (digits-sd3), a folder, or a hub id (owner/name).
         output: Folder of the comparison.
         methods: Methods of pruning, as for prune; METHOD+refit, such as diff-pruning+refit, brings what stays to least
-            squares, as --refit true does.
+            squares, as --refit true does, and METHOD+scratch, such as random+scratch, replaces what stays by untrained
+            weights: what recipes make of the same small model without what it knew.
         patterns: Patterns, as for prune; "PATTERN BUDGET", such as "structured parameters:0.5", for a budget.
         allocations: How sparsity is shared out among layers: uniform, measured or owl. Where one does not go with a
             pattern or method, the cell is left out and the report says why.

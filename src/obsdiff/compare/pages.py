@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from obsdiff.compare.cells import ONE_SHOT, LeftOut
 from obsdiff.compare.intervals import Interval
 from obsdiff.compare.options import CompareOptions
-from obsdiff.compare.table import WHAT, Line, Row, lines_of
+from obsdiff.compare.pictures import data_url, draw_costs, draw_patterns
+from obsdiff.compare.table import WHAT, Row, dense_of, lines_of
 from obsdiff.export.summary import amount
 from obsdiff.files import write_text
 from obsdiff.progress import duration
@@ -54,7 +52,7 @@ def write_report(options: CompareOptions, rows: Sequence[Row], left_out: Sequenc
         "left_out": left_out,
         "one_shot": ONE_SHOT,
         "versions": versions_of(rows),
-        "dense": lines[0].rows[0]["evaluation"]["dense"] if lines else None,
+        "dense": dense_of(lines[0].rows) if lines else None,
         "n": sum(lines[0].rows[at]["evaluation"]["n"] for at in range(len(lines[0].rows))) if lines else 0,
     }
     environment = Environment(
@@ -73,8 +71,12 @@ def write_report(options: CompareOptions, rows: Sequence[Row], left_out: Sequenc
         "picture": lambda name: _embedded(cells / name, "png"),
     }
     write_text(output / MARKDOWN, environment.get_template(MARKDOWN).render(shown))
-    plot = draw_lines(lines, options) if lines else None
-    write_text(output / PAGE, environment.get_template(PAGE).render(shown, plot=plot))
+    plots = {
+        "image error of each method by pattern": draw_patterns(lines, options) if lines else None,
+        "image error by denoiser FLOPs spent": draw_costs(lines, options) if lines else None,
+    }
+    plots = {what: plot for what, plot in plots.items() if plot is not None}
+    write_text(output / PAGE, environment.get_template(PAGE).render(shown, plots=plots))
 
 
 def settings_text(options: CompareOptions) -> str:
@@ -113,54 +115,5 @@ def percent_text(interval: Interval | float) -> str:
     return f"{interval:.1%}"
 
 
-def draw_lines(lines: Sequence[Line], options: CompareOptions) -> str:
-    """Image error by pattern, one panel per recovery, with intervals: a picture as a data URL."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    recipes = list(dict.fromkeys(line.recipe for line in lines))
-    variants = list(options.variants) or [""]
-    coloured = list(itertools.product(options.methods, variants))
-    colours = dict(zip(coloured, colormaps["tab10"].colors * len(coloured), strict=False))  # type: ignore[attr-defined]
-    figure = Figure(figsize=(11, 0.6 + 3.6 * len(recipes)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(recipes), 1, squeeze=False, sharey=True, sharex=True)[:, 0]
-    kinds = [(rule, *what) for rule in options.allocations for what in coloured]
-    for panel, recipe in zip(panels, recipes, strict=True):
-        for at, (rule, *what) in enumerate(kinds):
-            own = (recipe, rule, *what)
-            found = [line for line in lines if (line.recipe, line.allocation, line.method, line.variant) == own]
-            found = [line for line in found if line.mse is not None and line.mse.low > 0]
-            if not found:
-                continue
-            shift = (at - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
-            places = [options.patterns.index(line.pattern) + shift for line in found]
-            marks = [line.mse for line in found if line.mse is not None]
-            panel.errorbar(
-                places,
-                [mark.value for mark in marks],
-                [[mark.value - mark.low for mark in marks], [mark.high - mark.value for mark in marks]],
-                fmt="o" if rule == options.allocations[0] else "^",
-                color=colours[what[0], what[1]],
-                markersize=5,
-                capsize=2,
-                label=", ".join(filter(None, [*what, rule if len(options.allocations) > 1 else ""])),
-            )
-        panel.set_yscale("log")
-        panel.set_ylabel(f"MSE to dense\n{recipe}")
-        panel.set_xticks(range(len(options.patterns)), options.patterns)
-        panel.set_xlim(-0.5, len(options.patterns) - 0.5)
-        panel.grid(axis="y", alpha=0.3)
-        for border in range(1, len(options.patterns)):
-            panel.axvline(border - 0.5, color="0.85", linewidth=1)
-    panels[0].legend(fontsize=8, ncols=min(6, len(kinds)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return _data_url(stream.getvalue(), "png")
-
-
 def _embedded(file: Path, kind: str) -> str:
-    return _data_url(file.read_bytes(), kind)
-
-
-def _data_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return data_url(file.read_bytes(), kind)

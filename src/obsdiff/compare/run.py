@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from obsdiff.allocation.planning import depth_of, needs_for, packages_for, rule_of
-from obsdiff.allocation.stage import Folders, calibration_prompts, needs_prompts, prune_stage, weighting_of
+from obsdiff.allocation.planning import depth_of, needs_for, packages_for, pattern_of, rule_of
+from obsdiff.allocation.stage import Folders, calibration_prompts, prune_stage, weighting_of
 from obsdiff.compare.cells import ONE_SHOT, Unit, key_of, read_recipe
 from obsdiff.compare.options import CompareOptions
 from obsdiff.costs import calibration_cost
@@ -40,12 +40,18 @@ from obsdiff.models.content import component_hashes
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.observers import PASSES
+from obsdiff.obs.pattern import of_layers
 from obsdiff.pruning.folder import load_pipeline, write_pipeline
 from obsdiff.pruning.manifest import FILE
+from obsdiff.pruning.masks import weight_masks
 from obsdiff.pruning.options import EvaluationOptions
+from obsdiff.pruning.report import PruneReport
+from obsdiff.pruning.scratch import draw_weights
+from obsdiff.pruning.statistics import open_statistics
 from obsdiff.versions import versions
 
 CELLS, SHARED = "cells", "shared"
+OWN_PASSES = ("gradients", "gates")  # of a fingerprint: what a method measures beside layer inputs, or in their place
 Fit = Callable[[list[str]], None]
 
 
@@ -216,9 +222,13 @@ def _pruned(unit: Unit, dense: Dense, folder: Path) -> dict[str, Any]:
     subject = subject_of(pipe)
     flops = denoiser_flops(subject, call_arguments(pipe))
     dense_bytes = pipeline_bytes(pipe)
-    prompts = calibration_prompts(pipe, options) if needs_prompts(options, None) else []
+    prompts = calibration_prompts(pipe, options)
     store, scan = _kept(unit, dense, prompts)
     report = prune_stage(subject, options, prompts, Folders(store, scan))
+    if store is not None and not needs_for(options, None) - PASSES:
+        _leave_out_calibration(report, store)
+    if unit.scratch:
+        draw_weights(subject.denoiser, weight_masks(report.masks, report.shrunk is not None), unit.seed)
     folder.mkdir()
     write_pipeline(pipe, folder, report)
     costs = calibration_cost(read_json(folder / FILE, "a manifest"), flops, 1)
@@ -227,10 +237,18 @@ def _pruned(unit: Unit, dense: Dense, folder: Path) -> dict[str, Any]:
         "parameters": report.parameters,
         "bytes": {"dense": dense_bytes, "pruned": pipeline_bytes(pipe)},
         "flops": {"dense": flops, "pruned": denoiser_flops(subject, call_arguments(pipe))},
-        "layer_error": report.mean_layer_error,
+        "layer_error": None if unit.scratch else report.mean_layer_error,
         "notes": report.notes,
         "costs": {name: cost.to_json() for name, cost in costs.items()},
     }
+
+
+def _leave_out_calibration(report: PruneReport, store: Path) -> None:
+    """Let a report cost what its method needs: the layer inputs in ``store`` told it how well it did, and no more."""
+    assert report.fingerprint is not None
+    report.time_s["calibrate"] -= open_statistics(store).time_s["calibrate"]
+    passes = {name: {**report.fingerprint[name], "inputs": False} for name in OWN_PASSES if name in report.fingerprint}
+    report.fingerprint = {**report.fingerprint, **passes} if passes else None
 
 
 def _kept(unit: Unit, dense: Dense, prompts: Sequence[str]) -> tuple[Path | None, Path | None]:
@@ -239,11 +257,10 @@ def _kept(unit: Unit, dense: Dense, prompts: Sequence[str]) -> tuple[Path | None
     # what is measured of a shorter model is no other's
     measured = [dense.content, prompts, asdict(options.calibration), options.seed, str(depth_of(options))]
     measured.append(weighting_of(options, None))
-    needs = needs_for(options, None)
-    # no store holds gradients or gates, or what was measured with earlier layers pruned
+    # no store holds what was measured with earlier layers pruned; all others tell each method its layer errors
     anew = packages_for(options, None) > 1 or options.calibration.streamed
-    alone = not anew and bool(needs - PASSES)
-    store = dense.shared / f"statistics-{digest(measured)[:16]}" if alone else None
+    alone = of_layers(pattern_of(options)) is None  # stages alone go by no layer
+    store = None if anew or alone else dense.shared / f"statistics-{digest(measured)[:16]}"
     if rule_of(options) != "measured":
         return store, None
     n_of_m, ratio = r"^\d+:(?=\d+$)", r":\d+\.?\d*"

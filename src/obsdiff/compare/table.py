@@ -9,11 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obsdiff.compare.cells import ONE_SHOT
 from obsdiff.compare.intervals import Interval, mean_interval, ratio_interval
 from obsdiff.evaluation.evaluate import result_of
 
 Row = Mapping[str, Any]
 WHAT = ("pattern", "recipe", "allocation", "method", "variant")
+
+
+@dataclass(frozen=True)
+class DenseLine:
+    """What the dense pipeline draws, means over seeds; None where nothing measured it.
+
+    Attributes:
+        alignment, top5, frechet: As in :class:`Line`; the interval of the distance is over seeds.
+        parameters: Of its denoiser.
+    """
+
+    alignment: float | None
+    top5: float | None
+    frechet: Interval | None
+    parameters: float | None
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,8 @@ class Line:
             it is not there.
         alignment, top5: Share of images that show what was asked for; None where nothing reads them.
         perceptual: Mean distance in the reader's features, if it has such.
+        layer_error: Mean relative output error of the pruned layers, before any training; None after it, or where
+            nothing was measured.
         frechet: Mean over seeds; its interval draws seeds alone, each being the distance of a whole set of images.
         flops: Spent in denoisers on all of it, mean over seeds.
         wall_s: The same in seconds.
@@ -45,6 +63,7 @@ class Line:
     alignment: Interval | None
     top5: Interval | None
     perceptual: float | None
+    layer_error: float | None
     frechet: Interval | None
     flops: float
     wall_s: float
@@ -103,11 +122,24 @@ def _line(what: tuple[str, ...], rows: list[Row], others: list[Row]) -> Line:
         _interval(rows, "alignment"),
         _interval(rows, "alignment_top5"),
         _mean_of(_figures(rows, "distance")),
+        _mean(rows, "layer_error") if recipe == ONE_SHOT else None,
         frechet,
         sum(cost["denoiser_flops"] for cost in costs) / len(rows),
         sum(cost["wall_s"] for cost in costs) / len(rows),
         remark,
     )
+
+
+def dense_of(rows: Sequence[Row]) -> DenseLine:
+    """What the rows of a line started from.
+
+    Args:
+        rows: Of each seed.
+    """
+    figures = [row["evaluation"]["dense"] for row in rows]
+    mean = {name: _mean_of([found.get(name) for found in figures]) for name in ("alignment", "alignment_top5")}
+    frechet = _interval_of([found.get("frechet") for found in figures])
+    return DenseLine(mean["alignment"], mean["alignment_top5"], frechet, _mean(rows, "parameters", "dense"))
 
 
 def _values(row: Row, measure: str) -> Tensor:
@@ -127,7 +159,11 @@ def _figures(rows: Sequence[Row], name: str) -> list[Any]:
 
 
 def _over_seeds(rows: Sequence[Row], name: str) -> Interval | None:
-    values = _figures(rows, name)
+    return _interval_of(_figures(rows, name))
+
+
+def _interval_of(values: Sequence[Any]) -> Interval | None:
+    """Over seeds; None if there is none, or one of them is."""
     if not values or None in values:
         return None
     return mean_interval([torch.tensor([value], dtype=torch.float64) for value in values])
