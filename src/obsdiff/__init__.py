@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from obsdiff.obs.pattern import NM, Structured, Unstructured, parse_pattern
     from obsdiff.pruning.calibrate import calibrate
     from obsdiff.pruning.folder import load_pipeline, save_pipeline
+    from obsdiff.pruning.layers import SolveOptions
     from obsdiff.pruning.lora import load_lora
     from obsdiff.pruning.oneshot import prune
     from obsdiff.pruning.report import PruneReport
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "NM": "obsdiff.obs.pattern",
     "PruneReport": "obsdiff.pruning.report",
+    "SolveOptions": "obsdiff.pruning.layers",
     "Structured": "obsdiff.obs.pattern",
     "Unstructured": "obsdiff.obs.pattern",
     "UserError": "obsdiff.errors",
@@ -50,6 +52,7 @@ _HOME = {
 __all__ = [
     "NM",
     "PruneReport",
+    "SolveOptions",
     "Structured",
     "Unstructured",
     "UserError",

@@ -8,6 +8,8 @@ METHODS = (
     "random",
 )  # fmt: skip
 STRUCTURED_METHODS = ("obs", "obs-diff", "taylor", "diff-pruning", "ecodiff", "magnitude", "l1", "random")
+SWEEPING_METHODS = ("obs", "obs-diff", "sparsegpt")  # which compare scores over stretches of columns
+SUB_BLOCK = 32  # columns; stretches are multiples of it
 UNIT_METHODS = ("ecodiff",)  # which remove nothing but whole units
 FUSIONS = ("reciprocal_rank", "relative_error")
 DEAD = ("report", "remove", "ignore")

@@ -1,5 +1,6 @@
 """What a caller may hand over by mistake is refused in one line, before anything runs."""
 
+import copy
 import math
 
 import pytest
@@ -206,3 +207,35 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "plan.yaml").write_text(PLAN.format("2:4") + "pattern: 1:4\n")
     with pytest.raises(obsdiff.UserError, match="'pattern' stands there twice"):
         parse_plan(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told", "message"),
+    [
+        ("unstructured:0.5", {"refit": False}, "are in the options; leave them out"),
+        ("unstructured:0.5", {"seed": 1}, "are in the options; leave them out"),
+        ("2:4", {}, "is for single weights by ratio; leave it out with 2:4"),
+        ("structured:0.5", {}, "leave it out with structured:0.5"),
+    ],
+)
+def test_options_of_solving_say_all_of_it(untouched, pattern, told, message):
+    with pytest.raises(obsdiff.UserError, match=message):
+        obsdiff.prune(untouched, pattern, method=obsdiff.SolveOptions("obs", compared=64), **told)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "method", "message"),
+    [("2:4", "wanda", "and there is no refit"), ("structured:0.5", "obs", "is solved for in closed form")],
+)
+def test_steps_of_a_refit_that_is_not_there_are_refused(untouched, pattern, method, message):
+    with pytest.raises(obsdiff.UserError, match=message):
+        obsdiff.prune(untouched, pattern, method=obsdiff.SolveOptions(method, refit_steps=3))
+
+
+def test_options_of_solving_are_the_arguments(pipe, prompts):
+    statistics = obsdiff.calibrate(pipe, prompts)
+    told = obsdiff.prune(copy.deepcopy(pipe), "2:4", method="sparsegpt", statistics=statistics, refit=True, damping=0.1)
+    options = obsdiff.SolveOptions("sparsegpt", refit=True, damping=0.1)
+    report = obsdiff.prune(pipe, "2:4", method=options, statistics=statistics)
+    assert (report.method, report.refit, report.layer_error) == ("sparsegpt", True, told.layer_error)
+    assert all(torch.equal(mask, told.masks[name]) for name, mask in report.masks.items())

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 import obsdiff
+from obsdiff.allocation.stage import Folders, prune_stage
 from obsdiff.models.conditioning import encode_prompts, token_mask
 from obsdiff.models.families.sd3 import SD3
-from obsdiff.models.info import info_of
+from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info, info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.timesteps import timestep_weights
+from obsdiff.pruning.options import CalibrationOptions, PruningOptions
+from obsdiff.pruning.statistics import open_statistics
+from tests.families.pipelines import PIPELINES
 
 
 def recorded_inputs(pipe, layer, prompts):
@@ -51,6 +55,29 @@ def test_padded_text_tokens_do_not_count(pipe, prompts):
     site = obsdiff.calibrate(pipe, prompts).sites[layer]
     torch.testing.assert_close(site.hessian().double() * site.weight_sum, expected, rtol=1e-4, atol=1e-4)
     assert site.num_tokens == 3 * int(mask.sum())
+
+
+def test_padded_text_tokens_count_if_asked(pipe, prompts, tmp_path):
+    layer = "transformer_blocks.0.attn.add_q_proj"
+    seen = torch.cat(recorded_inputs(pipe, layer, prompts))
+    options = PruningOptions(
+        pattern="2:4", calibration=CalibrationOptions(padding=True, weighting="uniform", batch_size=len(prompts))
+    )
+    prune_stage(pipe, options, prompts, Folders(statistics=tmp_path / "kept"))
+    site = open_statistics(tmp_path / "kept").site(layer)
+    x = seen.flatten(0, 1).double()
+    torch.testing.assert_close(site.hessian().double() * site.num_tokens, x.T @ x, rtol=1e-4, atol=1e-4)
+    assert site.num_tokens == len(x) == 3 * 2 * len(prompts) * 20
+
+
+@pytest.mark.parametrize(("name", "told"), [("sana", "does not attend to padding"), ("dit", "nothing says what")])
+def test_padding_that_cannot_count_is_refused(name, told):
+    row = PIPELINES[name]
+    pipe = row.build()
+    attach_info(pipe, PipelineInfo(name, {k: v for k, v in row.call.items() if k in CALL_ARGUMENTS}))
+    options = PruningOptions(pattern="2:4", calibration=CalibrationOptions(padding=True))
+    with pytest.raises(obsdiff.UserError, match=told):
+        prune_stage(pipe, options, ["1", "2"])
 
 
 @pytest.mark.parametrize("tokens", [None, 5])

@@ -8,7 +8,9 @@ from obsdiff.criteria import METHODS
 from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.graph import Graph, Site
 from obsdiff.obs.hessian import Gram, activation_matrices, weight_matrices
+from obsdiff.obs.linalg import upper_factor
 from obsdiff.obs.pattern import Unstructured
+from obsdiff.obs.sweep import sweep
 from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.solve import solve_site
 
@@ -51,6 +53,29 @@ def test_reported_error_is_the_real_output_error(method, bias):
     result = solved(layer, x, method)
     assert (result.bias_shift is not None) is (bias and METHODS[method].refit)
     assert result.error == pytest.approx(output_error(layer, x, result), rel=1e-2)
+
+
+@pytest.mark.parametrize(("method", "default"), [("obs", 32), ("sparsegpt", 128), ("obs-diff", 128)])
+def test_as_many_columns_are_compared_as_asked(method, default):
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 6)
+    x = torch.randn(800, 256) @ torch.randn(256, 256)
+    usual = solved(layer, x, method, refit=False).mask
+    factor, _ = upper_factor(measured(layer, x).hessian(), SolveOptions.damping)
+    for compared in (32, 64, 128, 256):
+        mask = solved(layer, x, method, refit=False, compared=compared).mask
+        weights, even = [layer.weight.detach()], method != "obs"
+        [(_, wanted)] = sweep(weights, factor, [Unstructured(0.5)], compared, even)
+        assert torch.equal(mask, wanted) and torch.equal(mask, usual) is (compared == default)
+
+
+def test_the_refit_takes_at_most_the_steps_that_are_asked():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 6)
+    x = torch.randn(300, 64) @ torch.randn(64, 64)
+    found = {steps: solved(layer, x, "obs", refit_steps=steps) for steps in (1, 4, 12)}
+    assert (found[1].refit_steps, found[4].refit_steps) == (1, 4) and 4 < found[12].refit_steps <= 12
+    assert found[12].error < found[4].error < found[1].error
 
 
 def test_the_bias_helps_where_inputs_have_a_mean():

@@ -16,6 +16,8 @@ MISTAKES = [
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--allocation", "best"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--budget", "size:1"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--fusion", "sum"],
+    ["prune", "--pipeline", "digits-sd3", "--output", "o", "--compared_columns", "48"],
+    ["prune", "--pipeline", "digits-sd3", "--output", "o", "--compared_columns", "64", "--method", "wanda"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--dtype", "int8"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--device", "meta"],
     ["prune", "--pipeline", "digits-sd3", "--output", "o", "--plan", "none.yaml"],
@@ -70,10 +72,13 @@ def test_light_names_match_the_tables():
     from obsdiff.criteria import METHODS
     from obsdiff.criteria.structured import RULES
     from obsdiff.evaluation.alignment import READERS
+    from obsdiff.obs import sweep
     from obsdiff.obs.structured import FUSIONS
 
     assert tuple(METHODS) == names.METHODS
     assert tuple(name for name, method in METHODS.items() if method.structured) == names.STRUCTURED_METHODS
+    assert tuple(name for name, method in METHODS.items() if method.compared) == names.SWEEPING_METHODS
+    assert sweep.SUB_BLOCK == names.SUB_BLOCK
     assert tuple(name for name, method in METHODS.items() if method.solve is None) == names.UNIT_METHODS
     assert {method.structured for method in METHODS.values()} - {None} == set(RULES)
     assert {method.allocation for method in METHODS.values()} <= set(names.ALLOCATIONS)

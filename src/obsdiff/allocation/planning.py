@@ -45,7 +45,15 @@ def rule_of(options: PruningOptions) -> str:
 
 def solve_options(options: PruningOptions) -> SolveOptions:
     """How layers are solved."""
-    return SolveOptions(options.method, options.refit, options.seed, options.calibration.damping, options.fusion)
+    return SolveOptions(
+        options.method,
+        options.refit,
+        options.seed,
+        options.calibration.damping,
+        options.fusion,
+        options.compared_columns,
+        options.refit_steps,
+    )
 
 
 def allocates(options: PruningOptions) -> bool:

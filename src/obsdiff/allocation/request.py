@@ -16,6 +16,8 @@ from obsdiff.names import (
     MEASURES,
     METHODS,
     STRUCTURED_METHODS,
+    SUB_BLOCK,
+    SWEEPING_METHODS,
     UNIT_METHODS,
 )
 from obsdiff.numbers import check_number, check_seed, check_whole
@@ -124,6 +126,16 @@ def check_values(options: PruningOptions) -> None:
             )
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
+    if options.refit_steps is not None:
+        check_whole("refit_steps", options.refit_steps)
+    if options.compared_columns is not None:
+        check_whole("compared_columns", options.compared_columns, SUB_BLOCK)
+        if options.method not in SWEEPING_METHODS:
+            raise UserError(
+                f"compared_columns belongs to {', '.join(SWEEPING_METHODS)}; {options.method} compares scores otherwise"
+            )
+        if options.compared_columns % SUB_BLOCK:
+            raise UserError(f"compared_columns is {options.compared_columns}; it must be a multiple of {SUB_BLOCK}")
     if options.dead not in DEAD:
         raise UserError(f"unknown choice dead {options.dead!r}; choose one of {', '.join(DEAD)}")
     if options.allocation is not None and options.allocation not in ALLOCATIONS:
@@ -148,11 +160,12 @@ def _check_depth(depth: Depth, options: PruningOptions) -> None:
     if depth.then is not None:
         return
     default, calibration = PruningOptions(), CalibrationOptions()
-    named = ("method", "limits", "refit", "include", "exclude", "fusion")
+    named = ("method", "limits", "refit", "include", "exclude", "fusion", "compared_columns", "refit_steps")
     told = [name for name in named if getattr(options, name) != getattr(default, name)]
     told += ["allocation"] if options.allocation not in (None, "uniform") else []
     given = options.calibration
-    told += [f"calibration.{k}" for k in ("tokens", "damping") if getattr(given, k) != getattr(calibration, k)]
+    inputs = ("tokens", "padding", "damping")
+    told += [f"calibration.{k}" for k in inputs if getattr(given, k) != getattr(calibration, k)]
     told += ["calibration.packages"] if (given.packages or 1) > 1 else []
     told += ["calibration.streamed"] if given.streamed else []
     told += ["scan.levels"] if options.scan.levels is not None else []

@@ -226,6 +226,7 @@ def _fingerprint(
         "seed": options.seed,
         "damping": options.damping,
         "fusion": options.fusion,
+        **{name: value for name in ("compared", "refit_steps") if (value := getattr(options, name)) is not None},
         "triples": triples,
         "prompts": prompts,
         "levels": None if levels is None else list(levels),

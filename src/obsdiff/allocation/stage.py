@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -10,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.allocation.allocate import Allocation, allocate
-from obsdiff.allocation.clock import PROCESS_S
-from obsdiff.allocation.depth import describe_depth, prune_depth
+from obsdiff.allocation.depth import prune_depth
 from obsdiff.allocation.number import choose_number, number_note
 from obsdiff.allocation.planning import (
     allocates,
     check_options,
     depth_of,
-    describe_scan,
     first_plan,
     needs_for,
     packages_for,
-    rule_of,
+    solve_options,
 )
 from obsdiff.allocation.rank_check import checked_ranks, rank_notes
 from obsdiff.allocation.reconstruction import before_reconstruction, reconstruct_stages
@@ -30,24 +27,19 @@ from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import in_known_words
 from obsdiff.memory import within_memory
-from obsdiff.models.conditioning import told_nothing
-from obsdiff.models.graph import Graph, Site
+from obsdiff.models.conditioning import Conditioning, encode_prompts, told_nothing
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
-from obsdiff.obs.hessian import weight_matrices
-from obsdiff.obs.observers import GATES, PASSES, gradient_for
+from obsdiff.obs.observers import PASSES
 from obsdiff.obs.pattern import Depth
 from obsdiff.obs.timesteps import MEASURED
 from obsdiff.pruning.alphas import calls_for, named_weighting
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.dead import fate_of_dead, without_dead
-from obsdiff.pruning.defaults import departures
-from obsdiff.pruning.gates import STEPS, gated_groups
-from obsdiff.pruning.gradients import TIMES, layers_of
 from obsdiff.pruning.oneshot import prune, refuse_pruned
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, describe, packages_of, remarks
-from obsdiff.pruning.planfile import fitted_plan, kinds_of
+from obsdiff.pruning.plan import Plan
+from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.shorten import prune_shorter, stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
@@ -252,9 +244,10 @@ def _calibrated(
     """The statistics that the options ask for, at some sites (None: all). A folder keeps the inputs of all, since it
     serves every pattern and method; what it does not keep is measured for these alone."""
     settings, wanted = _settings(options, way.folders.statistics), needs_for(options, way.folders.statistics)
+    told = _told(subject, options, prompts)
 
     def measure(sites: set[str] | None, store: Path | None, needs: Collection[str]) -> Statistics:
-        return calibrate(subject, prompts, **settings, store=store, sites=sites, needs=needs, quiet=way.quiet)
+        return calibrate(subject, told, **settings, store=store, sites=sites, needs=needs, quiet=way.quiet)
 
     if way.folders.statistics is None:
         return measure(sites, None, wanted)
@@ -264,6 +257,24 @@ def _calibrated(
     own = measure(sites, None, wanted & PASSES)
     spent = {**found.time_s, "calibrate": found.time_s["calibrate"] + own.time_s["calibrate"]}
     return replace(found, gradients=own.gradients, gates=own.gates, time_s=spent)
+
+
+def _told(subject: Subject, options: PruningOptions, prompts: Sequence[str]) -> Sequence[str] | Conditioning:
+    """What the calibration tells the denoiser: the prompts, or what they are encoded to without their masks.
+
+    Raises:
+        UserError: Padding is to count where there is none, or where the denoiser does not look at it.
+    """
+    settings = options.calibration
+    if not settings.padding:
+        return prompts
+    if subject.family.mask is not None:
+        raise UserError(f"this {subject.family.denoiser} does not attend to padding; leave out --calibration.padding")
+    call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
+    told = encode_prompts(subject.pipe, prompts, call)
+    if told.text_mask is None:
+        raise UserError("nothing says what of these prompts is padding; leave out --calibration.padding")
+    return replace(told, text_mask=None, negative_text_mask=None)
 
 
 def _settings(options: PruningOptions, statistics: Path | None) -> dict[str, Any]:
@@ -285,7 +296,8 @@ def _prune_layers(
 
     found: Any = measure if measures(options, statistics) else None
     if found is not None and options.calibration.streamed:
-        found = stream(subject, prompts, **_settings(options, None), needs=needs_for(options, None), quiet=quiet)
+        told, needs = _told(subject, options, prompts), needs_for(options, None)
+        found = stream(subject, told, **_settings(options, None), needs=needs, quiet=quiet)
     ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
     if allocates(options) or statistics is not None or (ranked and packages_for(options, statistics) == 1):
         found = measure(plan.sites(graph))
@@ -301,13 +313,9 @@ def _prune_layers(
     report = prune(
         subject,
         plan,
-        method=options.method,
+        method=solve_options(options),
         statistics=found,
-        refit=options.refit,
         packages=None if options.calibration.streamed else packages_for(options, statistics),
-        seed=options.seed,
-        damping=options.calibration.damping,
-        fusion=options.fusion,
         prune_again=way.prune_again,
         solved=way.folders.solved if isinstance(found, Statistics | Stream) else None,
         quiet=quiet,
@@ -325,60 +333,3 @@ def weighting_of(options: PruningOptions, statistics: Path | None) -> str:
     if statistics is not None and (statistics / INDEX).exists():
         stored = str(open_statistics(statistics).fingerprint.get("weighting"))
     return options.calibration.weighting or stored or find_method(options.method).weighting
-
-
-def _memory(graph: Graph, sites: Sequence[Site], needs: Collection[str], passes: int) -> str:
-    """For people: what a calibration holds."""
-    numbers = [weight_matrices(graph.layer(site.name)).shape for site in sites]
-    whole = "gram" in needs
-    hessians = sum(4 * groups * columns ** (2 if whole else 1) for groups, _, columns in numbers)
-    held = {} if needs and set(needs) <= PASSES else {"Hessians" if whole else "diagonals of Hessians": hessians}
-    if gradient_for(needs) is not None:
-        layers = layers_of(graph, [site for site in sites if site not in graph.vectors])
-        held[f"gradients of the loss at {TIMES} times"] = 4 * sum(graph.weight(layer).numel() for layer in layers)
-    if GATES in needs:
-        units = sum(group.count for group in gated_groups(graph, sites))
-        held[f"gates, learned in {STEPS} steps,"] = 16 * units  # λ, its gradient and the optimizer's two moments
-    return ", ".join(f"{what} take {size / passes / 2**20:,.0f} MiB" for what, size in held.items())
-
-
-def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts: int, statistics: Path | None) -> None:
-    """Say on standard error what is about to happen: layers, passes, memory."""
-    pipe, graph = subject.pipe, subject.graph
-    if plan.removed or depth_of(options) is not None:
-        print(f"{info_of(pipe).source}: {describe_depth(subject, plan, options, num_prompts)}", file=sys.stderr)
-    if not plan.entries:
-        return
-    sites = plan.sites(graph)
-    chosen = [site for site in (*graph.vectors, *graph.sites) if statistics is not None or site.name in sites]
-    what = describe(plan.pattern)
-    if allocates(options):
-        what = f"{rule_of(options)} allocation, budget {options.budget or f'as uniform {plan.pattern}'}"
-    elif options.plan is not None:
-        what = f"plan {options.plan}, {kinds_of(plan)}"
-    lines = [
-        f"{info_of(pipe).source}: {what}; {len(plan.entries)} {'modules' if plan.structured else 'layers'}, "
-        f"{len(sites)} distinct inputs, method {options.method}",
-        *remarks(graph, plan),
-    ]
-    settings = options.calibration
-    call = call_arguments(pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
-    steps = int(call.get("num_inference_steps") or 1)
-    if measures(options, statistics):
-        passes = len(packages_of(graph, plan, packages_for(options, statistics)))
-        how = f"{passes} pass{'es' if passes > 1 else ''}"
-        if settings.streamed:
-            passes, how = len({site.stage for site in chosen}), "stage by stage"
-        lines.append(
-            f"calibration: {num_prompts} prompts x {steps} steps, guidance {call.get('guidance_scale')}, {how}; "
-            + _memory(graph, chosen, needs_for(options, statistics), passes)
-        )
-        lines += departures(options.method, {"weighting": weighting_of(options, statistics)}, passes)
-    if rule_of(options) == "measured":
-        lines.append(describe_scan(graph, plan, options, num_prompts, steps))
-    if (options.budget or "").startswith("latency:"):
-        lines.append(
-            f"latency: a new process times the dense and the shrunk denoiser for {PROCESS_S:g} s, and another one if "
-            "the choice is corrected"
-        )
-    print("\n".join(lines), file=sys.stderr)

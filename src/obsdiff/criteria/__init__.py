@@ -17,10 +17,17 @@ from obsdiff.criteria import (
 )
 from obsdiff.criteria.base import GroupProblem, Method, Problem, Solution
 from obsdiff.errors import UserError
+from obsdiff.obs.sweep import BLOCK
 
 METHODS: dict[str, Method] = {
     "obs": Method(
-        obs.solve, refit=True, refit_steps=obs.REFIT_STEPS, structured="obs", centred=True, allocation="measured"
+        obs.solve,
+        refit=True,
+        refit_steps=obs.REFIT_STEPS,
+        structured="obs",
+        centred=True,
+        allocation="measured",
+        compared=obs.COMPARED,
     ),
     "obs-diff": Method(
         obs_diff.solve,
@@ -29,9 +36,10 @@ METHODS: dict[str, Method] = {
         packages=4,
         multiple_of=1,
         cuts=("heads", "ffn"),  # the counts of tables 3, 4 and 9 leave ResNet blocks whole
+        compared=BLOCK,
     ),
     "admm": Method(admm.solve, refit=True, centred=True, allocation="measured"),
-    "sparsegpt": Method(sparsegpt.solve, weighting="uniform"),
+    "sparsegpt": Method(sparsegpt.solve, weighting="uniform", compared=BLOCK),
     "wanda": Method(wanda.solve, needs=frozenset({"diagonal"})),
     "dsnot": Method(dsnot.solve, needs=frozenset({"diagonal"})),
     "taylor": Method(taylor.solve, needs=frozenset({"loss_gradient"}), structured="taylor"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from obsdiff.obs.pattern import KINDS, Pattern
 from obsdiff.obs.refit import STEPS
 from obsdiff.obs.structured import Consumer
+from obsdiff.obs.sweep import BLOCK
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Problem:
         power: diag H, float32 (columns,), where it was measured alone.
         mean, variance: Of the input's columns, (columns,), where anything was measured.
         gradients: Of a loss at the dense weights, float32 like ``weights``, where they were asked for.
+        compared: Columns whose scores are compared jointly, for methods that sweep.
     """
 
     weights: Sequence[Tensor]
@@ -37,6 +39,7 @@ class Problem:
     mean: Tensor | None = None
     variance: Tensor | None = None
     gradients: Sequence[Tensor] | None = None
+    compared: int = BLOCK
 
     @property
     def measured(self) -> Tensor:
@@ -136,6 +139,7 @@ class Method:
         packages: Calibration passes by default, where it can be calibrated anew.
         multiple_of: Kept FFN widths of a uniform plan are multiples of this by default; None: what is fast.
         cuts: Kinds of units that ``structured:RATIO`` removes; others go where the pattern names them.
+        compared: Columns whose scores it compares jointly by default; None: it does not sweep.
     """
 
     solve: Callable[[Problem], list[Solution]] | None
@@ -150,3 +154,4 @@ class Method:
     packages: int = 1
     multiple_of: int | None = None
     cuts: Sequence[str] = KINDS
+    compared: int | None = None

@@ -15,4 +15,5 @@ REFIT_STEPS = 2  # at least; docs/method.md has the error by steps
 
 def solve(problem: Problem) -> list[Solution]:
     factor, _ = upper_factor(problem.measured, problem.damping)
-    return [Solution(w, mask) for w, mask in sweep(problem.weights, factor, problem.patterns, COMPARED, even=False)]
+    swept = sweep(problem.weights, factor, problem.patterns, problem.compared, even=False)
+    return [Solution(w, mask) for w, mask in swept]

@@ -2,9 +2,10 @@
 
 from obsdiff.criteria.base import Problem, Solution
 from obsdiff.obs.linalg import upper_factor
-from obsdiff.obs.sweep import BLOCK, sweep
+from obsdiff.obs.sweep import sweep
 
 
 def solve(problem: Problem) -> list[Solution]:
     factor, _ = upper_factor(problem.measured, problem.damping)
-    return [Solution(w, mask) for w, mask in sweep(problem.weights, factor, problem.patterns, BLOCK, even=True)]
+    swept = sweep(problem.weights, factor, problem.patterns, problem.compared, even=True)
+    return [Solution(w, mask) for w, mask in swept]

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from obsdiff.allocation.announce import announce
 from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.allocation.planning import check_options
-from obsdiff.allocation.stage import Folders, announce, calibration_prompts, prepare, prune_stage
+from obsdiff.allocation.stage import Folders, calibration_prompts, prepare, prune_stage
 from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import check_measurable
@@ -233,6 +234,7 @@ def _report(
             "packages": done.packages,
             "streamed": done.streamed,
             "tokens": settings.tokens,
+            "padding": settings.padding,
             "weighting": measured["weighting"],
             "damping": settings.damping,
             "reused": reused,

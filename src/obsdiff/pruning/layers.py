@@ -28,6 +28,8 @@ class SolveOptions:
         seed: For methods that draw.
         damping: Relative dampening of the Hessians.
         fusion: How joint attention ranks its heads over two streams.
+        compared: Columns whose scores are compared jointly, a multiple of 32; None takes the method's own.
+        refit_steps: Conjugate-gradient steps of the refit, at most; None takes as many as pay (:mod:`obsdiff.pruning.solve`).
     """
 
     method: str = "obs"
@@ -35,6 +37,8 @@ class SolveOptions:
     seed: int = 0
     damping: float = DAMPING
     fusion: str = "reciprocal_rank"
+    compared: int | None = None
+    refit_steps: int | None = None
 
     @property
     def refits(self) -> bool:

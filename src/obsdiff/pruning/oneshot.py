@@ -19,7 +19,7 @@ from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.observers import PASSES
-from obsdiff.obs.pattern import RANK, Depth, Hybrid, Pattern, of_units, parse_request
+from obsdiff.obs.pattern import RANK, Depth, Hybrid, Pattern, Unstructured, of_units, parse_request
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.pruning.apply import Job, apply_package
 from obsdiff.pruning.defaults import departures, pattern_by
@@ -41,7 +41,7 @@ def prune(
     pipe: Any,
     pattern: str | Pattern | Hybrid | Plan,
     *,
-    method: str = "obs",
+    method: str | SolveOptions = "obs",
     statistics: Statistics | Calibrate | None = None,
     refit: bool | None = None,
     include: Sequence[str] = (),
@@ -63,7 +63,8 @@ def prune(
         pattern: Such as "unstructured:0.5", "2:4", "structured:0.3", a pattern object, or a plan that gives each layer
             its own (:func:`obsdiff.allocate`, :func:`obsdiff.pruning.planfile.read_plan`). Stages go by a plan that
             names them, which :func:`obsdiff.allocate` makes of "depth:2".
-        method: One of :data:`obsdiff.criteria.METHODS`.
+        method: One of :data:`obsdiff.criteria.METHODS`, or :class:`obsdiff.SolveOptions`, which say refit, seed,
+            damping and fusion too, and what has no argument here.
         statistics: From :func:`obsdiff.calibrate`; or a function that calibrates the sites it is given, called once
             per package; or from :func:`obsdiff.stream`, which goes through the denoiser stage by stage. Methods that
             look at weights alone (magnitude, l1, random) need none; with it their layer errors are reported. Those that
@@ -88,13 +89,16 @@ def prune(
         UserError: The request cannot be met.
     """
     started = time.perf_counter()
+    options = method if isinstance(method, SolveOptions) else SolveOptions(method, refit, seed, damping, fusion)
+    if options is method and (refit, seed, damping, fusion) != (None, 0, DAMPING, SolveOptions.fusion):
+        raise UserError("refit, seed, damping and fusion are in the options; leave them out beside these")
     given = pattern if isinstance(pattern, Plan) else None
     if given is not None and given.removed:
         layered = None if isinstance(given.pattern, Depth) else replace(given, removed=())
         rest: Any = partial(
-            prune, method=method, statistics=statistics, refit=refit, packages=packages, seed=seed, damping=damping
+            prune, method=options, statistics=statistics, packages=packages, prune_again=prune_again, solved=solved
         )
-        rest = partial(rest, fusion=fusion, prune_again=prune_again, solved=solved, quiet=quiet)
+        rest = partial(rest, quiet=quiet)
         if include or exclude or spare_blocks is not None:
             raise UserError("a plan names its layers; leave out include, exclude and spare_blocks")
         subject = subject_of(pipe)
@@ -107,11 +111,10 @@ def prune(
             f"{asked}: which stages go is measured on the pipeline's calls; give the plan that obsdiff.allocate makes"
         )
     pattern = asked
-    options = SolveOptions(method, refit, seed, damping, fusion)
     streamed = isinstance(statistics, Stream)
     if packages is None:
         anew = callable(statistics) and not streamed and not isinstance(pattern, Hybrid)
-        packages = find_method(method).packages if anew else 1
+        packages = find_method(options.method).packages if anew else 1
     elif streamed:
         raise UserError("a stream goes stage by stage; leave out packages")
     _check(pattern, options, statistics, packages)
@@ -120,7 +123,7 @@ def prune(
     subject = subject_of(pipe)
     graph = subject.graph
     if given is None:
-        pattern = pattern_by(method, pattern)
+        pattern = pattern_by(options.method, pattern)
         plan = make_plan(graph, pattern, include, exclude, spare_blocks)
     else:
         plan = fitted_plan(given, graph)
@@ -131,8 +134,10 @@ def prune(
         refuse_pruned(graph, info_of(subject.pipe).manifest)
     if isinstance(statistics, Statistics):
         check_measured_on(statistics, graph.denoiser)
-        check_serves(statistics, needed(pattern, options), f"method {method}")
-    report = PruneReport(pattern, method, options.refits, seed, plan, packages=packages, streamed=streamed)
+        check_serves(statistics, needed(pattern, options), f"method {options.method}")
+    report = PruneReport(
+        pattern, options.method, options.refits, options.seed, plan, packages=packages, streamed=streamed
+    )
     report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
     passes = stage_packages(graph, plan) if streamed else packages_of(graph, plan, packages)
     kept = None if solved is None else _kept(solved, graph, plan, options, statistics)
@@ -148,7 +153,7 @@ def prune(
             if report.model is None:  # the first package: still dense
                 report.model = model_hash(graph.denoiser) if found is None else found.fingerprint["model"]
             if found is not None:
-                check_serves(found, needed(pattern, options), f"method {method}")
+                check_serves(found, needed(pattern, options), f"method {options.method}")
                 if report.fingerprint is None:  # the first one's: of the dense model
                     report.fingerprint = found.described()
                 _add(report.time_s, found.time_s)
@@ -159,7 +164,7 @@ def prune(
             report.shrunk = shrunk_config(graph, plan.modules)
             become_shrunk(edits, graph.denoiser, report.shrunk)
         count_parameters(graph.denoiser, report)
-    report.notes = [*remarks(graph, plan), *departures(method, report.fingerprint, len(passes))]
+    report.notes = [*remarks(graph, plan), *departures(options.method, report.fingerprint, len(passes))]
     if kept is not None and len(kept):
         report.notes.append(f"{len(kept)} of its solves were taken over from a run that was cut off")
     if report.fingerprint is not None and not report.layer_error:
@@ -235,6 +240,11 @@ def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: in
         raise UserError(
             f"method {options.method} goes by {what} of the whole denoiser; leave out --calibration.streamed"
         )
+    if options.refit_steps is not None and not (options.refits and pattern != units):
+        why = f"of {pattern} what stays is solved for in closed form" if options.refits else "there is no refit"
+        raise UserError(f"refit_steps is for the refit of single weights, and {why}; leave it out")
+    if options.compared is not None and not isinstance(getattr(pattern, "then", pattern), Unstructured):
+        raise UserError(f"compared_columns is for single weights by ratio; leave it out with {pattern}")
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     check_number("calibration.damping", options.damping, 0.0)

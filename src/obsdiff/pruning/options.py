@@ -26,6 +26,7 @@ class CalibrationOptions:
         streamed: Go through the denoiser stage by stage: its calls are recorded once, and each stage is measured on
             what the pruned ones before it make of them. Holds the statistics of one stage, and the recorded calls.
         tokens: Tokens drawn of each sequence at each call; default: all.
+        padding: Count what prompts are padded with as tokens too, as published; for denoisers that attend to it.
         weighting: Timestep weights: log_decrease, log_increase, linear_decrease, linear_increase or uniform, with
             another range than 0.8-1.2 as log_decrease:0.2-1.8, a list of one for each step, or measured on the model.
             Default: that of the stored statistics, else the method's own (uniform for sparsegpt, log_decrease for
@@ -42,6 +43,7 @@ class CalibrationOptions:
     packages: int | None = None
     streamed: bool = False
     tokens: int | None = None
+    padding: bool = False
     weighting: str | None = None
     damping: float = 0.01
 
@@ -159,10 +161,13 @@ class PruningOptions:
         limits: What an allocation may not change.
         seed: Seed of calibration noise and of random methods.
         refit: Least squares on the kept weights; default: on for obs and admm.
+        refit_steps: Conjugate-gradient steps of it on single weights, at most; default: as many as pay, at most 8.
         include: Names of layers (structured: of attention and feed-forward modules) to prune, as shell patterns.
         exclude: Names to leave alone, as shell patterns.
         spare_blocks: Blocks to leave alone, negative from the end. Default: first and last for structured patterns,
             none with the measured allocation and for depth.
+        compared_columns: Columns whose scores are compared jointly where single weights go, a multiple of 32; default:
+            the method's own (32 for obs, 128 for obs-diff and sparsegpt; the others compare otherwise).
         fusion: Ranking of heads over the two streams of joint attention: reciprocal_rank or relative_error.
         dead: What becomes of layers that reach no output of the denoiser, such as the end of Qwen-Image's text stream:
             report them, remove them (their weights become zero; structured: modules of nothing else are cut to the
@@ -180,9 +185,11 @@ class PruningOptions:
     limits: Limits = field(default_factory=Limits)
     seed: int = 0
     refit: bool | None = None
+    refit_steps: int | None = None
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     spare_blocks: list[int] | None = None
+    compared_columns: int | None = None
     fusion: str = "reciprocal_rank"
     dead: str = "report"
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)

@@ -77,6 +77,8 @@ def solve_layers(
         if known is not None:
             power = known.power if isinstance(known, Powers) else None
             problem = replace(problem, power=power, mean=known.mean, variance=known.variance)
+        if stretch := options.compared or method.compared:
+            problem = replace(problem, compared=stretch)
         if gradients is not None:
             problem = replace(problem, gradients=[gradient[group] for gradient in gradients])
         try:
@@ -140,7 +142,8 @@ def _finished(
     if not options.refits:
         return _measured(solution.weight, solution.mask, dense, None, moments, dtype)
     least = METHODS[options.method].refit_steps
-    steps = max(least, min(STEPS, int(REFIT_SHARE * moments.num_tokens / (2 * len(dense)))))
+    pays = max(least, min(STEPS, int(REFIT_SHARE * moments.num_tokens / (2 * len(dense)))))
+    steps = pays if options.refit_steps is None else options.refit_steps
     hessian = moments.seen(bias is not None)
     found = refit(solution.weight, dense, solution.mask, hessian, steps)
     spread = found.error if hessian is moments.centred else None

@@ -11,10 +11,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from obsdiff.allocation.announce import announce
 from obsdiff.allocation.planning import packages_for, rule_of
 from obsdiff.allocation.stage import (
     Folders,
-    announce,
     calibration_prompts,
     measures,
     needs_prompts,
