@@ -29,7 +29,7 @@ class SolveOptions:
         damping: Relative dampening of the Hessians.
         fusion: How joint attention ranks its heads over two streams.
         compared: Columns whose scores are compared jointly, a multiple of 32; None takes the method's own.
-        refit_steps: Conjugate-gradient steps of the refit, at most; None takes as many as pay (:mod:`obsdiff.pruning.solve`).
+        refit_steps: Conjugate-gradient steps of the refit, at most; None takes as many as pay.
     """
 
     method: str = "obs"
