@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch.utils.data import DataLoader, Dataset
 
-from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
+from obsdiff.data.loader import SmallData
 from obsdiff.embedded.digits import DIGIT_WORDS, HELD_OUT_WORDINGS, IMAGE_SIZE, TRAIN_WORDINGS, load_digits
-
-NAME = "the digits"
 
 
 class DigitsDataset(Dataset[dict[str, object]]):
@@ -28,35 +26,17 @@ class DigitsDataset(Dataset[dict[str, object]]):
         return {"image": self.images[scan], "label": label, "prompt": prompt}
 
 
-class DigitsDataModule(RecoveryData):
-    """Batches of ``image`` (b, 1, 16, 16), ``label`` (b,) and ``prompt`` (list of b); the last short batch is dropped
-    in training.
+class DigitsDataModule(SmallData):
+    """Batches of ``image`` (b, 1, 16, 16), ``label`` (b,) and ``prompt`` (list of b).
 
     Args:
-        batch_size: Images per optimizer step and process.
-        num_workers: Loader processes; the set is tiny, so 0 is fastest.
-        seed: Of the shuffling.
+        batch_size, num_workers, seed: See :class:`obsdiff.data.loader.SmallData`.
     """
 
     image_shape = (1, IMAGE_SIZE, IMAGE_SIZE)
 
     def __init__(self, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
-        super().__init__()
-        check_loading(batch_size, num_workers, seed)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.train = DigitsDataset("train", TRAIN_WORDINGS)
-
-    def setup(self, stage: str) -> None:
-        """See that there is a batch for every process."""
-        if stage == "fit":
-            check_enough(len(self.train), self.batch_size, NAME)
-
-    def train_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(
-            self.train, self.batch_size, self.seed, batches_done(self.trainer), self.num_workers, NAME
-        )
+        super().__init__(DigitsDataset("train", TRAIN_WORDINGS), "the digits", batch_size, num_workers, seed)
 
 
 class DigitsWithHeldOut(DigitsDataModule):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from obsdiff.data.loader import RecoveryData, ResumableLoader, batches_done, check_enough, check_loading
+from obsdiff.data.loader import SmallData
 from obsdiff.embedded.emoji import HELD_OUT_WORDINGS, TILE, TRAIN_WORDINGS, caption, load_emoji
-
-NAME = "the emoji"
 
 
 class EmojiDataset(Dataset[dict[str, object]]):
@@ -30,39 +28,22 @@ class EmojiDataset(Dataset[dict[str, object]]):
         return {"image": self.images[label], "label": label, "prompt": caption(wording, self.names[label])}
 
 
-class EmojiDataModule(RecoveryData):
-    """Batches of ``image`` (b, 3, 32, 32), ``label`` (b,) and ``prompt`` (list of b); the last short batch is dropped
-    in training.
+class EmojiDataModule(SmallData):
+    """Batches of ``image`` (b, 3, 32, 32), ``label`` (b,) and ``prompt`` (list of b).
 
     Args:
-        batch_size: Images per optimizer step and process.
-        num_workers: Loader processes; the set is tiny, so 0 is fastest.
-        seed: Of the shuffling.
+        batch_size, num_workers, seed: See :class:`obsdiff.data.loader.SmallData`.
     """
 
     image_shape = (3, TILE, TILE)
 
     def __init__(self, batch_size: int = 128, num_workers: int = 0, seed: int = 0) -> None:
-        super().__init__()
-        check_loading(batch_size, num_workers, seed)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.train = EmojiDataset(TRAIN_WORDINGS)
+        super().__init__(EmojiDataset(TRAIN_WORDINGS), "the emoji", batch_size, num_workers, seed)
 
     def images(self) -> Tensor:
         """All pictures, (n, 3, 32, 32) in [-1, 1]."""
-        return self.train.images
-
-    def setup(self, stage: str) -> None:
-        """See that there is a batch for every process."""
-        if stage == "fit":
-            check_enough(len(self.train), self.batch_size, NAME)
-
-    def train_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(
-            self.train, self.batch_size, self.seed, batches_done(self.trainer), self.num_workers, NAME
-        )
+        images: Tensor = self.train.images
+        return images
 
 
 class EmojiWithHeldOut(EmojiDataModule):

@@ -155,6 +155,33 @@ class RecoveryData(lightning.LightningDataModule):
         return self.val_dataloader()
 
 
+class SmallData(RecoveryData):
+    """A training set that fits in memory, in batches; the last short one is dropped.
+
+    Args:
+        train: Map-style.
+        what: What it is called in errors.
+        batch_size: Items per optimizer step and process.
+        num_workers: Loader processes; the set is tiny, so 0 is fastest.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, train: Any, what: str, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        check_loading(batch_size, num_workers, seed)
+        self.train, self.what = train, what
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+
+    def setup(self, stage: str) -> None:
+        """See that there is a batch for every process."""
+        if stage == "fit":
+            check_enough(len(self.train), self.batch_size, self.what)
+
+    def train_dataloader(self) -> ResumableLoader:
+        done = batches_done(self.trainer)
+        return ResumableLoader(self.train, self.batch_size, self.seed, done, self.num_workers, self.what)
+
+
 def batches_done(trainer: Any) -> Callable[[], int]:
     """How far Lightning's trainer is in its epoch."""
     return lambda: int(trainer.fit_loop.epoch_loop.batch_progress.current.processed)

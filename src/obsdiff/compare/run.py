@@ -26,14 +26,13 @@ from obsdiff.compare.cells import ONE_SHOT, Unit, key_of, read_recipe
 from obsdiff.compare.options import CompareOptions
 from obsdiff.costs import calibration_cost
 from obsdiff.errors import UserError
-from obsdiff.evaluation.alignment import check_measurable
 from obsdiff.evaluation.evaluate import Images, evaluation_of, result_of
 from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.evaluation.prompts import evaluation_prompts
 from obsdiff.evaluation.references import References, sample_shared
 from obsdiff.evaluation.sampling import save_images
 from obsdiff.evaluation.suite import Suite, load_suite
 from obsdiff.export.places import finite, pipeline_bytes
-from obsdiff.export.run import evaluation_prompts
 from obsdiff.files import read_json, remove_leftovers, whole_file, working_folder, write_json
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.content import component_hashes
@@ -94,8 +93,6 @@ class Dense:
         """The dense images of a unit's prompts and seeds, drawn once."""
         pipe = self.pipe
         prompts = evaluation_prompts(pipe, unit.evaluation, unit.pruning.calibration)
-        alignment = info_of(pipe).alignment
-        check_measurable(prompts, alignment, unit.evaluation.measures)
         seeds = list(range(unit.evaluation.seed, unit.evaluation.seed + len(prompts)))
         key = digest([self.content, prompts, seeds, call_arguments(pipe)])
         file = self.shared / f"dense-{key[:16]}.safetensors"
@@ -104,7 +101,7 @@ class Dense:
             images = sample_shared(pipe, prompts, seeds, unit.evaluation.batch_size)
             with whole_file(file) as temporary:
                 save_file({"images": images.contiguous()}, temporary)
-        return References(prompts, seeds, (drawn := Images(images, images[:0])), drawn, alignment)
+        return References(prompts, seeds, (drawn := Images(images, images[:0])), drawn, info_of(pipe).alignment)
 
 
 def run_part(

@@ -18,6 +18,7 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import check_measurable
 from obsdiff.evaluation.evaluate import DENSE, RESULTS, Images, evaluation_of
 from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.evaluation.prompts import evaluation_prompts
 from obsdiff.evaluation.references import draw
 from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.evaluation.scorers import check_scorers, score
@@ -25,7 +26,6 @@ from obsdiff.evaluation.suite import load_suite
 from obsdiff.export.figures import evaluation_table
 from obsdiff.export.places import finite, pipeline_bytes
 from obsdiff.export.report import draw_samples
-from obsdiff.export.run import evaluation_prompts
 from obsdiff.files import write_json, write_text
 from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.calls import remembered_call

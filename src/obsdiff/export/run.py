@@ -15,14 +15,11 @@ from obsdiff.allocation.announce import announce
 from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.allocation.planning import check_options
 from obsdiff.allocation.stage import Folders, calibration_prompts, prepare, prune_stage
-from obsdiff.data.prompts import load_prompts
-from obsdiff.errors import UserError
-from obsdiff.evaluation.alignment import check_measurable
 from obsdiff.evaluation.evaluate import Images, evaluation_of
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.intervals import finite_images
+from obsdiff.evaluation.prompts import evaluation_prompts
 from obsdiff.evaluation.references import sample_shared
-from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.evaluation.suite import Suite, load_suite
 from obsdiff.export.heatmap import draw_ratios
 from obsdiff.export.memory_report import short_plan
@@ -30,7 +27,6 @@ from obsdiff.export.places import check_places, finite, pipeline_bytes, write_or
 from obsdiff.export.report import draw_samples, render_markdown, steps_taken
 from obsdiff.files import check_space, write_json, write_text
 from obsdiff.memory import peak_memory_bytes, within_memory
-from obsdiff.models.conditioning import told_nothing
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
@@ -39,7 +35,7 @@ from obsdiff.paths import unfinished_solves, unfinished_stages
 from obsdiff.pruning.finished import remove_finished
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
-from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
+from obsdiff.pruning.options import PruneOptions
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.solved import remove_solved
 from obsdiff.pruning.statistics import INDEX
@@ -83,11 +79,8 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     check_options(options, statistics, sensitivity)
     check_space(Path(options.output), pipeline_bytes(pipe))
     subject, plan = prepare(pipe, options, options.prune_again)
-    prompts, evaluated = (
-        calibration_prompts(pipe, options),
-        evaluation_prompts(pipe, options.evaluation, options.calibration),
-    )
-    check_measurable(evaluated, info_of(pipe).alignment, options.evaluation.measures)
+    prompts = calibration_prompts(pipe, options)
+    evaluated = evaluation_prompts(pipe, options.evaluation, options.calibration)
     seeds = list(range(options.evaluation.seed, options.evaluation.seed + len(evaluated)))
     reused = statistics is not None and (statistics / INDEX).exists()
     if not quiet:
@@ -154,28 +147,6 @@ def _kept(statistics: Path | None, sensitivity: Path | None) -> str:
     if not places:
         return "nothing is kept, since neither --statistics nor --sensitivity named a folder"
     return f"kept are the {' and the '.join(places)}, from which the same command goes on"
-
-
-def evaluation_prompts(pipe: Any, evaluation: EvaluationOptions, calibration: CalibrationOptions) -> list[str]:
-    """One prompt per image of the evaluation: from the set that was named, else the pipeline's own, else the
-    calibration's.
-
-    Raises:
-        UserError: The options are out of range, or the set cannot be read.
-    """
-    own = info_of(pipe).prompts
-    if evaluation.num_images < 0:
-        raise UserError(f"evaluation.num_images is {evaluation.num_images}; it must be at least 0")
-    if evaluation.batch_size < 1:
-        raise UserError(f"evaluation.batch_size is {evaluation.batch_size}; it must be at least 1")
-    if evaluation.num_images == 0:
-        return []
-    if told_nothing(pipe, evaluation.prompts):
-        return [""] * evaluation.num_images
-    named = evaluation.prompts or own.get("evaluation")
-    source = named or calibration.prompts or own["calibration"]
-    column = evaluation.column if evaluation.prompts else None if named else calibration.column
-    return cycle_prompts(load_prompts(source, column), evaluation.num_images)
 
 
 def _write(

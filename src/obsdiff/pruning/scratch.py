@@ -30,7 +30,7 @@ def draw_weights(denoiser: nn.Module, masks: Mapping[str, Tensor], seed: int) ->
             drawn = kind.from_config(dict(model.config))  # type: ignore[arg-type]
             _draw_cut(drawn, shrunk_of(model) or {})
             model.load_state_dict(drawn.state_dict())
-    weights = [denoiser.get_parameter(f"{name}.weight") for name in masks]
+    weights: list[Tensor] = [denoiser.get_parameter(f"{name}.weight") for name in masks]
     apply_masks(weights, [mask.to(weight) for weight, mask in zip(weights, masks.values(), strict=True)])
 
 

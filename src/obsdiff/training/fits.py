@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obsdiff.data.prompts import load_prompts
 from obsdiff.errors import UserError
-from obsdiff.evaluation.alignment import check_measurable
-from obsdiff.evaluation.sampling import cycle_prompts
 from obsdiff.models.calling import conditions_of
 from obsdiff.models.conditioning import encode_prompts, told_nothing
 from obsdiff.models.content import DECODING, component_hash, component_hashes
@@ -20,7 +17,6 @@ from obsdiff.models.latents import encode_images, patch_of, vae_factor
 from obsdiff.models.rows import NEGATIVE, flattened
 from obsdiff.models.schedules import noising_of_pipeline
 from obsdiff.models.subject import Subject
-from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.pruning.record import Trajectories
 
 
@@ -52,25 +48,6 @@ def check_data(dense: Subject, data: Any) -> None:
         latents = encode_images(pipe, blank, torch.Generator()).shape[1:]
         conditioning = encode_prompts(pipe, [dense.family.example], call_arguments(pipe))
         check_encoded(dense, latents, conditions_of(pipe, conditioning, (height, width))[2])
-
-
-def evaluation_prompts(pipe: Any, options: EvaluationOptions) -> list[str]:
-    """The evaluation's prompts, one per image; none for no images.
-
-    Raises:
-        UserError: There are none to be found, or they cannot be measured.
-    """
-    info = info_of(pipe)
-    if options.num_images < 1:
-        return []
-    if told_nothing(pipe, options.prompts):
-        return [""] * options.num_images
-    source = options.prompts or info.prompts.get("evaluation")
-    if source is None:
-        raise UserError("give --model.evaluation.prompts, or --model.evaluation.num_images 0 for no evaluation")
-    prompts = cycle_prompts(load_prompts(source, options.column), options.num_images)
-    check_measurable(prompts, info.alignment, options.measures)
-    return prompts
 
 
 def guidance_of(subject: Subject) -> float:

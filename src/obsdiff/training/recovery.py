@@ -22,6 +22,7 @@ from obsdiff.costs import Cost, step_flops
 from obsdiff.errors import UserError
 from obsdiff.evaluation.evaluate import Images
 from obsdiff.evaluation.flops import FlopCounts, denoiser_flops
+from obsdiff.evaluation.prompts import evaluation_prompts
 from obsdiff.evaluation.references import References, draw, references
 from obsdiff.evaluation.sampling import sample
 from obsdiff.evaluation.suite import load_suite
@@ -46,7 +47,7 @@ from obsdiff.training.checks import (
     check_trained,
     check_trainer,
 )
-from obsdiff.training.fits import check_data, check_guided, evaluation_prompts, has_answers, recording_of
+from obsdiff.training.fits import check_data, check_guided, has_answers, recording_of
 from obsdiff.training.identity import check_adapters, check_settings, differences, settings_of
 from obsdiff.training.inputs import Inputs
 from obsdiff.training.objectives import LIVE_TERMS, TEACHER_TERMS, loss_terms
