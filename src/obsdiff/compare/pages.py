@@ -16,7 +16,7 @@ from obsdiff.compare.intervals import Interval
 from obsdiff.compare.options import CompareOptions
 from obsdiff.compare.pictures import data_url, draw_costs, draw_patterns
 from obsdiff.compare.table import WHAT, Row, dense_of, lines_of
-from obsdiff.export.summary import amount
+from obsdiff.export.summary import amount, memory
 from obsdiff.files import write_text
 from obsdiff.progress import duration
 
@@ -41,13 +41,17 @@ def write_report(options: CompareOptions, rows: Sequence[Row], left_out: Sequenc
         lines_of(rows, options.compared_with),
         key=lambda line: [names.index(getattr(line, what)) for names, what in zip(order, WHAT, strict=True)],
     )
+    by_pattern = {pattern: [line for line in lines if line.pattern == pattern] for pattern in options.patterns}
     shown = {
         "options": options,
         "axis": options.compared_with[0],
         "reference": options.compared_with[1],
         "settings": settings_text(options),
-        "patterns": {pattern: [line for line in lines if line.pattern == pattern] for pattern in options.patterns},
-        "lines": lines,
+        "patterns": by_pattern,
+        "smaller": {
+            pattern: any(line.mean("flops", "pruned") != line.mean("flops", "dense") for line in lines_of_it)
+            for pattern, lines_of_it in by_pattern.items()
+        },
         "failed": [row for row in rows if row["error"] is not None],
         "left_out": left_out,
         "one_shot": ONE_SHOT,
@@ -67,6 +71,7 @@ def write_report(options: CompareOptions, rows: Sequence[Row], left_out: Sequenc
         "percent": lambda value: "" if value is None else percent_text(value),
         "number": lambda value: "" if value is None else f"{value:.3g}",
         "amount": lambda value: "" if value is None else amount(float(value)),
+        "memory": lambda value: "" if value is None else memory(float(value)),
         "duration": duration,
         "picture": lambda name: _embedded(cells / name, "png"),
     }

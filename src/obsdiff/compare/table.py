@@ -23,13 +23,16 @@ class DenseLine:
 
     Attributes:
         alignment, top5, frechet: As in :class:`Line`; the interval of the distance is over seeds.
-        parameters: Of its denoiser.
+        parameters, flops: Of its denoiser, and of one call of it with one image.
+        bytes: Of the pipeline's weights.
     """
 
     alignment: float | None
     top5: float | None
     frechet: Interval | None
     parameters: float | None
+    flops: float | None
+    bytes: float | None
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def dense_of(rows: Sequence[Row]) -> DenseLine:
     figures = [row["evaluation"]["dense"] for row in rows]
     mean = {name: _mean_of([found.get(name) for found in figures]) for name in ("alignment", "alignment_top5")}
     frechet = _interval_of([found.get("frechet") for found in figures])
-    return DenseLine(mean["alignment"], mean["alignment_top5"], frechet, _mean(rows, "parameters", "dense"))
+    sizes = [_mean(rows, what, "dense") for what in ("parameters", "flops", "bytes")]
+    return DenseLine(mean["alignment"], mean["alignment_top5"], frechet, *sizes)
 
 
 def _values(row: Row, measure: str) -> Tensor:
