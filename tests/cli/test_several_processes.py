@@ -1,13 +1,14 @@
-"""``obsdiff prune`` under torchrun: two processes share the work, one writes, the plan is the same as of one."""
+"""``obsdiff prune`` under torchrun: several processes share the work, one writes, the result is the same as of one."""
 
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from obsdiff.cli.main import main
 from tests.cli.test_commands import ARTIFACTS, QUICK, ROOT
-from tests.training.test_several_processes import run_two
+from tests.training.test_several_processes import run_on, run_two
 
 
 @pytest.mark.slow
@@ -28,3 +29,33 @@ def test_two_processes_write_one_result(pipe_folder, tmp_path):
     assert all(bool((masks[0][name] == masks[1][name]).all()) for name in masks[0])
     before, after = (found["evaluation"]["pruned"]["mse"] for found in (one, two))
     assert after == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--pattern", "unstructured:0.6"],
+        ["--pattern", "structured:0.5"],
+        ["--pattern", "2:4", "--calibration.streamed", "true"],
+    ],
+    ids=["single", "units", "streamed"],
+)
+def test_one_two_and_four_processes_take_the_same(pipe_folder, tmp_path, more):
+    options = [
+        "--pipeline",
+        pipe_folder,
+        *QUICK,
+        "--calibration.batch_size",
+        "1",
+        "--evaluation.num_images",
+        "0",
+        *more,
+    ]
+    for count in (2, 4):
+        run_on(count, ROOT / "prune.py", *options, "--output", tmp_path / str(count))
+    main(["prune", *map(str, options), "--output", str(tmp_path / "1")])
+    one, two, four = (load_file(tmp_path / name / "masks.safetensors") for name in "124")
+    assert one and one.keys() == two.keys() == four.keys()
+    for name, mask in one.items():
+        assert torch.equal(mask, two[name]) and torch.equal(mask, four[name]), name
