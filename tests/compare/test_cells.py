@@ -215,6 +215,10 @@ def test_what_is_measured_alike_is_kept_in_one_place_and_nothing_else(tmp_path):
     assert (
         places("unstructured:0.5", method="admm")[0] == store and places("unstructured:0.5", method="admm")[1] != scan
     )
+    refitted = replace(options(methods=["obs"], allocations=["measured"], patterns=["unstructured:0.5"]), variants={})
+    for change in ({"refit": False}, {"compared_columns": 64}, {"exclude": ["*.ff.*"]}):  # solved otherwise, seen alike
+        unit = units_of(replace(refitted, variants={"other": change}))[0][0]
+        assert _kept(unit, dense, ("one",))[0] == store and _kept(unit, dense, ("one",))[1] != scan
     assert places("depth:1+unstructured:0.5")[0] != store
     assert places("unstructured:0.5", prompts=("two",))[0] != store
     assert places("unstructured:0.5", calibration=CalibrationOptions(steps=3))[0] != store

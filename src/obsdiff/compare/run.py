@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from obsdiff.allocation.planning import depth_of, needs_for, packages_for, pattern_of, rule_of
+from obsdiff.allocation.planning import depth_of, needs_for, packages_for, pattern_of, rule_of, solve_options
 from obsdiff.allocation.stage import Folders, calibration_prompts, prune_stage, weighting_of
 from obsdiff.compare.cells import ONE_SHOT, Unit, key_of, read_recipe
 from obsdiff.compare.options import CompareOptions
@@ -262,7 +262,8 @@ def _kept(unit: Unit, dense: Dense, prompts: Sequence[str]) -> tuple[Path | None
         return store, None
     n_of_m, ratio = r"^\d+:(?=\d+$)", r":\d+\.?\d*"
     kind = re.sub(ratio, "", re.sub(n_of_m, "N of ", options.pattern))
-    scanned = [measured, unit.method, kind, asdict(options.scan), asdict(options.limits)]
+    solved = [asdict(solve_options(options)), options.include, options.exclude, options.spare_blocks]
+    scanned = [measured, solved, kind, asdict(options.scan), asdict(options.limits)]
     return store, dense.shared / f"scan-{digest(scanned)[:16]}"
 
 
