@@ -1,11 +1,13 @@
 """The real script on a tiny pipeline: rows, report, what is kept, what fails, and what a killed run leaves."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +130,33 @@ def test_a_killed_comparison_loses_no_finished_cell(config, run, tmp_path):
     assert code == 0 and "6 of 6" in out, err
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert not [path for path in cells.iterdir() if path.name.startswith(".")]
+
+
+def children_of(parent):
+    """Processes that it started, by /proc."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if status.read_text().rpartition(")")[2].split()[1] == str(parent):
+                found.append(status.parent)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see processes")
+def test_no_part_outlives_a_killed_comparison(config, tmp_path):
+    """Two commands would otherwise work on the same cells."""
+    process = start(config, "--jobs", "2")
+    while process.poll() is None and not (tmp_path / "out" / "cells").exists():
+        time.sleep(0.05)
+    parts = children_of(process.pid)
+    assert len(parts) == 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    ends = time.monotonic() + 60
+    while any(part.exists() for part in parts) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert not any(part.exists() for part in parts)
 
 
 @pytest.mark.slow

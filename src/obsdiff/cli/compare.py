@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,8 @@ PROGRAM = "obsdiff compare"
 EXAMPLE = """example: obsdiff compare --config configs/compare/digits.yaml
 required: --pipeline, --output (a folder that keeps finished cells), --methods and --patterns"""
 RESULT, FAILED = 0, 1
+PARENT = "OBSDIFF_COMPARE_PARENT"  # who started a part on this machine
+WATCH_S = 1.0
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -28,6 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
         units, left_out = units_of(options)
         mine = part_of(units, options.part)
         if options.part is not None:
+            _end_with(os.environ.get(PARENT))
             sys.exit(FAILED if _work(options, mine) else RESULT)
         _announce(options, units, left_out)
         count = min(options.jobs, len(units))
@@ -60,6 +65,7 @@ def _work(options: CompareOptions, units: Sequence[Unit]) -> int:
 def _side_by_side(given: Sequence[str], options: CompareOptions, count: int) -> list[int]:
     """Run all parts as processes; their exit codes."""
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))} | os.environ
+    environment[PARENT] = str(os.getpid())
     command = [sys.executable, "-m", "obsdiff.cli.compare", *given]
     parts = [subprocess.Popen([*command, "--part", f"{at}/{count}"], env=environment) for at in range(count)]
     try:
@@ -70,6 +76,18 @@ def _side_by_side(given: Sequence[str], options: CompareOptions, count: int) -> 
         for part in parts:
             part.wait()
         raise
+
+
+def _end_with(parent: str | None) -> None:
+    """Let this process end when the one that started it is gone, even killed: the next command does its cells then."""
+
+    def watch() -> None:
+        while os.getppid() == int(parent or 0):
+            time.sleep(WATCH_S)
+        os._exit(FAILED)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _announce(options: CompareOptions, units: Sequence[Unit], left_out: Sequence[LeftOut]) -> None:
