@@ -48,10 +48,12 @@ def write_report(options: CompareOptions, rows: Sequence[Row], left_out: Sequenc
         "reference": options.compared_with[1],
         "settings": settings_text(options),
         "patterns": by_pattern,
+        # columns that say something
         "smaller": {
             pattern: any(line.mean("flops", "pruned") != line.mean("flops", "dense") for line in lines_of_it)
             for pattern, lines_of_it in by_pattern.items()
         },
+        "ranked": any(line.top5 is not None for line in lines),
         "failed": [row for row in rows if row["error"] is not None],
         "left_out": left_out,
         "one_shot": ONE_SHOT,
