@@ -18,6 +18,7 @@ def test_rank_correlation():
     assert (low, high) == pytest.approx((math.tanh(math.atanh(0.8) - 1.385904), math.tanh(math.atanh(0.8) + 1.385904)))
 
 
+@pytest.mark.slow
 def test_bench_scan_prints_one_json_line(capsys, monkeypatch):
     from dataclasses import replace
 

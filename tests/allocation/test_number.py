@@ -132,6 +132,7 @@ def test_what_cannot_be_met_is_refused_and_nothing_changes():
     assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_the_whole_way(pipe_folder, tmp_path, images):
     """From the command line, with folders that are kept, single weights after it; loads again, and says what it did."""
     arguments = [

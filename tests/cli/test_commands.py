@@ -121,9 +121,12 @@ def test_options_have_effects(pipe_folder, tmp_path):
     plain = prune(pipe_folder, tmp_path / "plain")
     changed = {
         "refit": ["--refit", "false"],
+        "refit_steps": ["--refit_steps", "1"],
+        "compared": ["--compared_columns", "64"],
         "steps": ["--calibration.steps", "2"],
         "guidance": ["--calibration.guidance_scale", "1"],
         "tokens": ["--calibration.tokens", "3"],
+        "padding": ["--calibration.padding", "true"],
         "weighting": ["--calibration.weighting", "linear_increase"],
         "damping": ["--calibration.damping", "0.5"],
         "seed": ["--seed", "1"],
@@ -273,6 +276,7 @@ def test_a_pruned_pipeline_is_pruned_again_only_when_asked(pipe_folder, tmp_path
     assert zeros == 3 * round(0.7 * 256)
 
 
+@pytest.mark.slow
 def test_killed_half_way_leaves_no_output(pipe_folder, tmp_path):
     """SIGKILL in the calibration: no output folder, and the same command then runs to its end."""
     import signal

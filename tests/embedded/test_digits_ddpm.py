@@ -57,6 +57,7 @@ def test_it_has_attention_of_several_heads_everywhere_and_many_groups(pipe):
     assert {norm.num_groups for norm in norms} == {16} and min(norm.num_channels for norm in norms) == 32
 
 
+@pytest.mark.slow
 def test_its_images_look_like_digits(pipe):
     images = obsdiff.sample(pipe, [""] * 200, range(200), batch_size=100)
     reader = READERS["digits"]

@@ -150,6 +150,7 @@ def test_whitening_keeps_reconstructions_and_makes_latents_plain():
     torch.testing.assert_close(drawn, latents[:4], atol=0.02, rtol=0)  # exp(-6) is 0.0025
 
 
+@pytest.mark.slow
 def test_an_autoencoder_is_trained_and_its_decoder_refined(tmp_path):
     torch.manual_seed(0)
     data = EmojiWithHeldOut(batch_size=4, num_validation=4)

@@ -1,6 +1,7 @@
 """A recovery on trajectories holds its denoiser alone while it trains, and its result is none the worse for it."""
 
 import lightning
+import pytest
 import torch
 
 import obsdiff
@@ -60,6 +61,7 @@ def test_encoders_and_autoencoder_leave_and_only_what_draws_comes_back(pipe_fold
         assert all(watch.came.count(name) == 1 for name in ENCODERS if again)
 
 
+@pytest.mark.slow
 def test_the_result_is_the_same(pipe_folder, tmp_path, monkeypatch):
     from obsdiff.training import recovery as module
     from obsdiff.training import stage

@@ -120,6 +120,7 @@ def test_a_lora_in_float32_on_weights_in_bfloat16(pipe_folder, tmp_path, monkeyp
     assert float(change.abs().max()) > 0
 
 
+@pytest.mark.slow
 def test_a_teacher_in_bfloat16(pipe_folder, tmp_path, monkeypatch):
     from obsdiff.training import recovery
 
