@@ -60,6 +60,7 @@ def test_batches_become_smaller_before_packages_become_more(options):
     assert limited.options.calibration.batch_size == batches.prompts
 
 
+@pytest.mark.slow
 def test_packages_become_more_where_nobody_said_how_many(pipe_folder, tmp_path):
     folder = tmp_path / "wide"  # whose Hessians outweigh the weights that change: few rows, many columns
     shutil.copytree(pipe_folder, folder)

@@ -57,6 +57,7 @@ def test_its_plan_serves_other_methods_and_its_scan_other_budgets(pipe_folder, m
     assert again["parameters"]["nonzero"] <= 0.8 * again["parameters"]["dense"]
 
 
+@pytest.mark.slow
 def test_rules_budgets_and_limits_have_effects(pipe_folder, measured, tmp_path):
     stores = measured[1]
     owl = prune(pipe_folder, tmp_path / "owl", "--allocation", "owl", *stores[:2])

@@ -99,6 +99,7 @@ def test_structured_through_the_command(pipe_folder, tmp_path):
     assert report["sparsity"]["achieved"] == 1 - report["parameters"]["pruned"] / report["parameters"]["dense"]
 
 
+@pytest.mark.slow
 def test_statistics_are_reused_by_other_patterns_and_methods(pipe_folder, tmp_path):
     store = ["--statistics", str(tmp_path / "store")]
     first = prune(pipe_folder, tmp_path / "a", *store)
@@ -116,6 +117,7 @@ def test_statistics_are_reused_by_other_patterns_and_methods(pipe_folder, tmp_pa
         assert report["layer_error"]["mean"] > 0
 
 
+@pytest.mark.slow
 def test_options_have_effects(pipe_folder, tmp_path):
     """Each changes what it says it changes."""
     plain = prune(pipe_folder, tmp_path / "plain")

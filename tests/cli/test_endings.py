@@ -195,6 +195,7 @@ def test_ctrl_c_in_training_names_the_checkpoint(capsys, tmp_path, monkeypatch):
     assert line.startswith(f"obsdiff train: interrupted; the last checkpoint is {checkpoint}; go on with")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_pruning(pipe_folder, tmp_path):
     """The real signal to a real process."""
     command = [

@@ -93,6 +93,7 @@ def test_diffusers_loads_it_without_obsdiff(pipe, prompts, tmp_path, pattern, tr
     assert done.stdout.strip().endswith(expected)
 
 
+@pytest.mark.slow
 def test_diffusers_without_obsdiff_and_without_trust_refuses(pipe, prompts, tmp_path):
     prune_and_save(pipe, prompts, "structured:0.5", tmp_path / "out")
     done = run_without_obsdiff(tmp_path / "out" / "pipeline", "plain", tmp_path)

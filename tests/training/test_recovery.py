@@ -139,6 +139,7 @@ def test_lora_respects_the_mask_and_merging_changes_nothing(pipe_folder, tmp_pat
         assert bool((denoiser.get_submodule(layer).weight[~kept] == 0).all())
 
 
+@pytest.mark.slow
 def test_validate_test_and_predict_use_a_checkpoint(pipe_folder, tmp_path):
     fit(pipe_folder, tmp_path / "run", *EMA, steps=2)
     args = arguments(pipe_folder, tmp_path / "run", *EMA)

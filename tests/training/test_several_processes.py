@@ -33,6 +33,7 @@ def run_on(count, *args):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_prune_and_measure_alike(pipe_folder, tmp_path):
     run_two(ROOT / "tests" / "training" / "several.py", pipe_folder, tmp_path)
     prompts = obsdiff.load_prompts("digits-train", num=4)

@@ -152,6 +152,7 @@ def test_a_bar_that_is_turned_off_or_brought_is_respected():
     assert bars([RichProgressBar(), RichModelSummary()]) == [RichProgressBar, RichModelSummary]
 
 
+@pytest.mark.slow
 def test_the_command_itself_is_short(said, pipe_folder):
     """In a process of its own, with Lightning's bar and table as they are by default, and nothing left to do."""
     output, _, _ = said
