@@ -56,8 +56,9 @@ def test_a_method_may_train_its_shape_from_scratch():
     assert (plain.scratch, own.scratch, free.scratch) == (False, True, True)
     assert own.pruning == plain.pruning and free.pruning.method == "random"
     assert len({key_of(unit, None, {}, {}) for unit in (plain, own, free)}) == 3
-    with pytest.raises(UserError, match="unknown method 'magic'"):
-        check(options(methods=["obs", "magic+scratch"]))
+    for wrong in ("magic+scratch", "obs+scratch+refit", "wanda+refit+scratch"):
+        with pytest.raises(UserError, match="unknown method"):
+            check(options(methods=["obs", wrong]))
 
 
 def test_variants_change_other_options_alone():

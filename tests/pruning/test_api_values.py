@@ -224,6 +224,19 @@ def test_options_of_solving_say_all_of_it(untouched, pattern, told, message):
 
 
 @pytest.mark.parametrize(
+    ("method", "columns", "message"),
+    [
+        ("wanda", 64, "wanda compares scores otherwise"),
+        ("obs", 48, "must be a multiple of 32"),
+        ("obs", 0, "at least 32"),
+    ],
+)
+def test_columns_that_no_sweep_compares_are_refused(untouched, method, columns, message):
+    with pytest.raises(obsdiff.UserError, match=message):
+        obsdiff.prune(untouched, "unstructured:0.5", method=obsdiff.SolveOptions(method, compared=columns))
+
+
+@pytest.mark.parametrize(
     ("pattern", "method", "message"),
     [("2:4", "wanda", "and there is no refit"), ("structured:0.5", "obs", "is solved for in closed form")],
 )

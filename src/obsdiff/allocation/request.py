@@ -16,8 +16,6 @@ from obsdiff.names import (
     MEASURES,
     METHODS,
     STRUCTURED_METHODS,
-    SUB_BLOCK,
-    SWEEPING_METHODS,
     UNIT_METHODS,
 )
 from obsdiff.numbers import check_number, check_seed, check_whole
@@ -32,6 +30,7 @@ from obsdiff.pruning.options import (
     PruningOptions,
     ReconstructionOptions,
     ScanOptions,
+    check_compared,
 )
 from obsdiff.yamlfiles import read_yaml
 
@@ -129,13 +128,7 @@ def check_values(options: PruningOptions) -> None:
     if options.refit_steps is not None:
         check_whole("refit_steps", options.refit_steps)
     if options.compared_columns is not None:
-        check_whole("compared_columns", options.compared_columns, SUB_BLOCK)
-        if options.method not in SWEEPING_METHODS:
-            raise UserError(
-                f"compared_columns belongs to {', '.join(SWEEPING_METHODS)}; {options.method} compares scores otherwise"
-            )
-        if options.compared_columns % SUB_BLOCK:
-            raise UserError(f"compared_columns is {options.compared_columns}; it must be a multiple of {SUB_BLOCK}")
+        check_compared(options.method, options.compared_columns)
     if options.dead not in DEAD:
         raise UserError(f"unknown choice dead {options.dead!r}; choose one of {', '.join(DEAD)}")
     if options.allocation is not None and options.allocation not in ALLOCATIONS:

@@ -110,8 +110,8 @@ def _request(
 
 
 def _bare(method: str) -> str:
-    """A method without what is added to it."""
-    return method.removesuffix(REFIT).removesuffix(SCRATCH)
+    """A method without what is added to it, one thing at most."""
+    return method.removesuffix(SCRATCH if method.endswith(SCRATCH) else REFIT)
 
 
 def _changed(options: Any, changes: Any, what: str) -> Any:

@@ -24,6 +24,7 @@ from obsdiff.obs.structured import FUSIONS
 from obsdiff.pruning.apply import Job, apply_package
 from obsdiff.pruning.defaults import departures, pattern_by
 from obsdiff.pruning.layers import SolveOptions
+from obsdiff.pruning.options import check_compared
 from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks, stage_packages
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
@@ -243,8 +244,10 @@ def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: in
     if options.refit_steps is not None and not (options.refits and pattern != units):
         why = f"of {pattern} what stays is solved for in closed form" if options.refits else "there is no refit"
         raise UserError(f"refit_steps is for the refit of single weights, and {why}; leave it out")
-    if options.compared is not None and not isinstance(getattr(pattern, "then", pattern), Unstructured):
-        raise UserError(f"compared_columns is for single weights by ratio; leave it out with {pattern}")
+    if options.compared is not None:
+        check_compared(options.method, options.compared)
+        if not isinstance(pattern.then if isinstance(pattern, Hybrid) else pattern, Unstructured):
+            raise UserError(f"compared_columns is for single weights by ratio; leave it out with {pattern}")
     if options.fusion not in FUSIONS:
         raise UserError(f"unknown fusion {options.fusion!r}; choose one of {', '.join(FUSIONS)}")
     check_number("calibration.damping", options.damping, 0.0)

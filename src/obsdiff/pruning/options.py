@@ -6,6 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from obsdiff.errors import UserError
+from obsdiff.names import SUB_BLOCK, SWEEPING_METHODS
+from obsdiff.numbers import check_whole
+
 FORWARD, BACKWARD = "forward", "backward"  # ways to scan
 
 
@@ -236,3 +240,18 @@ class PruneOptions(PruningOptions):
     host_memory: str | int | None = None
     dry_run: bool = False
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+
+def check_compared(method: str, columns: int) -> None:
+    """Refuse a number of columns to compare that a method cannot do.
+
+    Raises:
+        UserError: It is no multiple of 32, or the method compares scores otherwise.
+    """
+    check_whole("compared_columns", columns, SUB_BLOCK)
+    if method not in SWEEPING_METHODS:
+        raise UserError(
+            f"compared_columns belongs to {', '.join(SWEEPING_METHODS)}; {method} compares scores otherwise"
+        )
+    if columns % SUB_BLOCK:
+        raise UserError(f"compared_columns is {columns}; it must be a multiple of {SUB_BLOCK}")

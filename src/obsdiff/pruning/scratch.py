@@ -1,4 +1,4 @@
-"""The shape that a prune leaves with weights as they are before any training: what remains is worth without them."""
+"""The shape that a prune leaves, with weights as they are before any training: the small model from scratch."""
 
 from __future__ import annotations
 
