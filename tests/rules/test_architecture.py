@@ -27,6 +27,7 @@ RANKS = [
         "yamlfiles",
         "names",
         "paths",
+        "peaks",
         "devices",
         "quiet",
         "numbers",

@@ -22,6 +22,7 @@ from obsdiff.models.weightless import open_weightless
 from obsdiff.numbers import bytes_text, parse_bytes
 from obsdiff.obs.observers import PASSES, observer_for
 from obsdiff.obs.pattern import of_layers, parse_request
+from obsdiff.peaks import Peaks
 from obsdiff.pruning.folder import PIPELINE, run_folder
 from obsdiff.pruning.manifest import read_manifest
 from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solving, memory_plan
@@ -41,7 +42,7 @@ class Room:
     device: int | None = None
     host: int | None = None
 
-    def holds(self, plan: MemoryPlan) -> bool:
+    def holds(self, plan: Peaks) -> bool:
         """Whether a plan fits."""
         most = plan.device_bytes + (0 if plan.on_host else CONTEXT_BYTES)
         return (self.device is None or most <= self.device) and (self.host is None or plan.host_bytes <= self.host)
@@ -103,8 +104,8 @@ class _Work:
         )
 
 
-def room_of(options: PruneOptions, device: str) -> Room:
-    """What the options let a run use.
+def room_of(options: Any, device: str) -> Room:
+    """What the options (``device_memory``, ``host_memory``) let a run use.
 
     Raises:
         UserError: A size is none, or one is given for a device that has no memory of its own.
@@ -123,7 +124,7 @@ def plan_from_configs(options: PruneOptions, device: str) -> Planned:
         UserError: The pipeline cannot be built, or nothing fits.
     """
     room = room_of(options, device)
-    planned, work = _planned(_opened(options), options, device, room)
+    planned, work = _planned(open_unloaded(options.pipeline, options.dtype), options, device, room)
     if not room.holds(planned.memory):
         raise UserError(_refusal(planned, work, room, device))
     return planned
@@ -141,13 +142,17 @@ def plan_loaded(subject: Subject, options: PruneOptions, flops: int | None = Non
     return _planned(subject, options, str(subject.pipe.device), Room(), imports, flops)[0]
 
 
-def _opened(options: PruneOptions) -> Subject:
-    """The options' pipeline without weights."""
-    folder = run_folder(options.pipeline)
+def plan_unloaded(subject: Subject, options: PruneOptions, device: str) -> Planned:
+    """The same for a pipeline without weights (:func:`open_unloaded`)."""
+    return _planned(subject, options, device, Room())[0]
+
+
+def open_unloaded(source: str, dtype: str | None) -> Subject:
+    """A pipeline, or that of a prune run, without weights."""
+    folder = run_folder(source)
     if folder is None:
-        return subject_of(open_weightless(options.pipeline, options.dtype or "float32"))
-    dtype = options.dtype or read_manifest(folder)["dtype"]
-    return subject_of(open_weightless(str(folder / PIPELINE), dtype, options.pipeline))
+        return subject_of(open_weightless(source, dtype or "float32"))
+    return subject_of(open_weightless(str(folder / PIPELINE), dtype or read_manifest(folder)["dtype"], source))
 
 
 def _planned(
@@ -269,7 +274,7 @@ def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:
         ways.append(("--evaluation.num_images 0", replace(options, evaluation=none)))
     for text, other in ways:
         try:
-            planned, _ = _planned(_opened(other), other, device, room)
+            planned, _ = _planned(open_unloaded(other.pipeline, other.dtype), other, device, room)
         except UserError:
             continue  # this way is none with these options
         if room.holds(planned.memory):

@@ -14,6 +14,11 @@ from obsdiff.errors import UserError
 from obsdiff.yamlfiles import use_core_schema
 
 PROGRAM = "obsdiff train"
+PLANNING = (  # options of a fit: name, type, default, help
+    ("dry_run", bool, False, "Say what the run would take of memory and time, from the configs alone, and end."),
+    ("device_memory", str | int | None, None, "What a cuda device may hold, such as 24GB; refuse what does not fit."),
+    ("host_memory", str | int | None, None, "The same for the host's memory, and for runs on the cpu."),
+)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -37,7 +42,7 @@ def command_line(session: Session | None = None) -> Any:
 
     from obsdiff.callbacks.budget import Budget
     from obsdiff.callbacks.ema import EMA
-    from obsdiff.cli.train_session import Run, own_looks
+    from obsdiff.cli.train_session import Asked, Run, own_looks
     from obsdiff.training.checks import check_limits
     from obsdiff.training.recovery import Recovery
 
@@ -69,6 +74,8 @@ def command_line(session: Session | None = None) -> Any:
         def add_arguments_to_parser(self, parser: Any) -> None:
             parser.add_class_arguments(Budget, "budget")
             parser.add_subclass_arguments(EMA, "ema", required=False)
+            for name, kind, default, told in PLANNING:
+                parser.add_argument(f"--{name}", type=kind, default=default, help=told)
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             super().parse_arguments(parser, args)
@@ -76,9 +83,13 @@ def command_line(session: Session | None = None) -> Any:
                 run.check(self.config[subcommand], subcommand)
 
         def fit(self, **kwargs: Any) -> None:
-            self.finished = run.says_finished(self.trainer, self.model)
+            self.finished = run.says_plan(self.trainer, self.model, self.datamodule, self._asked())
+            self.finished = self.finished or run.says_finished(self.trainer, self.model)
             if not self.finished:
                 self.trainer.fit(**kwargs)
+
+        def _asked(self) -> Asked:
+            return Asked(**{name: self._get(self.config_init, name) for name, *_ in PLANNING})
 
         def before_validate(self) -> None:
             self._say_it_ourselves()

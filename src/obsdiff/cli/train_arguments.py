@@ -13,7 +13,8 @@ from obsdiff.errors import UserError
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 ROOTS = (
     "help", "config", "print_config", "seed_everything", "trainer", "model", "data", "budget", "ema", "optimizer",
-    "lr_scheduler", "ckpt_path", "weights_only", "verbose", "return_predictions",
+    "lr_scheduler", "dry_run", "device_memory", "host_memory", "ckpt_path", "weights_only", "verbose",
+    "return_predictions",
 )  # fmt: skip
 
 

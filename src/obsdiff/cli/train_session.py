@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
 
+from obsdiff.allocation.fitting import room_of
 from obsdiff.allocation.planning import pattern_of
 from obsdiff.callbacks.budget import Budget
+from obsdiff.callbacks.ema import EMA
 from obsdiff.callbacks.export import Export
 from obsdiff.callbacks.find import find
 from obsdiff.callbacks.progress import BudgetProgress, RateAndBudget, ShortSummary
@@ -33,6 +36,15 @@ from obsdiff.training.resume import check_resume, read_checkpoint
 from obsdiff.training.stage import PRUNED, request_of
 
 CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a plan: whether it is all, and the sizes that a run must not exceed."""
+
+    dry_run: bool = False
+    device_memory: str | int | None = None
+    host_memory: str | int | None = None
 
 
 class Run:
@@ -67,6 +79,8 @@ class Run:
                     "--model.optimization.optimizer, its other arguments as --model.optimization.arguments and the "
                     "schedule as --model.optimization.schedule"
                 )
+        if subcommand != "fit" and any(config.get(name) for name in vars(Asked())):
+            raise UserError(f"--dry_run, --device_memory and --host_memory plan a fit; leave them out of {subcommand}")
         asked = config.get("ckpt_path")
         if asked is None:
             return
@@ -81,6 +95,38 @@ class Run:
         self.checkpoint = check_resume(str(asked), folders, output, root, subcommand == "fit", self.trusted)
         if self.checkpoint is not None:
             config["ckpt_path"] = str(self.checkpoint)
+
+    def says_plan(self, trainer: Any, module: Any, data: Any, asked: Asked) -> bool:
+        """Plan a fit where that is asked for; whether there is nothing else to do.
+
+        Raises:
+            UserError: It does not fit, or is no recovery.
+        """
+        if asked == Asked():
+            return False
+        from obsdiff.training.planning import Settings, check_room, plan_recovery, plan_text
+
+        if not isinstance(module, Recovery) or data is None:
+            raise UserError("--dry_run, --device_memory and --host_memory plan a recovery with a data module")
+        device = str(trainer.strategy.root_device)
+        room = room_of(asked, device)
+        budget = find(trainer, Budget)
+        limits = {} if budget is None else budget.limits
+        steps = limits.get("steps", trainer.max_steps if trainer.max_steps >= 0 else None)
+        settings = Settings(
+            module,
+            data,
+            device,
+            trainer.precision,
+            find(trainer, EMA) is not None,
+            None if steps is None else int(steps),
+            trainer.world_size,
+        )
+        planned = plan_recovery(settings)
+        check_room(planned, room)
+        if asked.dry_run and trainer.is_global_zero:
+            print(plan_text(planned, settings))
+        return asked.dry_run
 
     def says_finished(self, trainer: Any, module: Any) -> bool:
         """Say what a fit is about to do; or, if nothing is left to do, say that, and return True."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from obsdiff.allocation.fitting import CONTEXT_BYTES, Planned
 from obsdiff.numbers import bytes_text
+from obsdiff.peaks import Peaks, host_parts
 from obsdiff.progress import duration
-from obsdiff.pruning.memory_plan import MemoryPlan, host_parts
 
 
 def short_plan(planned: Planned) -> str:
@@ -38,19 +38,25 @@ def full_plan(planned: Planned) -> str:
         f"{batches.images}",
         "weights: " + ", ".join(f"{name} {bytes_text(size)}" for name, size in planned.shapes.weights.items()),
         "",
-        *_table(memory),
+        *moment_table(memory),
         "",
+        *most_lines(memory),
     ]
-    if memory.device is not None:
-        most = memory.device_bytes + CONTEXT_BYTES
-        assumed = f"{bytes_text(CONTEXT_BYTES)} of context assumed with it"
-        lines.append(f"device memory: {bytes_text(most)} while {memory.device.name} ({assumed})")
-    lines.append(f"host memory: {bytes_text(memory.host_bytes)} while {memory.host.name}")
     store = f", statistics {bytes_text(memory.store_bytes)}" if memory.store_bytes else ""
     lines.append(f"disk: output {bytes_text(memory.output_bytes)}{store}")
     lines.append(f"time: {_time(planned)}")
     lines += [f"note: {note}" for note in planned.notes]
     return "\n".join(lines)
+
+
+def most_lines(memory: Peaks) -> list[str]:
+    """The most on the device, where that is not the host, and on the host, and when."""
+    lines = []
+    if memory.device is not None:
+        most = memory.device_bytes + CONTEXT_BYTES
+        assumed = f"{bytes_text(CONTEXT_BYTES)} of context assumed with it"
+        lines.append(f"device memory: {bytes_text(most)} while {memory.device.name} ({assumed})")
+    return [*lines, f"host memory: {bytes_text(memory.host_bytes)} while {memory.host.name}"]
 
 
 def _time(planned: Planned) -> str:
@@ -66,7 +72,7 @@ def _time(planned: Planned) -> str:
     return f"about {duration(planned.time.total_s)} on this machine ({listed})"
 
 
-def _table(memory: MemoryPlan) -> list[str]:
+def moment_table(memory: Peaks) -> list[str]:
     """The largest moment of each kind, and its parts."""
     rows: dict[str, tuple[int, int, str]] = {}
     for moment in memory.moments:

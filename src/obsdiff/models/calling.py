@@ -275,7 +275,7 @@ def conditions_of(
     """
     components = denoisers_of(pipe)
     family: Family = find_family(*components.values())
-    call = call_arguments(pipe) | ({"num_inference_steps": 1} if len(components) == 1 else {})
+    call = call_arguments(pipe)
     if size is not None:
         accepted = inspect.signature(type(pipe).__call__).parameters
         wanted = {"height": size[0], "width": size[1], "num_frames": 1, "use_resolution_binning": False}

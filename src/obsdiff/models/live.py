@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -67,28 +68,59 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-class _Fused(TorchFunctionMode):
-    """Attention as fused kernels do it, with no matrix of queries by keys, which the meta device would make."""
+class _Attention(torch.autograd.Function):
+    """Attention on the meta device as fused kernels do it: what they keep for the backward pass, and gradients."""
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = dict(kwargs or {})
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            query, value = args[0] if args else given["query"], args[2] if len(args) > 2 else given["value"]
-            if query.is_meta and query.dim() == 4:
-                batch, heads, length, _ = query.shape
-                return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        return function(*args, **given)
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, length, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(given) for given in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention on the meta device without the matrix of queries by keys, which torch would make there.
+
+    A mode for torch functions would not be seen by what a backward pass computes once more.
+    """
+    own = functional.scaled_dot_product_attention
+
+    @functools.wraps(own)
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if query.is_meta and query.dim() == 4:
+            result: Tensor = _Attention.apply(query, key, value)
+            return result
+        return own(query, key, value, *args, **kwargs)
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
+
+
+@contextmanager
+def counting(unknown: int | None = None, fused: bool = True) -> Iterator[Live]:
+    """Counts what is made inside.
+
+    Args:
+        unknown: As for :class:`Live`.
+        fused: Whether attention on the meta device counts as a fused kernel does it.
+    """
+    live = Live(unknown)
+    with _fused_attention() if fused else nullcontext(), live:
+        yield live
 
 
 def live_in(call: Callable[[], Any], unknown: int | None = None) -> Live:
     """What ``call`` makes, without gradients; on the meta device attention counts as a fused kernel does it."""
-    live = Live(unknown)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_Fused())
-        stack.enter_context(live)
+    with torch.no_grad(), counting(unknown) as live:
         result = call()
         del result
     return live

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from obsdiff.criteria import METHODS
 from obsdiff.obs.observers import PASSES
+from obsdiff.peaks import Moment, Peaks
 
 FLOAT, BOOL = 4, 1  # bytes of statistics and solves, and of a mask's entry while it is held
 SWEEPS = ("obs", "obs-diff", "sparsegpt")  # methods that factorise H and go through its columns
@@ -157,60 +158,19 @@ class Batches:
     recorded: int = 0
 
 
-@dataclass(frozen=True)
-class Moment:
-    """A moment at which memory may be at its most: bytes by part, on the device and on the host."""
-
-    name: str
-    device: Mapping[str, int]
-    host: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan(Peaks):
     """What a prune will need.
 
     Attributes:
         batches: As chosen.
-        moments: All that were considered.
-        on_host: Whether the device is the host, so that both parts lie in one memory.
         store_bytes: Of a statistics folder; 0 without.
         output_bytes: Of the folder that is written.
     """
 
     batches: Batches
-    moments: tuple[Moment, ...]
-    on_host: bool
     store_bytes: int
     output_bytes: int
-
-    @property
-    def device(self) -> Moment | None:
-        """When the device holds most; None where it is the host."""
-        return None if self.on_host else max(self.moments, key=lambda moment: sum(moment.device.values()))
-
-    @property
-    def host(self) -> Moment:
-        """When the host holds most."""
-        return max(self.moments, key=lambda moment: sum(host_parts(moment, self.on_host).values()))
-
-    @property
-    def device_bytes(self) -> int:
-        """The most on the device; 0 where it is the host."""
-        return 0 if self.device is None else sum(self.device.device.values())
-
-    @property
-    def host_bytes(self) -> int:
-        """The most on the host."""
-        return sum(host_parts(self.host, self.on_host).values())
-
-
-def host_parts(moment: Moment, on_host: bool) -> dict[str, int]:
-    """What lies on the host: where it is the device too, everything."""
-    parts = dict(moment.host)
-    for part, size in moment.device.items() if on_host else ():
-        parts[part] = parts.get(part, 0) + size
-    return parts
 
 
 # ---- formulas
@@ -327,7 +287,13 @@ def memory_plan(
     store = sum(statistics_bytes(site, solving.gram) for site in measured) if solving.stored else 0
     moments = tuple(_moments(shapes, solving, batches, prompts, images, on_host, scan))
     masks = sum(changed_bytes(site, shapes.element)[1] for site in shapes.sites)
-    return MemoryPlan(batches, moments, on_host, store, sum(shapes.weights.values()) + masks // 8)
+    return MemoryPlan(
+        moments=moments,
+        on_host=on_host,
+        batches=batches,
+        store_bytes=store,
+        output_bytes=sum(shapes.weights.values()) + masks // 8,
+    )
 
 
 def _moments(
