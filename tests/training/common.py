@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning
 import torch
 
 from obsdiff.cli.train import main
 from obsdiff.embedded.digits import DIGIT_WORDS, load_digits
 from obsdiff.evaluation.suite import Suite, load_suite
 from obsdiff.pruning.options import EvaluationOptions
+from obsdiff.ranks import local_part
 
 ROOT = Path(__file__).parents[2]
+
 PATTERNS = ("unstructured:0.5", "2:4", "structured:0.5")
 
 
@@ -49,6 +52,16 @@ def arguments(pipe_folder, output, *extra, pattern="unstructured:0.5", steps=6, 
         *data,
         *extra,
     ]
+
+
+class TeacherShare(lightning.Callback):
+    """Leaves how much of the teacher's weights the first process holds."""
+
+    def on_train_start(self, trainer, pl_module):
+        parameters = list(pl_module.frozen.teacher.parameters())
+        share = sum(local_part(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+        if trainer.is_global_zero:
+            (pl_module.output / "share").write_text(f"{share:.2f}")
 
 
 def fit(pipe_folder, output, *extra, **options):

@@ -57,14 +57,31 @@ def test_one_and_two_processes_prune_and_measure_alike(pipe_folder, tmp_path):
             assert together[name] == pytest.approx(value, rel=1e-9), name
 
 
-FSDP = (
-    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
-    "--trainer.strategy.save_distributed_checkpoint=false",
-)
+MESH = "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
+
+
+def fsdp(count, shards="false"):
+    """Weights split over so many processes."""
+    own = "--trainer.strategy."
+    sizes = (f"{own}data_parallel_size={count}", f"{own}tensor_parallel_size=1")
+    return (MESH, *sizes, f"{own}save_distributed_checkpoint={shards}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [("--trainer.strategy=ddp",), FSDP], ids=["ddp", "fsdp2"])
+def test_a_mesh_that_would_split_nothing_is_refused(pipe_folder, tmp_path):
+    """Lightning's own sizes are those of tensor parallelism: every process would train alone."""
+    split = (MESH, "--trainer.strategy.save_distributed_checkpoint=false", "--trainer.devices=2")
+    given = arguments(pipe_folder, tmp_path / "run", *split)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = [sys.executable, str(ROOT / "train.py"), "fit", *given]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    wanted = "--trainer.strategy.data_parallel_size 2 --trainer.strategy.tensor_parallel_size 1"
+    assert done.returncode == 2 and wanted in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "run" / "pruned").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [("--trainer.strategy=ddp",), fsdp(2)], ids=["ddp", "fsdp2"])
 def test_zeros_survive_two_processes(pipe_folder, tmp_path, strategy):
     extra = (*strategy, "--trainer.devices=2", *EMA)
     run_two(ROOT / "train.py", "fit", *arguments(pipe_folder, tmp_path / "run", *extra))
@@ -72,17 +89,32 @@ def test_zeros_survive_two_processes(pipe_folder, tmp_path, strategy):
 
 
 @pytest.mark.slow
+def test_a_teacher_that_runs_is_split_over_processes(pipe_folder, tmp_path):
+    """FSDP2 trains with half of the teacher on each process what DDP trains with all of it on both."""
+    terms = ("--model.objective.distill_output=1", "--model.objective.distill_features=1", "--trainer.devices=2")
+    look = "--trainer.callbacks+=tests.training.common.TeacherShare"
+    for name, strategy in (("ddp", ("--trainer.strategy=ddp",)), ("fsdp", fsdp(2))):
+        given = arguments(pipe_folder, tmp_path / name, *strategy, *terms, look, steps=3)
+        run_two(ROOT / "train.py", "fit", *given)
+    assert (tmp_path / "ddp" / "share").read_text() == "1.00"
+    assert (tmp_path / "fsdp" / "share").read_text() == "0.50"
+    found, wanted = result(tmp_path / "fsdp"), result(tmp_path / "ddp")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", ["true", "false"])
 def test_checkpoints_resume_on_another_number_of_processes(pipe_folder, tmp_path, shards):
     """Two processes, then one, then two again; what the one trains is what it trains without any strategy."""
     run, options = tmp_path / "run", {"images": False, "folder": tmp_path / "traj"}
-    extra = (FSDP[0], f"--trainer.strategy.save_distributed_checkpoint={shards}", *EMA)
-    extra = (*extra, "--model.pruning.method=magnitude", "--model.evaluation.num_images=0")
+    extra = (*EMA, "--model.pruning.method=magnitude", "--model.evaluation.num_images=0")
     going_on = ("--model.resume_changed=true", "--ckpt_path=last")
     last = run / "checkpoints" / "last.ckpt"
 
     def fit_on(count, steps, *more):
-        given = arguments(pipe_folder, run, *extra, f"--trainer.devices={count}", *more, steps=steps, **options)
+        split = (*fsdp(count, shards), f"--trainer.devices={count}")
+        given = arguments(pipe_folder, run, *extra, *split, *more, steps=steps, **options)
         run_on(count, ROOT / "train.py", "fit", *given)
         assert last.is_dir() is (shards == "true")
         assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
@@ -90,8 +122,7 @@ def test_checkpoints_resume_on_another_number_of_processes(pipe_folder, tmp_path
     fit_on(2, 2)
     if shards == "false":
         shutil.copytree(run, tmp_path / "alone")
-        plain = [argument for argument in extra if "strategy" not in argument]
-        main(["fit", *arguments(pipe_folder, tmp_path / "alone", *plain, *going_on, steps=4, **options)])
+        main(["fit", *arguments(pipe_folder, tmp_path / "alone", *extra, *going_on, steps=4, **options)])
     fit_on(1, 4, *going_on)
     if shards == "false":
         found, wanted = result(run), result(tmp_path / "alone")

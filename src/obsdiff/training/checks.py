@@ -19,6 +19,7 @@ from obsdiff.pruning.options import EvaluationOptions
 from obsdiff.training.objectives import TERMS
 from obsdiff.training.optimizers import check_optimizer
 from obsdiff.training.options import Objective, Optimization, Trained
+from obsdiff.training.sharding import check_mesh
 from obsdiff.training.stage import PRUNED, RECONSTRUCTION, REFERENCES, SENSITIVITY, STATISTICS
 
 SCHEDULES = ("cosine", "constant")
@@ -127,6 +128,7 @@ def check_trainer(trainer: Any, weights: Mapping[str, float]) -> None:
     Raises:
         UserError: Naming what stops it.
     """
+    check_mesh(trainer.strategy, trainer.world_size)
     if trainer.state.fn != "fit":
         return
     check_limits(trainer)

@@ -27,7 +27,6 @@ from obsdiff.evaluation.references import References, draw, references
 from obsdiff.evaluation.sampling import sample
 from obsdiff.evaluation.suite import load_suite
 from obsdiff.models.calling import PromptEncoder, default_dtype, drawing
-from obsdiff.models.graph import stages_of
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.loading import check_source
 from obsdiff.models.released import release
@@ -55,6 +54,7 @@ from obsdiff.training.optimizers import optimizer_of, schedule_of
 from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.precision import keep_times
 from obsdiff.training.selection import check_selection, choose_trained
+from obsdiff.training.sharding import shard_blocks
 from obsdiff.training.spending import costs_before, expected_costs
 from obsdiff.training.stage import REFERENCES, Start, dense_key, load_dense, start_from
 from obsdiff.training.validation import Validation
@@ -224,16 +224,13 @@ class Recovery(lightning.LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Shard the denoiser block by block where the strategy has a mesh of processes (FSDP2)."""
+        """Shard the denoiser, and a teacher that runs, where the strategy has a mesh of processes (FSDP2)."""
         if self.device_mesh is None or self.denoiser is None or self._sharded:
             return
-        from torch.distributed.fsdp import fully_shard
-
         self._sharded = True
-        mesh = self.device_mesh["data_parallel"]
-        for stage in stages_of(self.denoiser):
-            fully_shard(self.denoiser.get_submodule(stage), mesh=mesh)
-        fully_shard(self.denoiser, mesh=mesh)
+        for model in (self.denoiser, self.frozen.teacher):
+            if model is not None:
+                shard_blocks(model, self.device_mesh["data_parallel"])
 
     @property
     def frozen(self) -> _Frozen:
