@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from obsdiff.models.weightless import open_weightless
 from obsdiff.peaks import Moment, Peaks, host_parts
 from obsdiff.training.memory_plan import Sizes, moments_of
 from obsdiff.training.options import Optimization, Trained
-from obsdiff.training.planning import RecoveryPlan, check_room
+from obsdiff.training.planning import RecoveryPlan, _encoding, check_room
 from obsdiff.training.selection import choose_trained
 from obsdiff.training.step_memory import step_memory, told_to
 from tests.families.pipelines import PIPELINES
@@ -78,6 +79,18 @@ def test_a_step_without_weights_makes_what_one_with_weights_makes(pipe_folder, a
     meta, real = both(pipe_folder, **asked)
     assert meta.peak == pytest.approx(real.peak, rel=0.05)
     assert meta.kept == pytest.approx(real.kept, rel=0.01, abs=256)
+
+
+def test_fused_kernels_make_nothing_beside_moments(pipe_folder):
+    fused, plain = (both(pipe_folder, optimization=Optimization(arguments={"fused": on}))[0] for on in (True, False))
+    assert fused.kept == plain.kept and fused.peak <= plain.peak
+
+
+def test_images_are_encoded_by_the_autoencoder(pipe_folder):
+    subject = subject_of(open_weightless(str(pipe_folder)))
+    peak, shape = _encoding(subject, SimpleNamespace(batch_size=8, image_shape=(1, 16, 16)))
+    assert shape == (4, 8, 8) and peak > 8 * 4 * 16 * 16
+    assert _encoding(subject, SimpleNamespace(batch_size=8)) == (0, None)
 
 
 def test_adam_keeps_two_moments_and_sgd_none(pipe_folder):

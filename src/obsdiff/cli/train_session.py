@@ -106,8 +106,10 @@ class Run:
             return False
         from obsdiff.training.planning import Settings, check_room, plan_recovery, plan_text
 
-        if not isinstance(module, Recovery) or data is None:
-            raise UserError("--dry_run, --device_memory and --host_memory plan a recovery with a data module")
+        if not isinstance(module, Recovery) or not isinstance(getattr(data, "batch_size", None), int):
+            raise UserError(
+                "--dry_run, --device_memory and --host_memory plan a recovery whose data module has a batch_size"
+            )
         device = str(trainer.strategy.root_device)
         room = room_of(asked, device)
         budget = find(trainer, Budget)

@@ -15,6 +15,7 @@ from obsdiff.allocation.fitting import CONTEXT_BYTES, RUN_BYTES, Planned, Room, 
 from obsdiff.allocation.planning import first_plan
 from obsdiff.allocation.shapes import component_bytes
 from obsdiff.allocation.stage import measures
+from obsdiff.costs import step_flops
 from obsdiff.errors import UserError
 from obsdiff.evaluation.call_memory import CallShapes, call_shapes
 from obsdiff.evaluation.flops import denoiser_flops
@@ -285,7 +286,7 @@ def _step(
 def _times(
     settings: Settings, subject: Subject, calls: CallShapes, prompts: int, taught: bool, pruning: Planned | None
 ) -> dict[str, float]:
-    """Seconds by stage: of a step three forward passes of the student, and one of the teacher where that runs."""
+    """Seconds by stage."""
     if torch.device(settings.device).type != "cpu" and not torch.cuda.is_available():
         return {}
     module, data = settings.module, settings.data
@@ -294,7 +295,7 @@ def _times(
     batch = data.batch_size * (2 if "distill_guided" in module.weights else 1)
     steps = _steps_of(subject, data)
     drawn = 2 * module.evaluation.num_images * int(call.get("num_inference_steps") or 1) * calls.rows
-    step_s = speed.calls_s((3 + taught) * batch, batch)
+    step_s = speed.calls_s(step_flops(batch, batch * taught, "distill_jacobian" in module.weights), batch)
     return {
         "recording": speed.calls_s(prompts * steps * calls.rows, max(getattr(data, "record_batch_size", 1), 1)),
         "pruning": 0.0 if pruning is None or pruning.time is None else pruning.time.total_s,

@@ -92,7 +92,7 @@ def step_memory(
     given = [replace(told, aim=_answer(student, told) if recorded else None) for student in students]
     asked: Sequence[nn.Module | None] = teachers or [None] * len(students)
     pairs = list(zip(students, asked, given, strict=True))
-    optimizer = optimizer_of(optimization, trained)
+    optimizer = optimizer_of(_plain(optimization), trained)
     with torch.enable_grad(), default_dtype(), counting(unknown=1, fused="distill_jacobian" not in weights) as live:
         for _ in range(STEPS):
             loss = torch.stack([_loss(student, teacher, weights, own) for student, teacher, own in pairs]).sum()
@@ -104,6 +104,16 @@ def step_memory(
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
         kept = live.now - gradients
     return StepMemory(live.peak, kept, gradients)
+
+
+def _plain(optimization: Optimization) -> Optimization:
+    """Without fused kernels, which the meta device has not; one parameter after the other, as those make nothing."""
+    given = dict(optimization.arguments or {})
+    return (
+        replace(optimization, arguments={**given, "fused": False, "foreach": False})
+        if given.get("fused")
+        else optimization
+    )
 
 
 def _loss(student: nn.Module, teacher: nn.Module | None, weights: Mapping[str, float], told: Told) -> Tensor:
