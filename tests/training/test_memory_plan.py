@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,9 +87,8 @@ def test_fused_kernels_make_nothing_beside_moments(pipe_folder):
 
 def test_images_are_encoded_by_the_autoencoder(pipe_folder):
     subject = subject_of(open_weightless(str(pipe_folder)))
-    peak, shape = _encoding(subject, SimpleNamespace(batch_size=8, image_shape=(1, 16, 16)))
+    peak, shape = _encoding(subject, 8, (1, 16, 16))
     assert shape == (4, 8, 8) and peak > 8 * 4 * 16 * 16
-    assert _encoding(subject, SimpleNamespace(batch_size=8)) == (0, None)
 
 
 def test_adam_keeps_two_moments_and_sgd_none(pipe_folder):
@@ -184,6 +182,57 @@ def test_a_plan_goes_by_what_was_pruned_before(pipe_folder, tmp_path, capfd):
     fit(pipe_folder, tmp_path / "other", "--dry_run=true", pattern="structured:0.5")
     said = capfd.readouterr().out
     assert "solving" in said and "counted as if it trained" in said
+
+
+def planned(capfd, *args, **options):
+    """What a dry run says, or the one line that refuses it."""
+    capfd.readouterr()
+    try:
+        fit(*args, "--dry_run=true", **options)
+    except SystemExit:
+        return capfd.readouterr().err.splitlines()[-1]
+    return capfd.readouterr().out
+
+
+def test_another_prune_in_the_output_is_refused_or_replaced(pipe_folder, tmp_path, capfd):
+    out = tmp_path / "out"
+    fit(pipe_folder, out, steps=1)
+    assert "solving" not in planned(capfd, pipe_folder, out)
+    assert "was pruned with other settings" in planned(capfd, pipe_folder, out, pattern="2:4")
+    assert "solving" in planned(capfd, pipe_folder, out, "--model.overwrite=true", pattern="2:4")
+    assert "is pruned already" in planned(capfd, out / "pruned", tmp_path / "more")
+
+
+def test_stages_that_went_are_no_stages_to_learn_from(pipe_folder, tmp_path, capfd):
+    features = ("--model.objective.distill_features=1", "--model.pruning.scan.triples=4")
+    fit(pipe_folder, tmp_path / "out", *features, pattern="depth:1", steps=1)
+    said = planned(capfd, pipe_folder, tmp_path / "out", *features, pattern="depth:1")
+    assert "recovery by distill_features" in said and "host memory" in said
+
+
+def test_masks_of_what_is_left_of_layers_are_counted(pipe_folder, tmp_path, capfd):
+    lora, pattern = "--model.trained.lora_rank=2", "structured:0.5+2:4"
+    before = planned(capfd, pipe_folder, tmp_path / "out", lora, pattern=pattern)
+    fit(pipe_folder, tmp_path / "out", lora, pattern=pattern, steps=1)
+    after = planned(capfd, pipe_folder, tmp_path / "out", lora, pattern=pattern)
+    trained = [int(re.search(r"trained: ([\d,]+)", said)[1].replace(",", "")) for said in (before, after)]
+    assert 0 < trained[1] < trained[0]  # the same layers, some of them smaller now
+
+
+def test_a_pipeline_with_another_denoiser_is_planned(pipe_folder, tmp_path, capfd):
+    (file,) = (pipe_folder / "transformer").glob("*.safetensors")
+    assert "host memory" in planned(capfd, f"{pipe_folder} with {file}", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.trained.include=[nothing]"], "matches no parameter"),
+        (["--data=obsdiff.data.emoji.EmojiDataModule"], "has images of 3 channels"),
+    ],
+)
+def test_a_plan_refuses_what_a_fit_refuses(pipe_folder, tmp_path, capfd, more, message):
+    assert message in planned(capfd, pipe_folder, tmp_path / "out", *more)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import obsdiff
 from obsdiff.cli.train import main
+from obsdiff.errors import UserError
+from obsdiff.training.sharding import check_mesh, check_shardable
 from tests.training.common import ROOT, arguments, assert_zero, measurable, result
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -67,6 +72,31 @@ def fsdp(count, shards="false"):
     return (MESH, *sizes, f"{own}save_distributed_checkpoint={shards}")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "nodes", "weights", "message"),
+    [
+        ({}, 1, ["distill_output"], "data_parallel_size 4 --trainer.strategy.tensor_parallel_size 1"),
+        ({}, 4, ["distill_output"], None),
+        ({"data_parallel_size": 4, "tensor_parallel_size": 1}, 1, ["distill_output"], None),
+        ({"data_parallel_size": 2, "tensor_parallel_size": 2}, 1, ["distill_output"], "is 2, of 4 processes"),
+        ({"data_parallel_size": 4, "tensor_parallel_size": 1}, 1, ["distill_jacobian"], "use --trainer.strategy ddp"),
+    ],
+)
+def test_a_mesh_splits_over_all_processes(sizes, nodes, weights, message):
+    strategy = ModelParallelStrategy(**sizes)
+    strategy.num_nodes = nodes
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_mesh(strategy, 4, weights)
+    check_mesh(DDPStrategy(), 4, weights)
+
+
+def test_two_denoisers_are_not_split():
+    two = SimpleNamespace(components={"transformer": None, "transformer_2": None})
+    with pytest.raises(UserError, match="transformer and transformer_2 cannot be split together"):
+        check_shardable(ModelParallelStrategy(), two)
+    check_shardable(DDPStrategy(), two)
+
+
 @pytest.mark.slow
 def test_a_mesh_that_would_split_nothing_is_refused(pipe_folder, tmp_path):
     """Lightning's own sizes are those of tensor parallelism: every process would train alone."""
@@ -91,7 +121,7 @@ def test_zeros_survive_two_processes(pipe_folder, tmp_path, strategy):
 @pytest.mark.slow
 def test_a_teacher_that_runs_is_split_over_processes(pipe_folder, tmp_path):
     """FSDP2 trains with half of the teacher on each process what DDP trains with all of it on both."""
-    terms = ("--model.objective.distill_output=1", "--model.objective.distill_features=1", "--trainer.devices=2")
+    terms = ("--model.objective.distill_features=1", "--trainer.devices=2")
     look = "--trainer.callbacks+=tests.training.common.TeacherShare"
     for name, strategy in (("ddp", ("--trainer.strategy=ddp",)), ("fsdp", fsdp(2))):
         given = arguments(pipe_folder, tmp_path / name, *strategy, *terms, look, steps=3)

@@ -17,6 +17,7 @@ from obsdiff.evaluation.call_memory import call_shapes
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.memory import resident_memory_bytes
 from obsdiff.models.info import call_arguments
+from obsdiff.models.loading import split_source
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.models.weightless import open_weightless
 from obsdiff.numbers import bytes_text, parse_bytes
@@ -151,7 +152,7 @@ def open_unloaded(source: str, dtype: str | None) -> Subject:
     """A pipeline, or that of a prune run, without weights."""
     folder = run_folder(source)
     if folder is None:
-        return subject_of(open_weightless(source, dtype or "float32"))
+        return subject_of(open_weightless(split_source(source)[0], dtype or "float32", source))
     return subject_of(open_weightless(str(folder / PIPELINE), dtype or read_manifest(folder)["dtype"], source))
 
 
@@ -177,7 +178,7 @@ def _planned(
     shapes = shapes_of(subject, plan, calls, stored, max(imports, 0) + RUN_BYTES)
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics))
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
-    each = 2 if _asks_twice(subject, call) else 1
+    each = 2 if asks_twice(subject, call) else 1
     recorded = 0
     if settings.streamed:
         recorded = settings.num_prompts * each * (calls.arguments + steps * (calls.sample + calls.waiting))
@@ -202,7 +203,7 @@ def _planned(
     return Planned(chosen, memory, spent, settings.num_prompts, steps, shapes, tuple(notes)), work
 
 
-def _asks_twice(subject: Subject, call: Mapping[str, Any]) -> bool:
+def asks_twice(subject: Subject, call: Mapping[str, Any]) -> bool:
     """Whether the pipeline asks for the negative prompt in a call of its own."""
     accepted = inspect.signature(type(subject.pipe).__call__).parameters
     scale = "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"  # else it is told to the denoiser

@@ -114,7 +114,8 @@ class Run:
         room = room_of(asked, device)
         budget = find(trainer, Budget)
         limits = {} if budget is None else budget.limits
-        steps = limits.get("steps", trainer.max_steps if trainer.max_steps >= 0 else None)
+        counted = [limits.get("steps"), trainer.max_steps if trainer.max_steps >= 0 else None]
+        steps = min((limit for limit in counted if limit is not None), default=None)
         settings = Settings(
             module,
             data,
@@ -123,6 +124,7 @@ class Run:
             find(trainer, EMA) is not None,
             None if steps is None else int(steps),
             trainer.world_size,
+            trainer.accumulate_grad_batches,
         )
         planned = plan_recovery(settings)
         check_room(planned, room)

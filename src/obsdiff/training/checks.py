@@ -128,7 +128,7 @@ def check_trainer(trainer: Any, weights: Mapping[str, float]) -> None:
     Raises:
         UserError: Naming what stops it.
     """
-    check_mesh(trainer.strategy, trainer.world_size)
+    check_mesh(trainer.strategy, trainer.world_size, weights)
     if trainer.state.fn != "fit":
         return
     check_limits(trainer)

@@ -81,7 +81,8 @@ def loss_terms(
             if "distill_guided" in weights:
                 terms["distill_guided"] = guided_loss(answer, aim.detach(), told.guidance)
             if features:
-                terms["distill_features"] = feature_loss(mine, [tensor.detach() for tensor in wanted])
+                # of the answer too, by nothing: FSDP2 gathers its outermost weights where their output has a gradient
+                terms["distill_features"] = feature_loss(mine, [t.detach() for t in wanted]) + 0 * answer.float().mean()
             if second_order:
                 direction = unit_directions(answer, generator)
                 gain = jacobian_gain(answer, latents, direction, create_graph=True)

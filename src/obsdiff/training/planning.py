@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obsdiff.allocation.fitting import CONTEXT_BYTES, RUN_BYTES, Planned, Room, open_unloaded, plan_unloaded
+from obsdiff.allocation.fitting import (
+    CONTEXT_BYTES,
+    RUN_BYTES,
+    Planned,
+    Room,
+    asks_twice,
+    open_unloaded,
+    plan_unloaded,
+)
 from obsdiff.allocation.planning import first_plan
 from obsdiff.allocation.shapes import component_bytes
 from obsdiff.allocation.stage import measures
@@ -19,28 +27,42 @@ from obsdiff.costs import step_flops
 from obsdiff.errors import UserError
 from obsdiff.evaluation.call_memory import CallShapes, call_shapes
 from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.evaluation.references import UNGUIDED
 from obsdiff.export.memory_report import moment_table, most_lines
 from obsdiff.memory import resident_memory_bytes
-from obsdiff.models.info import call_arguments
+from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.latents import encode_images
 from obsdiff.models.subject import Subject
+from obsdiff.models.told import Told
 from obsdiff.models.weightless import peaks_of_models
 from obsdiff.numbers import bytes_text
 from obsdiff.peaks import Peaks
 from obsdiff.progress import duration
-from obsdiff.pruning.folder import run_folder
-from obsdiff.pruning.manifest import FILE, read_manifest
+from obsdiff.pruning.folder import MASKS
+from obsdiff.pruning.manifest import read_manifest
+from obsdiff.pruning.masks import load_masks, weight_masks
 from obsdiff.pruning.options import EvaluationOptions, PruneOptions, PruningOptions
 from obsdiff.pruning.record import INDEX
 from obsdiff.pruning.time_plan import Speed, products_per_s
+from obsdiff.training.fits import check_guided, check_images
 from obsdiff.training.memory_plan import Sizes, moments_of
 from obsdiff.training.objectives import LIVE_TERMS, TEACHER_TERMS
-from obsdiff.training.selection import choose_trained
-from obsdiff.training.stage import PRUNED, STATISTICS, settled
+from obsdiff.training.selection import check_selection, choose_trained
+from obsdiff.training.stage import PRUNED, STATISTICS, given_run, pruned_before, request_of, settled
 from obsdiff.training.step_memory import StepMemory, step_memory, told_to
 
 TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 STEP = "one step"
+LESS_RECORDING = "a smaller --data.record_batch_size"
+LESS_PRUNING = (
+    "--model.pruning.allocation uniform, --model.pruning.calibration.streamed true, a smaller "
+    "--model.pruning.calibration.batch_size"
+)
+LESS_TRAINING = (
+    "a smaller --data.batch_size with --trainer.accumulate_grad_batches, --model.trained.gradient_checkpointing true, "
+    "--model.trained.lora_rank with --model.trained.frozen_dtype bfloat16, --trainer.precision bf16-true, a smaller "
+    "--model.evaluation.batch_size"
+)
 DRAWN_SETS = 4  # dense and pruned, with guidance and without
 
 
@@ -56,6 +78,7 @@ class Settings:
         averaged: Whether an average of the weights is kept.
         steps: Of training; None where nobody said.
         processes: That train together.
+        accumulated: Batches of an optimizer step.
     """
 
     module: Any
@@ -65,6 +88,7 @@ class Settings:
     averaged: bool
     steps: int | None
     processes: int = 1
+    accumulated: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,6 +121,7 @@ def plan_recovery(settings: Settings) -> RecoveryPlan:
     module, data = settings.module, settings.data
     folder = _pruned_folder(module)
     dense = open_unloaded(_dense_source(module, folder), "float32")
+    _check(module, data, dense)
     pruning = None
     masked, cut = list[str](), False
     if folder is None and module.pruning is not None:
@@ -105,15 +130,21 @@ def plan_recovery(settings: Settings) -> RecoveryPlan:
         plan = first_plan(dense.graph, options)
         masked, cut = list(plan.weights), plan.structured
     student = open_unloaded(module.pipeline if folder is None else str(folder), "float32")
+    manifest = {} if folder is None else read_manifest(folder)
     if folder is not None:
-        masked = list(read_manifest(folder).get("plan") or {})
+        masked = list(weight_masks(load_masks(folder / MASKS), manifest["shrunk"] is not None))
     masks = _masks(student, masked)
     call = call_arguments(dense.pipe)
     calls = call_shapes(dense, call, (), "gram", module.evaluation.num_images > 0)
+    shape = getattr(data, "image_shape", None)
     parts, loaded = component_bytes(dense.pipe), component_bytes(student.pipe)
-    encoding, latents = _encoding(student, data)
+    encoding, latents = (0, None) if shape is None else _encoding(student, data.batch_size, shape)
+    guided = "distill_guided" in module.weights
+    share = -(-data.batch_size // len(student.components))
+    told = told_to(student, share, guided, latents, None if shape is None else (shape[1], shape[2]))
     teachers = list(dense.components.values()) if _runs_teacher(module, data) else []
-    step = _step(settings, student, teachers, masks, latents)
+    kept = (manifest.get("depth") or {}).get("kept")
+    step = _step(settings, student, teachers, masks, told, kept)
     trained = [p for p in student.denoiser.parameters() if p.requires_grad]
     prompts, drawn = len(getattr(data, "prompts", ())), module.evaluation
     recorded = _records(data) and not (data.folder / INDEX).exists()
@@ -131,7 +162,7 @@ def plan_recovery(settings: Settings) -> RecoveryPlan:
         moments=step.kept,
         gradients=step.gradients,
         encoding=encoding,
-        recording=_recording(calls, prompts, _steps_of(dense, data)) if _records(data) else 0,
+        recording=_recording(dense, data, calls, told, prompts) if _records(data) else 0,
         images=DRAWN_SETS * drawn.num_images * calls.image,
         drawing=min(drawn.batch_size, drawn.num_images) * max(calls.call, calls.decode, calls.text),
         recorded=min(data.record_batch_size, prompts) * max(calls.call, calls.text) if recorded else 0,
@@ -162,11 +193,11 @@ def check_room(plan: RecoveryPlan, room: Room) -> None:
     name, limit = ("host", room.host) if over_host else ("device", room.device)
     most = memory.host_bytes if over_host else memory.device_bytes + CONTEXT_BYTES
     moment = memory.host if over_host or memory.device is None else memory.device
+    before = () if plan.pruning is None else [part.name for part in plan.pruning.memory.moments]
+    less = LESS_RECORDING if moment.name == "recording" else LESS_PRUNING if moment.name in before else LESS_TRAINING
     raise UserError(
         f"this recovery takes {bytes_text(most)} of {name} memory, while {moment.name}; --{name}_memory is "
-        f"{bytes_text(limit or 0)}. Less takes: a smaller --data.batch_size with --trainer.accumulate_grad_batches, "
-        "--model.trained.gradient_checkpointing true, --model.trained.lora_rank with --model.trained.frozen_dtype "
-        "bfloat16, --trainer.precision bf16-true, a smaller --model.evaluation.batch_size"
+        f"{bytes_text(limit or 0)}. Less takes: {less}"
     )
 
 
@@ -196,12 +227,22 @@ def plan_text(plan: RecoveryPlan, settings: Settings) -> str:
 # ---- what there is
 
 
+def _check(module: Any, data: Any, dense: Subject) -> None:
+    """What a fit refuses as well."""
+    check_selection(dense.denoiser, module.trained)
+    if "distill_guided" in module.weights:
+        check_guided(dense, None)
+    if (shape := getattr(data, "image_shape", None)) is not None:
+        check_images(dense, shape, str(getattr(data, "source", None) or type(data).__name__))
+
+
 def _pruned_folder(module: Any) -> Path | None:
     """The prune run that it starts from, if that is there already."""
+    given = given_run(module.pipeline, module.pruning)
     if module.pruning is None:
-        return run_folder(module.pipeline)
-    own = module.output / PRUNED
-    return own if (own / FILE).exists() else None
+        return given
+    own: Path = module.output / PRUNED
+    return own if pruned_before(own, request_of(module.pipeline, module.pruning), module.overwrite) else None
 
 
 def _dense_source(module: Any, folder: Path | None) -> str:
@@ -240,23 +281,28 @@ def _runs_teacher(module: Any, data: Any) -> bool:
     return bool(asked & set(LIVE_TERMS) or (asked and not _records(data)))
 
 
-def _steps_of(subject: Subject, data: Any) -> int:
-    call = call_arguments(subject.pipe, num_inference_steps=getattr(data, "steps", None))
-    return int(call.get("num_inference_steps") or 1)
+def _recorded_call(subject: Subject, data: Any) -> dict[str, Any]:
+    steps, scale = (getattr(data, name, None) for name in ("steps", "guidance_scale"))
+    return call_arguments(subject.pipe, num_inference_steps=steps, guidance_scale=scale)
 
 
-def _recording(calls: CallShapes, prompts: int, steps: int) -> int:
+def _asked(subject: Subject, call: Mapping[str, Any], calls: CallShapes) -> int:
+    """Rows that the denoiser answers for each prompt and step."""
+    return 2 * calls.rows if asks_twice(subject, call) else calls.rows
+
+
+def _recording(subject: Subject, data: Any, calls: CallShapes, told: Told, prompts: int) -> int:
     """Latents, answers to both prompts, and what every prompt is told."""
-    return prompts * (steps * calls.sample // calls.rows * (1 + calls.rows) + calls.prompt)
+    call = _recorded_call(subject, data)
+    sample, answers = calls.sample // calls.rows, _asked(subject, call, calls)
+    embeds = sum(value.nbytes // len(told.latents) for value in told.embeds.values())
+    return prompts * (int(call.get("num_inference_steps") or 1) * sample * (1 + answers) + embeds)
 
 
-def _encoding(subject: Subject, data: Any) -> tuple[int, tuple[int, ...] | None]:
+def _encoding(subject: Subject, size: int, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """Of a batch of images: the autoencoder's activations, and the shape of one's latents."""
-    shape = getattr(data, "image_shape", None)
-    if shape is None:
-        return 0, None
     with peaks_of_models(subject.pipe) as peaks, torch.no_grad():
-        latents = encode_images(subject.pipe, torch.zeros(data.batch_size, *shape), torch.Generator())
+        latents = encode_images(subject.pipe, torch.zeros(size, *shape), torch.Generator())
         return max(peaks.values(), default=0), tuple(latents.shape[1:])
 
 
@@ -265,21 +311,22 @@ def _step(
     student: Subject,
     teachers: list[nn.Module],
     masks: Mapping[str, Tensor],
-    latents: tuple[int, ...] | None,
+    told: Told,
+    kept: Mapping[str, Any] | None,
 ) -> StepMemory:
-    module, models = settings.module, list(student.components.values())
-    share = -(-settings.data.batch_size // len(models))
-    guided = "distill_guided" in module.weights
-    told = told_to(student, share, guided, latents)
-    choose_trained(student.denoiser, masks, module.trained)
-    if settings.precision in TRUE:
-        nn.Module.to(student.denoiser, TRUE[settings.precision])
-    for teacher in teachers if module.teacher_dtype is not None else ():
-        nn.Module.to(teacher, getattr(torch, module.teacher_dtype))  # diffusers' own warns of what is not there
+    module = settings.module
     try:
-        return step_memory(models, teachers, module.weights, told, module.optimization)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        choose_trained(student.denoiser, masks, module.trained)
+        if settings.precision in TRUE:
+            nn.Module.to(student.denoiser, TRUE[settings.precision])
+        for teacher in teachers if module.teacher_dtype is not None else ():
+            nn.Module.to(teacher, getattr(torch, module.teacher_dtype))  # diffusers' own warns of what is not there
+        models = list(student.components.values())
+        return step_memory(models, teachers, module.weights, told, module.optimization, kept)
+    except UserError:
+        raise
+    except Exception as error:  # of any model, optimizer or kernel
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"a step of this {student.family.denoiser} does not run without weights ({reason})") from error
 
 
@@ -289,17 +336,20 @@ def _times(
     """Seconds by stage."""
     if torch.device(settings.device).type != "cpu" and not torch.cuda.is_available():
         return {}
-    module, data = settings.module, settings.data
-    call = call_arguments(subject.pipe)
+    module, data, call = settings.module, settings.data, call_arguments(subject.pipe)
     speed = Speed(products_per_s(settings.device), denoiser_flops(subject, call), calls.operations)
     batch = data.batch_size * (2 if "distill_guided" in module.weights else 1)
-    steps = _steps_of(subject, data)
-    drawn = 2 * module.evaluation.num_images * int(call.get("num_inference_steps") or 1) * calls.rows
+    recording = _recorded_call(subject, data)
+    recorded = prompts * int(recording.get("num_inference_steps") or 1) * _asked(subject, recording, calls)
+    unguided = info_of(subject.pipe).alignment is not None and UNGUIDED.keys() <= call.keys()
+    rows = _asked(subject, call, calls) + (1 if unguided else 0)
+    drawn = module.evaluation.num_images * int(call.get("num_inference_steps") or 1) * rows
     step_s = speed.calls_s(step_flops(batch, batch * taught, "distill_jacobian" in module.weights), batch)
+    step_s *= settings.accumulated
     return {
-        "recording": speed.calls_s(prompts * steps * calls.rows, max(getattr(data, "record_batch_size", 1), 1)),
+        "recording": speed.calls_s(recorded, max(getattr(data, "record_batch_size", 1), 1)),
         "pruning": 0.0 if pruning is None or pruning.time is None else pruning.time.total_s,
-        "drawing references": speed.calls_s(drawn, module.evaluation.batch_size * calls.rows),
+        "drawing": speed.calls_s(3 * drawn, module.evaluation.batch_size * calls.rows),  # dense, pruned, recovered
         "training": step_s * (settings.steps or 0),
         STEP: step_s,
     }
@@ -316,5 +366,6 @@ def _notes(settings: Settings, calls: CallShapes, pruning: Planned | None, cut: 
         yield f"activations are counted in float32, which {settings.precision} halves in part"
     if settings.steps is None:
         yield "the budget is not in steps, so training has no time"
+    yield "validations are not in the time, and products are timed in float32"
     if settings.processes > 1:
         yield "one process of several is planned; what FSDP2 splits among them is counted whole"

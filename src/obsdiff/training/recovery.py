@@ -54,7 +54,7 @@ from obsdiff.training.optimizers import optimizer_of, schedule_of
 from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.precision import keep_times
 from obsdiff.training.selection import check_selection, choose_trained
-from obsdiff.training.sharding import shard_blocks
+from obsdiff.training.sharding import check_shardable, shard_blocks
 from obsdiff.training.spending import costs_before, expected_costs
 from obsdiff.training.stage import REFERENCES, Start, dense_key, load_dense, start_from
 from obsdiff.training.validation import Validation
@@ -197,6 +197,7 @@ class Recovery(lightning.LightningModule):
     def _check(self, dense: Subject) -> None:
         """Refuse what training could not go on from, before anything is pruned or drawn."""
         check_selection(dense.denoiser, self.trained)
+        check_shardable(self.trainer.strategy, dense)
         if "distill_guided" in self.weights:
             check_guided(dense, recording_of(self.trainer))
         evaluation_prompts(dense.pipe, self.evaluation)

@@ -96,11 +96,9 @@ def start_from(
     Raises:
         UserError: It cannot be pruned so, or ``output`` holds something pruned otherwise.
     """
-    given = run_folder(pipeline)
+    given = given_run(pipeline, options)
     if options is None:
         return _as_given(given, pipeline, device, check)
-    if given is not None:
-        raise UserError(f"{pipeline} is pruned already; leave out --model.pruning, or name a dense pipeline")
     folder = output / PRUNED
     options = settled(options)
     wanted = request_of(pipeline, options)
@@ -128,6 +126,32 @@ def start_from(
     start = _opened(folder, pipeline, device)
     share(dense, start.pipe)
     return replace(start, teacher=subject_of(dense))
+
+
+def given_run(pipeline: str, options: PruningOptions | None) -> Path | None:
+    """The prune run that a pipeline's name leads to, or None.
+
+    Raises:
+        UserError: There is one, and it is to be pruned.
+    """
+    given = run_folder(pipeline)
+    if given is not None and options is not None:
+        raise UserError(f"{pipeline} is pruned already; leave out --model.pruning, or name a dense pipeline")
+    return given
+
+
+def pruned_before(folder: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether a folder holds what is wanted, as far as options tell.
+
+    Raises:
+        UserError: It holds something pruned otherwise, and may not be replaced.
+    """
+    if not (folder / FILE).exists():
+        return False
+    found = read_manifest(folder).get("request") or {}
+    if not overwrite:
+        _refuse_difference(folder, found, wanted)
+    return all(found.get(key) == value for key, value in wanted.items())
 
 
 def settled(options: PruningOptions) -> PruningOptions:

@@ -45,7 +45,13 @@ class StepMemory:
     gradients: int
 
 
-def told_to(subject: Subject, size: int, guided: bool, latents: Sequence[int] | None) -> Told:
+def told_to(
+    subject: Subject,
+    size: int,
+    guided: bool,
+    latents: Sequence[int] | None = None,
+    image: tuple[int, int] | None = None,
+) -> Told:
     """A batch on the meta device as training gives it to the denoiser, of nothing.
 
     Args:
@@ -53,9 +59,10 @@ def told_to(subject: Subject, size: int, guided: bool, latents: Sequence[int] | 
         size: Samples.
         guided: Whether each is asked about with both prompts.
         latents: The shape of one; None: what the pipeline draws.
+        image: Height and width in pixels of what it is made of; None: the pipeline's own.
     """
     pipe, family = subject.pipe, subject.family
-    found, common, own = conditions_of(pipe, encode_prompts(pipe, [family.example], call_arguments(pipe)))
+    found, common, own = conditions_of(pipe, encode_prompts(pipe, [family.example], call_arguments(pipe)), image)
     rows = {name: value.expand(size, *value.shape[1:]) for name, value in found.items() if not name.endswith(WHICH)}
     dropped = torch.zeros(size, dtype=torch.bool)
     embeds = both_prompts(rows) if guided else drop_prompts(rows, dropped)
@@ -74,6 +81,7 @@ def step_memory(
     weights: Mapping[str, float],
     told: Told,
     optimization: Optimization,
+    kept: Mapping[str, Sequence[int]] | None = None,
 ) -> StepMemory:
     """What a step makes, in the order in which Lightning does it.
 
@@ -83,9 +91,10 @@ def step_memory(
         weights: Of the loss's terms.
         told: What each of them is asked (:func:`told_to`).
         optimization: The optimizer.
+        kept: Numbers of the teacher's stages that the student still has, as for :func:`loss_terms`.
 
     Raises:
-        RuntimeError, NotImplementedError, TypeError, ValueError: Something does not run without weights.
+        Exception: Something does not run without weights, and fails in its own way.
     """
     trained = [p for student in students for p in student.parameters() if p.requires_grad]
     recorded = not teachers and bool(weights.keys() & set(TEACHER_TERMS))
@@ -95,7 +104,7 @@ def step_memory(
     optimizer = optimizer_of(_plain(optimization), trained)
     with torch.enable_grad(), default_dtype(), counting(unknown=1, fused="distill_jacobian" not in weights) as live:
         for _ in range(STEPS):
-            loss = torch.stack([_loss(student, teacher, weights, own) for student, teacher, own in pairs]).sum()
+            loss = torch.stack([_loss(student, teacher, weights, own, kept) for student, teacher, own in pairs]).sum()
             optimizer.zero_grad()
             loss.backward()
             del loss
@@ -116,9 +125,15 @@ def _plain(optimization: Optimization) -> Optimization:
     )
 
 
-def _loss(student: nn.Module, teacher: nn.Module | None, weights: Mapping[str, float], told: Told) -> Tensor:
+def _loss(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    weights: Mapping[str, float],
+    told: Told,
+    kept: Mapping[str, Sequence[int]] | None,
+) -> Tensor:
     target = torch.empty_like(told.latents) if "denoise" in weights else None
-    terms = loss_terms(student, teacher, weights, told, target, torch.Generator())
+    terms = loss_terms(student, teacher, weights, told, target, torch.Generator(), kept)
     return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
