@@ -44,7 +44,8 @@ def draw_patterns(lines: Sequence[Line], options: CompareOptions) -> str:
             )
         panel.set_yscale("log")
         panel.set_ylabel(f"MSE to dense\n{recipe}")
-        panel.set_xticks(range(len(options.patterns)), options.patterns)
+        labels = [pattern.replace(" ", "\n") for pattern in options.patterns]  # a budget below its pattern
+        panel.set_xticks(range(len(labels)), labels, fontsize=10 if len(labels) <= 6 else 7)
         panel.set_xlim(-0.5, len(options.patterns) - 0.5)
         panel.grid(axis="y", alpha=0.3)
         for border in range(1, len(options.patterns)):

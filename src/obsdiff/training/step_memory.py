@@ -111,8 +111,8 @@ def step_memory(
             torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             optimizer.step()
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
-        kept = live.now - gradients
-    return StepMemory(live.peak, kept, gradients)
+        moments = live.now - gradients
+    return StepMemory(live.peak, moments, gradients)
 
 
 def _plain(optimization: Optimization) -> Optimization:
