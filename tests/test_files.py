@@ -82,6 +82,29 @@ def test_files_behind_a_link_are_replaced_where_they_are(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
 
 
+def test_a_write_that_was_killed_makes_no_folder_somebody_elses(tmp_path):
+    """Found by killing streamed prunes at random moments: the next start was refused."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    index = folder / f".index.json.{files._HOST}-{dead_process()}-abc.part"
+    index.write_text("{")
+    check_folder(folder, "index.json", "parts", replace=True)
+    assert not index.exists()
+    write_json(folder / "index.json", {files.FILES: ["index.json", "000.safetensors"]})
+    part = folder / f".000.safetensors.{files._HOST}-{dead_process()}-abc.part"
+    part.write_text("half")
+    check_folder(folder, "index.json", "parts", replace=True)
+    assert not part.exists() and (folder / "index.json").exists()
+    for name in (
+        f".000.safetensors.{files._HOST}-{os.getpid()}-abc.part",
+        f".mine.{files._HOST}-{dead_process()}-abc.part",
+    ):
+        (folder / name).write_text("half")
+        with pytest.raises(UserError, match="1 file that it did not write"):
+            check_folder(folder, "index.json", "parts", replace=True)
+        (folder / name).unlink()
+
+
 @pytest.mark.parametrize("kind", ["part", "old"])
 def test_what_killed_processes_left_goes_with_the_next_write(tmp_path, kind):
     make(tmp_path / "out")

@@ -177,6 +177,8 @@ def _clear_errors(target: Path) -> Iterator[None]:
 def check_folder(target: Path, index: str, what: str, *, replace: bool, hint: str = "--overwrite true") -> None:
     """Refuse a place for a folder that holds anything but, if it may be replaced, an earlier one and nothing else.
 
+    What a killed process left of an unfinished write to one of its files is no reason, and is removed.
+
     Args:
         target: The place.
         index: Name of the index that a folder of this kind has.
@@ -185,13 +187,15 @@ def check_folder(target: Path, index: str, what: str, *, replace: bool, hint: st
         hint: The option that allows it.
 
     Raises:
-        UserError: It holds something; nothing was changed.
+        UserError: It holds something else.
     """
     with _clear_errors(target):
         if target.exists() and not target.is_dir():
             raise UserError(f"{target} exists and is not a folder; choose another place")
         if os.path.ismount(target):
             raise UserError(f"{target} is where a disk is mounted, which cannot be replaced; choose a folder inside it")
+        for name in (index, *(_listed(target, index) or ())):
+            remove_leftovers(target / name)
         if not _occupied(target):
             return
         listed, there = _listed(target, index), _files_in(target)
