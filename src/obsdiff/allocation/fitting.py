@@ -23,7 +23,7 @@ from obsdiff.models.weightless import open_weightless
 from obsdiff.numbers import bytes_text, parse_bytes
 from obsdiff.obs.observers import PASSES, observer_for
 from obsdiff.obs.pattern import of_layers, parse_request
-from obsdiff.peaks import Peaks
+from obsdiff.peaks import Moment, Peaks
 from obsdiff.pruning.folder import PIPELINE, run_folder
 from obsdiff.pruning.manifest import read_manifest
 from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solving, memory_plan
@@ -47,6 +47,15 @@ class Room:
         """Whether a plan fits."""
         most = plan.device_bytes + (0 if plan.on_host else CONTEXT_BYTES)
         return (self.device is None or most <= self.device) and (self.host is None or plan.host_bytes <= self.host)
+
+    def exceeded(self, plan: Peaks, what: str) -> tuple[str, Moment, int]:
+        """Of a plan that does not fit: what ``what`` takes and the limit, for people; when that is, and bytes of it."""
+        over_host = self.host is not None and plan.host_bytes > self.host
+        name, limit = ("host", self.host) if over_host else ("device", self.device)
+        most = plan.host_bytes if over_host else plan.device_bytes + CONTEXT_BYTES
+        moment = plan.host if over_host or plan.device is None else plan.device
+        taken = f"{what} {bytes_text(most)} of {name} memory, while {moment.name}"
+        return f"{taken}; --{name}_memory is {bytes_text(limit or 0)}", moment, most
 
 
 @dataclass(frozen=True)
@@ -250,15 +259,8 @@ def _halves(given: int) -> Iterator[int]:
 
 def _refusal(planned: Planned, work: _Work, room: Room, device: str) -> str:
     """One line: what the smallest plan needs and when, and what would fit."""
-    memory = planned.memory
-    over_host = room.host is not None and memory.host_bytes > room.host
-    name, limit = ("host", room.host) if over_host else ("device", room.device)
-    most = memory.host_bytes if over_host else memory.device_bytes + CONTEXT_BYTES
-    moment = memory.host if over_host or memory.device is None else memory.device
-    needed = f"this prune takes at least {bytes_text(most)} of {name} memory, while {moment.name}"
-    return (
-        f"{needed}; --{name}_memory is {bytes_text(limit or 0)}. What would fit: {_what_fits(work, room, device, most)}"
-    )
+    said, _, most = room.exceeded(planned.memory, "this prune takes at least")
+    return f"{said}. What would fit: {_what_fits(work, room, device, most)}"
 
 
 def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:

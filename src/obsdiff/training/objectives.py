@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,6 +26,17 @@ from obsdiff.models.told import Told
 TEACHER_TERMS = ("distill_output", "distill_guided", "distill_features", "distill_jacobian")
 LIVE_TERMS = ("distill_features", "distill_jacobian")  # need more of the teacher than its answer
 TERMS = ("denoise", *TEACHER_TERMS)
+
+
+def teacher_runs(weights: Collection[str], answered: bool) -> bool:
+    """Whether the dense denoiser has to run in every step.
+
+    Args:
+        weights: Terms of the loss.
+        answered: Whether its answers are recorded.
+    """
+    asked = set(weights) & set(TEACHER_TERMS)
+    return bool(asked & set(LIVE_TERMS) or (asked and not answered))
 
 
 def loss_terms(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.allocation.fitting import (
-    CONTEXT_BYTES,
     RUN_BYTES,
     Planned,
     Room,
@@ -22,7 +21,6 @@ from obsdiff.allocation.fitting import (
 )
 from obsdiff.allocation.planning import first_plan
 from obsdiff.allocation.shapes import component_bytes
-from obsdiff.allocation.stage import measures
 from obsdiff.costs import step_flops
 from obsdiff.errors import UserError
 from obsdiff.evaluation.call_memory import CallShapes, call_shapes
@@ -35,7 +33,6 @@ from obsdiff.models.latents import encode_images
 from obsdiff.models.subject import Subject
 from obsdiff.models.told import Told
 from obsdiff.models.weightless import peaks_of_models
-from obsdiff.numbers import bytes_text
 from obsdiff.peaks import Peaks
 from obsdiff.progress import duration
 from obsdiff.pruning.folder import MASKS
@@ -46,9 +43,9 @@ from obsdiff.pruning.record import INDEX
 from obsdiff.pruning.time_plan import Speed, products_per_s
 from obsdiff.training.fits import check_guided, check_images
 from obsdiff.training.memory_plan import Sizes, moments_of
-from obsdiff.training.objectives import LIVE_TERMS, TEACHER_TERMS
+from obsdiff.training.objectives import teacher_runs
 from obsdiff.training.selection import check_selection, choose_trained
-from obsdiff.training.stage import PRUNED, STATISTICS, given_run, pruned_before, request_of, settled
+from obsdiff.training.stage import PRUNED, given_run, pruned_before, request_of, settled, store_of
 from obsdiff.training.step_memory import StepMemory, step_memory, told_to
 
 TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
@@ -142,7 +139,7 @@ def plan_recovery(settings: Settings) -> RecoveryPlan:
     guided = "distill_guided" in module.weights
     share = -(-data.batch_size // len(student.components))
     told = told_to(student, share, guided, latents, None if shape is None else (shape[1], shape[2]))
-    teachers = list(dense.components.values()) if _runs_teacher(module, data) else []
+    teachers = list(dense.components.values()) if teacher_runs(module.weights, _records(data)) else []
     kept = (manifest.get("depth") or {}).get("kept")
     step = _step(settings, student, teachers, masks, told, kept)
     trained = [p for p in student.denoiser.parameters() if p.requires_grad]
@@ -188,17 +185,10 @@ def check_room(plan: RecoveryPlan, room: Room) -> None:
     """
     if room.holds(plan.memory):
         return
-    memory = plan.memory
-    over_host = room.host is not None and memory.host_bytes > room.host
-    name, limit = ("host", room.host) if over_host else ("device", room.device)
-    most = memory.host_bytes if over_host else memory.device_bytes + CONTEXT_BYTES
-    moment = memory.host if over_host or memory.device is None else memory.device
+    said, moment, _ = room.exceeded(plan.memory, "this recovery takes")
     before = () if plan.pruning is None else [part.name for part in plan.pruning.memory.moments]
     less = LESS_RECORDING if moment.name == "recording" else LESS_PRUNING if moment.name in before else LESS_TRAINING
-    raise UserError(
-        f"this recovery takes {bytes_text(most)} of {name} memory, while {moment.name}; --{name}_memory is "
-        f"{bytes_text(limit or 0)}. Less takes: {less}"
-    )
+    raise UserError(f"{said}. Less takes: {less}")
 
 
 def plan_text(plan: RecoveryPlan, settings: Settings) -> str:
@@ -254,11 +244,11 @@ def _dense_source(module: Any, folder: Path | None) -> str:
 def _prune_options(module: Any) -> PruneOptions:
     pruning = settled(module.pruning)
     given = {field.name: getattr(pruning, field.name) for field in fields(PruningOptions)}
-    stored = pruning.calibration.packages == 1 and measures(pruning, None)
+    store = store_of(pruning, module.output)
     return PruneOptions(
         pipeline=module.pipeline,
         output=str(module.output),
-        statistics=str(module.output / STATISTICS) if stored else None,
+        statistics=None if store is None else str(store),
         evaluation=EvaluationOptions(num_images=0),
         **given,
     )
@@ -273,12 +263,6 @@ def _masks(subject: Subject, layers: list[str]) -> dict[str, Tensor]:
 
 def _records(data: Any) -> bool:
     return hasattr(data, "trajectories")
-
-
-def _runs_teacher(module: Any, data: Any) -> bool:
-    """As :meth:`Recovery.needs_teacher`, of a recording that fits."""
-    asked = module.weights.keys() & set(TEACHER_TERMS)
-    return bool(asked & set(LIVE_TERMS) or (asked and not _records(data)))
 
 
 def _recorded_call(subject: Subject, data: Any) -> dict[str, Any]:

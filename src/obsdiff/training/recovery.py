@@ -49,7 +49,7 @@ from obsdiff.training.checks import (
 from obsdiff.training.fits import check_data, check_guided, has_answers, recording_of
 from obsdiff.training.identity import check_adapters, check_settings, differences, settings_of
 from obsdiff.training.inputs import Inputs
-from obsdiff.training.objectives import LIVE_TERMS, TEACHER_TERMS, loss_terms
+from obsdiff.training.objectives import TEACHER_TERMS, loss_terms, teacher_runs
 from obsdiff.training.optimizers import optimizer_of, schedule_of
 from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.precision import keep_times
@@ -191,8 +191,7 @@ class Recovery(lightning.LightningModule):
 
     def needs_teacher(self, dense: Subject) -> bool:
         """Whether the dense denoiser has to run in every step: its recorded answers may be all that the losses need."""
-        asked = self.weights.keys() & set(TEACHER_TERMS)
-        return bool(asked & set(LIVE_TERMS) or (asked and not has_answers(dense, recording_of(self.trainer))))
+        return teacher_runs(self.weights, has_answers(dense, recording_of(self.trainer)))
 
     def _check(self, dense: Subject) -> None:
         """Refuse what training could not go on from, before anything is pruned or drawn."""

@@ -160,6 +160,11 @@ def settled(options: PruningOptions) -> PruningOptions:
     return replace(options, calibration=replace(options.calibration, packages=packages))
 
 
+def store_of(options: PruningOptions, output: Path) -> Path | None:
+    """Where a recovery keeps its calibration; None where nothing is measured once for all."""
+    return output / STATISTICS if options.calibration.packages == 1 and measures(options, None) else None
+
+
 def request_of(pipeline: str, options: PruningOptions) -> dict[str, Any]:
     """What a run's pruning is remembered by, JSON-able, besides the content of what it was done to."""
     return {"pipeline": pipeline, **asdict(settled(options))}
@@ -219,7 +224,7 @@ def _prune(
 ) -> None:
     """Calibrate and prune on all processes, and keep the result."""
     subject, plan = prepare(pipe, options)
-    store = output / STATISTICS if options.calibration.packages == 1 and measures(options, None) else None
+    store = store_of(options, output)
     scan = output / SENSITIVITY if rule_of(options) == "measured" else None
     if rank() == 0:
         announce(subject, plan, options, len(prompts), store)
