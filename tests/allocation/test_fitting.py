@@ -90,6 +90,10 @@ def test_what_cannot_fit_is_refused_with_what_would(options):
     with pytest.raises(UserError, match=r"at least .* of host memory, while .*; --host_memory is 1\.0 KB\. What would "
                        r"fit: .* or more of it, or a smaller pipeline"):  # fmt: skip
         plan_from_configs(replace(options, host_memory="1KB"), "cpu")
+
+
+@pytest.mark.slow
+def test_a_scan_that_does_not_fit_is_refused_with_another_allocation(options):
     scanned = replace(options, allocation="measured", evaluation=EvaluationOptions(num_images=0))
     needed = plan_from_configs(replace(options, evaluation=EvaluationOptions(num_images=0)), "cpu").memory.host_bytes
     with pytest.raises(UserError, match="What would fit: --allocation uniform"):

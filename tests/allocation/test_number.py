@@ -80,7 +80,7 @@ def by_hand(stages, options, budget):
     return error / power
 
 
-@pytest.mark.parametrize("budget", [0.8, 0.5])
+@pytest.mark.parametrize("budget", [pytest.param(0.8, marks=pytest.mark.slow), 0.5])
 def test_every_number_is_what_it_is_by_hand(budget):
     options = asking("depth+structured+rank", f"parameters:{budget}")
     pipe = make_pipe(blocks=4)
@@ -102,7 +102,7 @@ def test_every_number_is_what_it_is_by_hand(budget):
     assert any(note.startswith("stages removed of 4") for note in report.notes)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "flops"])
+@pytest.mark.parametrize("kind", [pytest.param("bytes", marks=pytest.mark.slow), "flops"])
 def test_other_budgets_are_of_the_whole_denoiser(kind):
     """A fixed number of stages, and what the rest has to lose for the whole to meet the budget."""
     pipe = make_pipe(blocks=4)

@@ -81,7 +81,17 @@ def test_report_has_the_schema(pipe_folder, tmp_path):
     assert (tmp_path / "out" / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.solve is not None])
+USUAL = {"obs", "sparsegpt", "magnitude", "diff-pruning"}  # with a refit, without, by weights alone, by gradients
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in USUAL else pytest.mark.slow)
+        for name, method in METHODS.items()
+        if method.solve is not None
+    ],
+)
 def test_every_method_through_the_command(pipe_folder, tmp_path, method):
     report = prune(pipe_folder, tmp_path / "out", "--method", method, "--pattern", "2:4")
     assert report["method"] == method and abs(report["sparsity"]["achieved"] - 0.5) < 1e-3

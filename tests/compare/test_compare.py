@@ -77,6 +77,19 @@ def rows(output):
     return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
 
 
+def test_a_row_for_each_cell_and_a_report_of_them(run, tmp_path):
+    output = tmp_path / "out"
+    code, out, err = run("--methods", "[obs, magnitude]", "--recipes", "{}")
+    assert code == 0 and "2 of 2" in out, err
+    found = {row["method"]: row for row in rows(output)}
+    assert found.keys() == {"obs", "magnitude"} and not [row["error"] for row in found.values() if row["error"]]
+    assert 0 < found["obs"]["layer_error"] < found["magnitude"]["layer_error"]
+    assert result_of(found["obs"]["evaluation"])["mse"] > 0
+    assert (output / "report.html").read_text().count("data:image/png;base64,") == 2 + 2 * (1 + 2)
+    assert "| obs | uniform |" in (output / "report.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_comparison_from_one_config(run, tmp_path):
     output = tmp_path / "out"
     code, out, err = run("--jobs", "2")

@@ -172,6 +172,7 @@ def test_a_dry_run_plans_and_leaves_nothing(pipe_folder, tmp_path, capfd, images
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_plan_goes_by_what_was_pruned_before(pipe_folder, tmp_path, capfd):
     fit(pipe_folder, tmp_path / "out", pattern="structured:0.5", steps=1)
     capfd.readouterr()
@@ -194,6 +195,7 @@ def planned(capfd, *args, **options):
     return capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_prune_in_the_output_is_refused_or_replaced(pipe_folder, tmp_path, capfd):
     out = tmp_path / "out"
     fit(pipe_folder, out, steps=1)
@@ -203,6 +205,7 @@ def test_another_prune_in_the_output_is_refused_or_replaced(pipe_folder, tmp_pat
     assert "is pruned already" in planned(capfd, out / "pruned", tmp_path / "more")
 
 
+@pytest.mark.slow
 def test_stages_that_went_are_no_stages_to_learn_from(pipe_folder, tmp_path, capfd):
     features = ("--model.objective.distill_features=1", "--model.pruning.scan.triples=4")
     fit(pipe_folder, tmp_path / "out", *features, pattern="depth:1", steps=1)
@@ -210,6 +213,7 @@ def test_stages_that_went_are_no_stages_to_learn_from(pipe_folder, tmp_path, cap
     assert "recovery by distill_features" in said and "host memory" in said
 
 
+@pytest.mark.slow
 def test_masks_of_what_is_left_of_layers_are_counted(pipe_folder, tmp_path, capfd):
     lora, pattern = "--model.trained.lora_rank=2", "structured:0.5+2:4"
     before = planned(capfd, pipe_folder, tmp_path / "out", lora, pattern=pattern)

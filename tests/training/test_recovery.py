@@ -19,7 +19,9 @@ ALL_LOSSES = (
 )
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "pattern", [pytest.param(pattern, marks=pytest.mark.slow) if pattern == "2:4" else pattern for pattern in PATTERNS]
+)
 def test_a_run_leaves_a_pipeline_that_loads_and_a_whole_report(pipe_folder, tmp_path, pattern, images):
     measured = pattern != "2:4"
     rule = f"--model.pruning.allocation={'measured' if measured else 'uniform'}"

@@ -89,7 +89,8 @@ def test_a_fused_run_resumes_and_lightnings_optimizer_is_refused(pipe_folder, tm
     assert "--model.optimization.optimizer" in line and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("precision", [pytest.param("32-true", marks=pytest.mark.slow), "bf16-mixed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_lora_in_float32_on_weights_in_bfloat16(pipe_folder, tmp_path, monkeypatch, precision):
     from obsdiff.training import recovery
 
