@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -73,35 +76,91 @@ def broadcast_numbers(values: Sequence[float], device: torch.device | str) -> li
 
 
 def from_all(value: T) -> list[T]:
-    """The values of all processes, in their order, on every process."""
+    """The values of all processes, in their order, on every process; tensors in them come plain and on the CPU."""
     if world_size() == 1:
         return [value]
-    gathered: list[T | None] = [None] * world_size()
-    distributed.all_gather_object(gathered, value)
-    return gathered  # type: ignore[return-value]  # all are filled now
+    return [receive() for receive in _from_each(value)]
 
 
-def solved_in_turn(items: Sequence[T], solve: Callable[[T], R]) -> Iterator[tuple[T, R]]:
-    """``solve`` every item, each on one process, and give every process all results in the order of the items.
+def solved_in_turn(
+    items: Sequence[T], solve: Callable[[T], R], cost: Callable[[T], float] | None = None
+) -> Iterator[tuple[T, R]]:
+    """``solve`` every item, each on one process, and give every process all results.
+
+    Args:
+        items: What to solve.
+        solve: Is called with one of them.
+        cost: Of an item, so that several processes solve those of like cost at the same time, the dearest first; None:
+            in their order.
 
     Raises:
         UserError: Some process raised it; then all do.
     """
+    if cost is not None and world_size() > 1:
+        items = sorted(items, key=cost, reverse=True)
     for start in range(0, len(items), world_size()):
         part = items[start : start + world_size()]
+        if world_size() == 1:
+            yield part[0], solve(part[0])
+            continue
         found: R | None = None
         failure: UserError | None = None
         if rank() < len(part):
             try:
                 found = solve(part[rank()])
             except UserError as error:
-                if world_size() == 1:
-                    raise
                 failure = error
-        for item, (result, failed) in zip(part, from_all((found, failure)), strict=False):
+        for item, receive in zip(part, _from_each((found, failure)), strict=False):
+            result, failed = receive()  # one by one: nobody holds those of all
             if failed is not None:
                 raise failed
             yield item, result  # type: ignore[misc]  # no error, so there is a result
+
+
+class _Outline(pickle.Pickler):
+    """Pickles a value without its tensors, which travel as they are."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value.detach())
+        return len(self.tensors) - 1
+
+
+class _Filled(pickle.Unpickler):
+    """Puts the tensors into their places."""
+
+    def __init__(self, outline: bytes, tensors: Sequence[Tensor]) -> None:
+        super().__init__(io.BytesIO(outline))
+        self.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
+
+
+def _from_each(value: T) -> list[Callable[[], T]]:
+    """By process a function that receives its value; all processes call all, or the first few, in this order."""
+    file = io.BytesIO()
+    outline = _Outline(file)
+    outline.dump(value)
+    said: list[Any] = [None] * world_size()
+    distributed.all_gather_object(said, (file.getvalue(), [(t.shape, t.dtype) for t in outline.tensors]))
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+
+    def receive(source: int) -> T:
+        told, kinds = said[source]
+        tensors = []
+        for at, (shape, dtype) in enumerate(kinds):
+            own = outline.tensors[at] if rank() == source else torch.empty(shape, dtype=dtype)
+            sent = own.to(device).contiguous()
+            if sent.numel():
+                distributed.broadcast(sent.reshape(-1).view(torch.uint8), source)
+            tensors.append(sent.cpu())
+        filled: T = _Filled(told, tensors).load()
+        return filled
+
+    return [partial(receive, source) for source in range(world_size())]
 
 
 def wait_for_all() -> None:

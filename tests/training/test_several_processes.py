@@ -60,6 +60,7 @@ def test_one_and_two_processes_prune_and_measure_alike(pipe_folder, tmp_path):
         assert together.keys() == alone.keys() >= {"mse", "alignment", "frechet", "kid", "recall"}
         for name, value in alone.items():
             assert together[name] == pytest.approx(value, rel=1e-9), name
+        assert (tmp_path / f"exchanged-{rank}").exists()  # what it checks of the exchange itself held
 
 
 MESH = "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"

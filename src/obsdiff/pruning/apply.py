@@ -12,7 +12,7 @@ from torch import Tensor
 from obsdiff.models.graph import Graph, Group, Site
 from obsdiff.obs.observers import Observer
 from obsdiff.progress import track
-from obsdiff.pruning.layers import SolveOptions, emptied, portable
+from obsdiff.pruning.layers import SolveOptions, emptied
 from obsdiff.pruning.plan import WEIGHT, Plan, cut_bundles, loses, masked_sites
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.solve import kept_columns, solve_groups, solve_site, unfolded
@@ -47,15 +47,26 @@ class Job:
     quiet: bool
     solved: Solved | None = None
 
-    def results(self, items: Sequence[T], solve: Callable[[T], Results]) -> Iterator[Results]:
-        """Of every item in turn: solved by an earlier run that was cut off, else now, and kept."""
-        kept = self.solved
-        fresh = solved_in_turn([item for item in items if kept is None or item not in kept], solve)
-        for item in track(items, len(items), "solving", self.quiet):
-            if kept is not None and item in kept:
-                yield kept.load(item)
-                continue
-            _, found = next(fresh)
+    def results(
+        self, items: Sequence[T], solve: Callable[[T], Results], cost: Callable[[T], float] | None = None
+    ) -> Iterator[Results]:
+        """Of every item: solved by an earlier run that was cut off, else now, and kept.
+
+        Args:
+            items: Sites or bundles of groups.
+            solve: Does one.
+            cost: See :func:`~obsdiff.ranks.solved_in_turn`.
+        """
+        return track(self._results(items, solve, cost), len(items), "solving", self.quiet)
+
+    def _results(
+        self, items: Sequence[T], solve: Callable[[T], Results], cost: Callable[[T], float] | None
+    ) -> Iterator[Results]:
+        kept, missing = self.solved, items
+        if kept is not None:
+            yield from (kept.load(item) for item in items if item in kept)
+            missing = [item for item in items if item not in kept]
+        for item, found in solved_in_turn(missing, solve, cost):
             if kept is not None:
                 kept.save(item, found)
             yield found
@@ -121,9 +132,15 @@ def _mask_sites(job: Job, package: Collection[str], read: Read | None, slopes: M
         layers = [layer for layer in site.layers if layer in weights]
         found = None if read is None else read(site.name, graph.weight(layers[0]).device)
         patterns = [weights[layer] for layer in layers]
-        return {}, portable(solve_site(graph, layers, patterns, found, job.options, slopes))
+        return {}, solve_site(graph, layers, patterns, found, job.options, slopes)
 
-    for _, results in job.results(masked_sites(graph, job.plan, package), solve):
+    def cost(site: Site) -> float:
+        """About what its solve takes: R rows by n² columns; sites do not touch each other's layers, so any order will
+        do."""
+        found = [graph.weight(layer) for layer in site.layers if layer in weights]
+        return float(sum(weight.numel() * weight[0].numel() for weight in found))
+
+    for _, results in job.results(masked_sites(graph, job.plan, package), solve, cost):
         for layer, solved in results.items():
             assert solved.mask is not None
             dead, name = layer in job.plan.dead, layer + ending
@@ -134,7 +151,7 @@ def _mask_sites(job: Job, package: Collection[str], read: Read | None, slopes: M
                 graph.layer(layer), result.weight, torch.zeros_like(bias) if isinstance(bias, Tensor) else None
             )
             job.edits.shift_bias(graph.layer(layer), result.bias_shift)
-            report.masks[name] = result.mask.cpu()
+            report.masks[name] = result.mask
             report.sparsity_per_layer[name] = 1 - float(result.mask.sum()) / result.mask.numel()
             if result.error is not None:
                 report.layer_error[name] = result.error
@@ -157,7 +174,7 @@ def _shrink_modules(
     graph, modules, report = job.graph, job.plan.modules, job.report
     left = dict(slopes or {})  # gradients of the weights as they are now
     whole = [name for name, pattern in modules.items() if not loses(graph.group_of[name], pattern)]
-    report.masks |= {name: torch.ones(graph.group_of[name].count, dtype=torch.bool) for name in whole}
+    report.masks.update({name: torch.ones(graph.group_of[name].count, dtype=torch.bool) for name in whole})
     report.sparsity_per_layer |= dict.fromkeys(whole, 0.0)
 
     def solve(bundle: list[Group]) -> Results:
@@ -169,7 +186,7 @@ def _shrink_modules(
             known = {site: read(site, device) for site, device in sites.items()}  # each once: it is let go
             found = {layer: known[graph.site_of[layer].name] for layer in consumers}
         kept, results = solve_groups(graph, patterns, found, job.options, left or None, gates)
-        return {name: units.cpu() for name, units in kept.items()}, portable(results)
+        return {name: units.cpu() for name, units in kept.items()}, results
 
     cut_units: dict[str, Tensor] = {}
     for kept, results in job.results(cut_bundles(graph, job.plan, package), solve):
@@ -182,7 +199,7 @@ def _shrink_modules(
                     left[layer] = left[layer] @ basis.to(left[layer]).T  # dL/dW' where the layer is W' E x
         cut(job.edits, graph, kept, {name: (result.weight, result.bias_shift) for name, result in results.items()})
         cut_units |= {name: units for name, units in kept.items() if graph.group_of[name].basis is None}
-        report.masks |= kept
+        report.masks.update(kept)
         report.sparsity_per_layer |= {name: 1 - float(units.sum()) / len(units) for name, units in kept.items()}
         report.layer_error |= {name: result.error for name, result in results.items() if result.error is not None}
     return cut_units

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from obsdiff.obs.hessian import Gram
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.moments import Moments, Powers, UnusableStatistics
 from obsdiff.obs.observers import Observer
-from obsdiff.ranks import world_size
 
 
 @dataclass(frozen=True)
@@ -80,22 +79,6 @@ def emptied(result: LayerResult) -> LayerResult:
     """The same layer without any weight, where nothing depends on it."""
     assert result.mask is not None
     return LayerResult(torch.zeros_like(result.weight), torch.zeros_like(result.mask), None)
-
-
-def portable(results: dict[str, LayerResult]) -> dict[str, LayerResult]:
-    """The results on the CPU where another process is to have them; otherwise where they are."""
-    if world_size() == 1:
-        return results
-
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.cpu()
-
-    return {
-        name: replace(
-            r, weight=r.weight.cpu(), mask=moved(r.mask), bias_shift=moved(r.bias_shift), basis=moved(r.basis)
-        )
-        for name, r in results.items()
-    }
 
 
 def layer_seed(seed: int, name: str) -> int:
