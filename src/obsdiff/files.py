@@ -46,7 +46,7 @@ def whole_file(target: Path) -> Iterator[Path]:
         UserError: The place cannot be written, or the disk is full.
     """
     target = Path(os.path.realpath(target))
-    with _clear_errors(target):
+    with clear_failures(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=".part", dir=target.parent)
@@ -74,7 +74,7 @@ def whole_folder(target: Path, index: str, *, replace: bool = False) -> Iterator
         UserError: The place cannot be written, the disk is full, or the target holds anything that is not ours.
     """
     target = Path(os.path.realpath(target))
-    with _clear_errors(target):
+    with clear_failures(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target, index)
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".part", dir=target.parent))
@@ -98,7 +98,7 @@ def working_folder(target: Path) -> Iterator[Path]:
         UserError: The place cannot be written.
     """
     target = Path(os.path.realpath(target))
-    with _clear_errors(target):
+    with clear_failures(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".part", dir=target.parent))
@@ -157,7 +157,7 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _clear_errors(target: Path) -> Iterator[None]:
+def clear_failures(target: Path) -> Iterator[None]:
     """Turn what operating system and safetensors say of a failed write into one line."""
     try:
         yield
@@ -189,7 +189,7 @@ def check_folder(target: Path, index: str, what: str, *, replace: bool, hint: st
     Raises:
         UserError: It holds something else.
     """
-    with _clear_errors(target):
+    with clear_failures(target):
         if target.exists() and not target.is_dir():
             raise UserError(f"{target} exists and is not a folder; choose another place")
         if os.path.ismount(target):
@@ -217,7 +217,7 @@ def check_writable(*places: Path) -> None:
         UserError: One cannot be written.
     """
     for place in places:
-        with _clear_errors(place):
+        with clear_failures(place):
             folder = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
             if not folder.is_dir():
                 raise UserError(f"cannot write {place}: {folder} is not a folder; choose another place")
@@ -250,7 +250,7 @@ def check_space(place: Path, needed_bytes: int) -> None:
     Raises:
         UserError: Naming both sizes.
     """
-    with _clear_errors(place):
+    with clear_failures(place):
         folder = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
         free = shutil.disk_usage(folder).free
     if free < needed_bytes:

@@ -101,7 +101,7 @@ def test_statistics_and_changes_are_counted_to_the_byte():
         assert statistics_bytes(SiteShape("conv", 48, (8,), groups=2), whole) == held
     site = SiteShape("layer", 10, (4, 6))
     assert site.weights == 100
-    assert changed_bytes(site, 2) == (200, 100)
+    assert changed_bytes(site, 2) == (200, 13)
     cut = SiteShape("layer", 10, (4,), masked=False, cut=True, kept=0.5, producers=30)
     assert changed_bytes(cut, 4) == ((20 + 30) * 4, 0)
 
@@ -128,7 +128,7 @@ def test_the_moments_of_a_run():
     assert calibrating.host == {"process": 10**6, "images": 192, "prompts": 400, "masks": 0}
     assert moment(planned, "drawing").device["activations"] == 8 * 2_000
     last = moment(planned, "solving c")
-    assert last.device["changed weights"] == 2 * 50 * 100 * 4 and last.host["masks"] == 2 * 50 * 100
+    assert last.device["changed weights"] == 2 * 50 * 100 * 4 and last.host["masks"] == 2 * 50 * 100 / 8
     assert last.device["Hessians"] == own  # the others were let go
     every = [sum(m.device.values()) + sum(m.host.values()) for m in planned.moments]
     assert planned.host_bytes == max(every) and planned.device_bytes == 0

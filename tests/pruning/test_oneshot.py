@@ -188,9 +188,10 @@ def test_bad_requests_change_nothing(pipe, prompts, options, word):
     assert unchanged(pipe, before)
 
 
+@pytest.mark.parametrize("solved", [None, "solved"])  # dense weights in memory, or on the disk
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])
-def test_a_failure_half_way_takes_everything_back(pipe, prompts, images, monkeypatch, pattern):
-    """Interrupted at the second last solve: weights, shapes, head counts, class and config are as before."""
+def test_a_failure_half_way_takes_everything_back(pipe, prompts, images, monkeypatch, tmp_path, pattern, solved):
+    """Interrupted at the third solve: weights, shapes, head counts, class and config are as before."""
     from obsdiff.pruning import apply
 
     before, drawn, kind = state(pipe), images(pipe), type(pipe.transformer)
@@ -207,7 +208,7 @@ def test_a_failure_half_way_takes_everything_back(pipe, prompts, images, monkeyp
 
     monkeypatch.setattr(apply, name, fail_late)
     with pytest.raises(KeyboardInterrupt):
-        obsdiff.prune(pipe, pattern, statistics=statistics)
+        obsdiff.prune(pipe, pattern, statistics=statistics, solved=solved and tmp_path / solved)
     assert unchanged(pipe, before) and type(pipe.transformer) is kind and dict(pipe.transformer.config) == config
     assert torch.equal(images(pipe), drawn)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -56,7 +57,9 @@ def bench_prune(
         statistics = stream(subject, conditioning, **settings, needs=needs)
     elif store is not None and packages == 1:
         statistics = measure(set())
-    report = prune(subject, pattern, method=method, statistics=statistics, packages=packages)
+    with TemporaryDirectory() as folder:  # a run keeps a stream's solves, too
+        solved = None if packages is not None else Path(folder) / "solved"
+        report = prune(subject, pattern, method=method, statistics=statistics, packages=packages, solved=solved)
     total_s = time.perf_counter() - started
     return {
         "forward_only_s": round(forward_s, 3),

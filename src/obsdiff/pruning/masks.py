@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,20 +16,38 @@ from torch import Tensor, nn
 from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.pruning.plan import WEIGHT
 
-BITS = 2 ** torch.arange(8, dtype=torch.uint8)
-
 
 def pack(mask: Tensor) -> Tensor:
     """Bool of any shape -> uint8 (⌈n / 8⌉,), the lowest bit first."""
-    flat = mask.reshape(-1).to(torch.uint8)
-    padded = nn.functional.pad(flat, (0, -len(flat) % 8))
-    return (padded.view(-1, 8) * BITS).sum(1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...] | list[int]) -> Tensor:
     """The inverse of :func:`pack`."""
-    bits = (packed[:, None] & BITS).ne(0).reshape(-1)
-    return bits[: torch.Size(shape).numel()].view(*shape)
+    bits = np.unpackbits(packed.numpy(), count=torch.Size(shape).numel(), bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).view(*shape)
+
+
+class Masks(MutableMapping[str, Tensor]):
+    """Bool masks by name, of any shape, on the CPU; each held in one bit an entry, and unpacked when it is read."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, tuple[Tensor, torch.Size]] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack(*self._packed[name])
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        self._packed[name] = pack(mask), mask.shape
+
+    def __delitem__(self, name: str) -> None:
+        del self._packed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
 
 
 def save_masks(masks: Mapping[str, Tensor], path: Path) -> None:

@@ -241,9 +241,9 @@ def cut_bytes(sites: Sequence[SiteShape], solving: Solving) -> int:
 
 def changed_bytes(site: SiteShape, element: int) -> tuple[int, int]:
     """What a solved site leaves until the prune ends, on the device and on the host: its new weights, beside the dense
-    ones that are put back if anything fails, and masks of one byte an entry."""
+    ones that are put back if anything fails, and masks of one bit an entry."""
     stays = int(site.kept * site.weights)
-    return (stays + site.producers) * element, stays * BOOL if site.masked else 0
+    return (stays + site.producers) * element, -(-stays // 8) if site.masked else 0
 
 
 def scan_bytes(scan: Scan, shapes: Shapes, solving: Solving) -> int:
@@ -292,7 +292,7 @@ def memory_plan(
         on_host=on_host,
         batches=batches,
         store_bytes=store,
-        output_bytes=sum(shapes.weights.values()) + masks // 8,
+        output_bytes=sum(shapes.weights.values()) + masks,
     )
 
 
@@ -311,6 +311,7 @@ def _moments(
     host |= {"recorded calls": batches.recorded} if batches.recorded else {}
     by_name = {site.name: site for site in shapes.sites}
     changed = masks = 0
+    spilled = solving.stored or bool(batches.recorded)  # where solves are kept on a disk, dense weights lie there, too
     for number, names in enumerate(batches.packages, 1):
         sites = [by_name[name] for name in names]
         held = sum(statistics_bytes(site, solving.gram) for site in sites) if solving.measured else 0
@@ -340,7 +341,7 @@ def _moments(
             held -= own if solving.once and not solving.stored else 0
             for site in together:
                 new, mask = changed_bytes(site, shapes.element)
-                changed, masks = changed + new, masks + mask
+                changed, masks = changed + (0 if spilled else new), masks + mask
     if images:
         after = process | {"masks": masks, "images": (1 + COPIES) * drawn}
         yield Moment("drawing pruned images", weights | {"activations": drawing}, after)

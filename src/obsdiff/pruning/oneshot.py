@@ -30,6 +30,7 @@ from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.shorten import prune_shorter
 from obsdiff.pruning.solved import Solved, check_solved
+from obsdiff.pruning.spill import Spill
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 from obsdiff.pruning.stream import Stream
 from obsdiff.pruning.surgery import become_shrunk, shrunk_config, undone_on_error, zero_share
@@ -146,7 +147,7 @@ def prune(
         report.model, report.fingerprint = statistics.fingerprint["model"], statistics.fingerprint
         if kept is None or not all(map(kept.holds, passes)):
             statistics.record()  # before anything is pruned
-    with undone_on_error() as edits:
+    with undone_on_error(None if solved is None else Spill(solved)) as edits:
         job = Job(edits, graph, plan, options, report, quiet, kept)
         for package in passes:
             there = kept is not None and streamed and kept.holds(package)

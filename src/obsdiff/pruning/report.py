@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from obsdiff.obs.pattern import Request
+from obsdiff.pruning.masks import Masks
 from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.surgery import measured_sparsity
 
@@ -21,6 +22,7 @@ class PruneReport:
         pattern, method, refit, seed: What was asked for.
         plan: Pattern by layer, or by attention and feed-forward module.
         masks: Bool by layer (True = kept) for unstructured and N:M; by module over heads or neurons for structured.
+            Each is unpacked anew when it is read, so changing what was read changes nothing here.
         sparsity: Share of the pruned layers' weights that is zero, or of the denoiser's parameters that is gone:
             measured on the weights as they are.
         sparsity_per_layer: Share of zeros by layer, or share of heads or neurons removed by module.
@@ -51,7 +53,7 @@ class PruneReport:
     refit: bool
     seed: int
     plan: Plan
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: Masks = field(default_factory=Masks)
     sparsity: float = 0.0
     sparsity_per_layer: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)

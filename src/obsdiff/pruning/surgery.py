@@ -13,19 +13,28 @@ from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph, Group, own_name, shapes_with
 from obsdiff.models.obsdiff_shrunk import projecting_class, selecting_class, shrunk_class, sizes_of
 from obsdiff.obs.pattern import Pattern, Structured
+from obsdiff.pruning.spill import Spill, Spilled
 
 _ABSENT = object()
 
 
 class Edits:
-    """Attribute assignments with their old values."""
+    """Attribute assignments with their old values.
 
-    def __init__(self) -> None:
+    Args:
+        spill: Where old parameters are put away; None: they stay in memory.
+    """
+
+    def __init__(self, spill: Spill | None = None) -> None:
         self._old: list[tuple[Any, str, Any]] = []
+        self._spill = spill
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, remembered."""
-        self._old.append((owner, name, getattr(owner, name)))
+        old = getattr(owner, name)
+        if self._spill is not None and isinstance(old, nn.Parameter):
+            old = self._spill.put(old)
+        self._old.append((owner, name, old))
         setattr(owner, name, value)
 
     def add(self, owner: Any, name: str, value: Any) -> None:
@@ -60,14 +69,17 @@ class Edits:
             owner, name, value = self._old.pop()
             if value is _ABSENT:
                 delattr(owner, name)
+            elif isinstance(value, Spilled):
+                assert self._spill is not None
+                setattr(owner, name, self._spill.take(value))
             else:
                 setattr(owner, name, value)
 
 
 @contextmanager
-def undone_on_error() -> Iterator[Edits]:
+def undone_on_error(spill: Spill | None = None) -> Iterator[Edits]:
     """Edits that are taken back if the block fails or is interrupted: no weight changes by halves."""
-    edits = Edits()
+    edits = Edits(spill)
     try:
         yield edits
     except BaseException:

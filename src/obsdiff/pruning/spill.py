@@ -1,0 +1,65 @@
+"""Parameters put away on a disk, in a file without a name: it is gone with the process, however that ends."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.files import clear_failures
+
+
+@dataclass(frozen=True)
+class Spilled:
+    """A parameter that is away.
+
+    Attributes:
+        offset: Of its first byte in the file.
+        like: It without its data, on the meta device.
+        device: Where it was.
+    """
+
+    offset: int
+    like: Tensor
+    device: torch.device
+
+
+class Spill:
+    """Parameters in a file.
+
+    Args:
+        folder: On whose disk; made where it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with clear_failures(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed with this object
+        self._end = 0
+
+    def put(self, parameter: nn.Parameter) -> Spilled:
+        """Write a parameter; what holds its memory can let go.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        there = Spilled(self._end, torch.empty_like(parameter, device="meta"), parameter.device)
+        there.like.requires_grad_(parameter.requires_grad)
+        content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        with clear_failures(self._folder):
+            self._file.seek(self._end)
+            self._file.write(content.data)
+            self._file.flush()  # a full disk is told here
+        self._end += content.nbytes
+        return there
+
+    def take(self, spilled: Spilled) -> nn.Parameter:
+        """Read one again: another object with the same values, on its device."""
+        self._file.seek(spilled.offset)
+        data = bytearray(self._file.read(spilled.like.nbytes))
+        value = torch.frombuffer(data, dtype=spilled.like.dtype) if data else torch.empty(0, dtype=spilled.like.dtype)
+        return nn.Parameter(value.view(spilled.like.shape).to(spilled.device), spilled.like.requires_grad)

@@ -1,0 +1,85 @@
+"""Dense weights that lie on a disk while a prune may have to put them back."""
+
+import errno
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import obsdiff
+from obsdiff.pruning.masks import Masks
+from obsdiff.pruning.spill import Spill
+from obsdiff.pruning.surgery import undone_on_error
+from tests.conftest import make_pipe
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_parameters_come_back_bit_by_bit(tmp_path, dtype):
+    values = [
+        torch.randn(3, 5).T.to(dtype),
+        torch.randn(4).to(dtype),
+        torch.empty(0, 2).to(dtype),
+        torch.ones(()).to(dtype),
+    ]
+    spill = Spill(tmp_path / "new")
+    there = [spill.put(nn.Parameter(value, requires_grad=False)) for value in values]
+    trained = spill.put(nn.Parameter(torch.ones(2)))
+    assert not list((tmp_path / "new").iterdir())  # nothing that a killed process leaves
+    for value, spilled in zip(values, there, strict=True):
+        back = spill.take(spilled)
+        assert back.dtype == dtype and back.shape == value.shape and not back.requires_grad
+        assert back.tolist() == value.tolist()
+    assert spill.take(trained).requires_grad
+
+
+def test_replaced_weights_leave_memory_and_come_back(tmp_path):
+    layer = nn.Linear(4, 3)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    dense = weakref.ref(layer.weight)
+    with pytest.raises(KeyboardInterrupt), undone_on_error(Spill(tmp_path)) as edits:
+        edits.set_weight(layer, torch.zeros(2, 4))
+        edits.shift_bias(layer, torch.ones(3))
+        gc.collect()
+        assert dense() is None
+        raise KeyboardInterrupt
+    assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, bias)
+
+
+def test_a_full_disk_is_told_and_nothing_changes(tmp_path, prompts, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.seek, self.read = file.seek, file.read
+
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    pipe = make_pipe()
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    statistics = obsdiff.calibrate(pipe, prompts)
+    real, put = Spill.put, []
+
+    def put_until_full(self, parameter):
+        put.append(parameter)
+        if len(put) == 4:
+            self._file = Full(self._file)
+        return real(self, parameter)
+
+    monkeypatch.setattr(Spill, "put", put_until_full)
+    with pytest.raises(obsdiff.UserError, match=r"cannot write .*solved: No space left"):
+        obsdiff.prune(pipe, "unstructured:0.5", statistics=statistics, solved=tmp_path / "solved")
+    assert len(put) == 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
+
+
+def test_masks_are_held_in_bits():
+    masks = Masks()
+    whole = torch.rand(7, 9) < 0.5
+    masks["a"] = whole
+    masks.update({"b": torch.ones(3, dtype=torch.bool)})
+    assert list(masks) == ["a", "b"] and torch.equal(masks["a"], whole) and masks["a"].dtype == torch.bool
+    assert sum(packed.nbytes for packed, _ in masks._packed.values()) == 8 + 1
+    del masks["a"]
+    assert dict(masks).keys() == {"b"}
