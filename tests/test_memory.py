@@ -1,6 +1,7 @@
 """What becomes of work that memory does not hold."""
 
 import json
+import platform
 
 import pytest
 import torch
@@ -9,9 +10,20 @@ from obsdiff.allocation import stage
 from obsdiff.cli.main import main
 from obsdiff.errors import UserError
 from obsdiff.export import run as export_run
-from obsdiff.memory import is_out_of_memory, within_memory
+from obsdiff.memory import is_out_of_memory, resident_memory_bytes, trim_memory, within_memory
 
 TOO_MUCH = 2**55  # bytes; no machine has them
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what is free")
+def test_freed_tensors_go_back_to_the_system():
+    torch.ones(2**22)  # once one of 16 MiB was freed, glibc takes smaller ones out of what it keeps
+    tensors = [torch.ones(2**18) for _ in range(200)]  # of 1 MiB
+    last = torch.ones(2**18)  # above them, so that freeing them leaves a hole
+    del tensors
+    before = resident_memory_bytes()
+    trim_memory()
+    assert before - resident_memory_bytes() > 150 * 2**20 and float(last[0]) == 1
 
 
 def test_both_kinds_are_recognised():

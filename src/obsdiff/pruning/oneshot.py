@@ -11,6 +11,7 @@ from typing import Any
 
 from obsdiff.criteria import METHODS, find_method
 from obsdiff.errors import UserError
+from obsdiff.memory import trim_memory
 from obsdiff.models.content import model_hash
 from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph
@@ -147,6 +148,7 @@ def prune(
         report.model, report.fingerprint = statistics.fingerprint["model"], statistics.fingerprint
         if kept is None or not all(map(kept.holds, passes)):
             statistics.record()  # before anything is pruned
+    seen = streamed
     with undone_on_error(None if solved is None else Spill(solved)) as edits:
         job = Job(edits, graph, plan, options, report, quiet, kept)
         for package in passes:
@@ -162,6 +164,9 @@ def prune(
             solve_started = time.perf_counter()
             apply_package(job, package, found, once=callable(statistics))
             _add(report.time_s, {"solve": time.perf_counter() - solve_started})
+            seen = seen or (found is not None and found.inputs)
+            found = None
+            trim_memory()
         if plan.structured:
             report.shrunk = shrunk_config(graph, plan.modules)
             become_shrunk(edits, graph.denoiser, report.shrunk)
@@ -170,7 +175,6 @@ def prune(
     if kept is not None and len(kept):
         report.notes.append(f"{len(kept)} of its solves were taken over from a run that was cut off")
     if report.fingerprint is not None and not report.layer_error:
-        seen = streamed or (found is not None and found.inputs)
         what = "only the diagonal of H was" if seen else "no layer inputs were"
         report.notes.append(f"{what} measured, so there are no layer errors")
     report.time_s["total"] = time.perf_counter() - started
