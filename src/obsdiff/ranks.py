@@ -29,7 +29,7 @@ def joined_processes(device: str) -> Iterator[str]:
     Yields:
         This process's device.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if started_processes() == 1 or distributed.is_initialized():
         yield device
         return
     if device == "cuda":
@@ -40,6 +40,16 @@ def joined_processes(device: str) -> Iterator[str]:
         yield device
     finally:
         distributed.destroy_process_group()
+
+
+def started_processes() -> int:
+    """Processes that ``torchrun`` started, whether or not they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def started_first() -> bool:
+    """Whether this is the first of them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def world_size() -> int:

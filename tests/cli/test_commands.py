@@ -336,6 +336,8 @@ def test_bench_prints_one_json_line(capsys, tmp_path, monkeypatch):
                 "packages"} <= found.keys()  # fmt: skip
         assert found["ratio"] == pytest.approx(found["total_s"] / found["forward_only_s"], rel=0.05)
         assert abs(found["sparsity"] - 0.5) < 1e-3 and found["streamed"] is ("--streamed" in more)
+        assert 0.5 < found["planned_memory_bytes"] / found["peak_memory_bytes"] < 2
+        assert (found["calibrate_cpu_s"] is None) is found["streamed"] and found["processes"] == 1
     assert found["statistics_reused"] is True and found["calibrate_s"] == 0
 
 

@@ -15,6 +15,7 @@ from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.nested import copied_to, tensors_in
+from obsdiff.models.replay import MadeCall
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.collect import collecting
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
@@ -297,3 +298,16 @@ def test_solves_from_kept_statistics_are_kept_too(prompts, tmp_path, monkeypatch
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(obsdiff.UserError, match="mine"):
         prune_to(tmp_path / "mine", monkeypatch, "2:4", None, statistics)
+
+
+def test_what_must_be_held_is_tried_out_without_holding_all(monkeypatch):
+    held, forget = [], MadeCall.forget
+
+    def watched(self, stages, passing):
+        forget(self, stages, passing)
+        held.append(sum(any(not tensor.is_meta for tensor in tensors_in(a)) for a in self.answers.values()))
+
+    monkeypatch.setattr(MadeCall, "forget", watched)
+    streamed = stream(make_pipe(blocks=6), digit_prompts()[:2])
+    streamed.record()
+    assert len(streamed._passing) == 5 and len(held) == 6 and max(held) == 1

@@ -30,6 +30,7 @@ from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solvi
 from obsdiff.pruning.options import PruneOptions
 from obsdiff.pruning.plan import Plan, packages_of, stage_packages
 from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, products_per_s, time_plan
+from obsdiff.ranks import started_processes
 
 MOST_PACKAGES = 16  # tried; each is a whole calibration pass
 CONTEXT_BYTES = 600 * 2**20  # assumed of a CUDA device: its context and the workspaces of its libraries
@@ -201,7 +202,7 @@ def _planned(
         flops = (flops or denoiser_flops(subject, call)) * calls.rows
         speed = Speed(products_per_s(device), flops, calls.operations)
         amount = Amount(settings.num_prompts, steps, images, scanned, levels)
-        spent = time_plan(shapes, solving, memory.batches, speed, amount)
+        spent = time_plan(shapes, solving, memory.batches, speed, amount, started_processes())
     notes = [calls.note] if calls.note else []
     if options.reconstruction.steps:
         notes.append("the reconstruction of stages is not counted")

@@ -9,23 +9,26 @@ from typing import Any
 
 import torch
 
+from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.bench.presets import Preset
 from obsdiff.bench.workloads import build, forward_only
 from obsdiff.criteria import find_method
 from obsdiff.export.places import pipeline_bytes
 from obsdiff.memory import peak_memory_bytes, resident_memory_bytes
-from obsdiff.models.subject import subject_of
+from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.oneshot import prune
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.stream import stream
+from obsdiff.ranks import from_all, world_size
 from obsdiff.versions import versions
 
 
 def bench_prune(
     name: str, preset: Preset, pattern: str, method: str, packages: int | None, store: str | None
 ) -> dict[str, Any]:
-    """Time the bare denoiser calls of one calibration pass, then a whole prune, in this process.
+    """Time the bare denoiser calls of one calibration pass, then a whole prune; several processes share the latter.
 
     Args:
         name, preset: What to run.
@@ -34,14 +37,16 @@ def bench_prune(
         store: Folder to keep the calibration in, or to find it.
 
     Returns:
-        ``forward_only_s, calibrate_s, solve_s, total_s, ratio`` (total / forward_only), ``peak_memory_bytes, device,
-        preset, packages`` and what else the figures depend on.
+        ``forward_only_s, calibrate_s, solve_s, total_s, ratio`` (total / forward_only), ``peak_memory_bytes`` and what
+        the memory plan said of it, ``calibrate_cpu_s`` (None stage by stage) and ``total_cpu_s``, which are CPU seconds
+        of the process that took most, ``device, preset, packages`` and what else the figures depend on.
     """
     pipe, conditioning = build(preset)
     work = preset.work
     forward_s = forward_only(pipe, conditioning, work)
     weights_bytes, before_bytes = pipeline_bytes(pipe), resident_memory_bytes()
-    started = time.perf_counter()
+    planned = _planned(subject_of(pipe, conditioning), preset, pattern, method, packages, store)
+    started, began, measuring_s = time.perf_counter(), time.process_time(), 0.0
     subject = subject_of(pipe, conditioning)  # traced once, as a run does
 
     settings: Any = {"steps": work.steps, "guidance_scale": work.guidance_scale, "batch_size": work.batch_size}
@@ -49,8 +54,11 @@ def bench_prune(
     reused = store is not None and (Path(store) / "statistics.json").exists()
 
     def measure(sites: set[str]) -> Statistics:
-        own = None if store is not None else sites
-        return calibrate(subject, conditioning, **settings, store=store, needs=needs, sites=own)
+        nonlocal measuring_s
+        own, before = None if store is not None else sites, time.process_time()
+        found = calibrate(subject, conditioning, **settings, store=store, needs=needs, sites=own)
+        measuring_s += time.process_time() - before
+        return found
 
     statistics: Any = measure
     if packages is None:
@@ -61,13 +69,18 @@ def bench_prune(
         solved = None if packages is not None else Path(folder) / "solved"
         report = prune(subject, pattern, method=method, statistics=statistics, packages=packages, solved=solved)
     total_s = time.perf_counter() - started
+    cpu_s = [max(spent) for spent in zip(*from_all((measuring_s, time.process_time() - began)), strict=True)]
     return {
         "forward_only_s": round(forward_s, 3),
         "calibrate_s": round(0.0 if reused else report.time_s["calibrate"], 3),
         "solve_s": round(report.time_s["solve"], 3),
         "total_s": round(total_s, 3),
         "ratio": round(total_s / forward_s, 3),
+        "calibrate_cpu_s": None if packages is None else round(cpu_s[0], 3),
+        "total_cpu_s": round(cpu_s[1], 3),
+        "processes": world_size(),
         "peak_memory_bytes": peak_memory_bytes(pipe.device),
+        "planned_memory_bytes": planned,
         "weights_bytes": weights_bytes,
         "resident_before_bytes": before_bytes,
         "device": torch.cuda.get_device_name() if pipe.device.type == "cuda" else "cpu",
@@ -86,3 +99,30 @@ def bench_prune(
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def _planned(
+    subject: Subject, preset: Preset, pattern: str, method: str, packages: int | None, store: str | None
+) -> int:
+    """Bytes that the plan of such a prune counts on the pipeline's device."""
+    work = preset.work
+    calibration = CalibrationOptions(
+        num_prompts=work.num_prompts,
+        steps=work.steps,
+        guidance_scale=work.guidance_scale,
+        batch_size=work.batch_size,
+        packages=packages,
+        streamed=packages is None,
+    )
+    options = PruneOptions(
+        pattern=pattern,
+        method=method,
+        allocation="uniform",
+        calibration=calibration,
+        pipeline=preset.pipeline,
+        output="",
+        statistics=store,
+        evaluation=EvaluationOptions(num_images=0),
+    )
+    planned = plan_loaded(subject, options).memory
+    return planned.host_bytes if planned.on_host else planned.device_bytes

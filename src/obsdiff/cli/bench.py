@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from obsdiff.cli.early import check_bench
@@ -33,20 +34,21 @@ def main(args: Sequence[str] | None = None) -> None:
         check_bench(options)
 
         from obsdiff.bench.prune import bench_prune
+        from obsdiff.ranks import joined_processes, rank
 
         preset = _preset(options, options.preset)
-        print(
-            json.dumps(
-                bench_prune(
-                    options.preset,
-                    preset,
-                    options.pattern,
-                    options.method,
-                    None if options.streamed else options.packages,
-                    options.statistics,
-                )
+        with joined_processes(preset.work.device) as device:
+            preset = replace(preset, work=replace(preset.work, device=device))
+            found = bench_prune(
+                options.preset,
+                preset,
+                options.pattern,
+                options.method,
+                None if options.streamed else options.packages,
+                options.statistics,
             )
-        )
+            if rank() == 0:
+                print(json.dumps(found))
 
 
 def _train(args: Sequence[str]) -> None:
@@ -96,8 +98,6 @@ def _scan(args: Sequence[str]) -> None:
 
 def _preset(options: BenchOptions | BenchScanOptions, name: str) -> Any:
     """The preset with what the options change."""
-    from dataclasses import replace
-
     from obsdiff.bench.presets import find_preset, shortened
     from obsdiff.devices import choose_device
 

@@ -43,10 +43,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if options.dry_run or options.device_memory is not None or options.host_memory is not None:
             from obsdiff.allocation.fitting import plan_from_configs
             from obsdiff.export.memory_report import full_plan
+            from obsdiff.ranks import started_first
 
             planned = plan_from_configs(options, device)
             if options.dry_run:
-                print(full_plan(planned))
+                if started_first():
+                    print(full_plan(planned))
                 return
             options = planned.options
         with joined_processes(device) as device:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from obsdiff.errors import UserError
 from obsdiff.evaluation.sampling import as_images
 from obsdiff.models.calls import remembered_call
-from obsdiff.models.conditioning import asked_for, encode_prompts
+from obsdiff.models.conditioning import Conditioning, asked_for, encode_prompts
 from obsdiff.models.denoisers import parts_of
 from obsdiff.models.graph import Site
 from obsdiff.models.live import Live, live_in
@@ -122,7 +122,7 @@ def call_shapes(
         max(live.peak for live in observed),
         text,
         decode,
-        sum(_bytes(value) for value in encode_prompts(pipe, _told(subject), call).embeds.values()),
+        sum(_bytes(value) for value in _encoded(subject, call).embeds.values()),
         image,
         max(live.made for live in plain),
         max(sum(_bytes(value) for value in flattened(arguments).values()) for arguments in named.values()),
@@ -164,7 +164,7 @@ def _around(subject: Subject, call: Mapping[str, Any], drawn: bool) -> tuple[int
                 (made, *_) = pipe(**told, **arguments, generator=noise, output_type="pt", return_dict=False)
                 image = 4 * math.prod(as_images(made).shape[1:])
             else:
-                encode_prompts(pipe, _told(subject), call)
+                _encoded(subject, call)
         except Exception as error:  # a pipeline of any class
             reason = " ".join(str(error).split())[:120]
             note = f"drawing images is not counted: a {type(pipe).__name__} does not run without weights ({reason})"
@@ -172,6 +172,13 @@ def _around(subject: Subject, call: Mapping[str, Any], drawn: bool) -> tuple[int
     text = max((peak for name, peak in others.items() if name.startswith("text_encoder")), default=0)
     decode = max((peak for name, peak in others.items() if not name.startswith("text_encoder")), default=0)
     return text, decode, image, note
+
+
+def _encoded(subject: Subject, call: Mapping[str, Any]) -> Conditioning:
+    """One prompt, as the denoiser is told it."""
+    if subject.conditioning is not None:
+        return subject.conditioning[:1]
+    return encode_prompts(subject.pipe, _told(subject), call)
 
 
 def _told(subject: Subject) -> list[str]:

@@ -8,6 +8,7 @@ from obsdiff.allocation.fitting import CONTEXT_BYTES, Planned
 from obsdiff.numbers import bytes_text
 from obsdiff.peaks import Peaks, host_parts
 from obsdiff.progress import duration
+from obsdiff.ranks import started_processes
 
 
 def short_plan(planned: Planned) -> str:
@@ -45,6 +46,8 @@ def full_plan(planned: Planned) -> str:
     store = f", statistics {bytes_text(memory.store_bytes)}" if memory.store_bytes else ""
     lines.append(f"disk: output {bytes_text(memory.output_bytes)}{store}")
     lines.append(f"time: {_time(planned)}")
+    if started_processes() > 1:
+        lines.append("note: memory is that of each process")
     lines += [f"note: {note}" for note in planned.notes]
     return "\n".join(lines)
 
@@ -69,7 +72,10 @@ def _time(planned: Planned) -> str:
         "drawing": planned.time.draw_s,
     }
     listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.items() if seconds)
-    return f"about {duration(planned.time.total_s)} on this machine ({listed})"
+    shared = (
+        f" by {count} processes, if each computes as fast as one alone" if (count := started_processes()) > 1 else ""
+    )
+    return f"about {duration(planned.time.total_s)} on this machine{shared} ({listed})"
 
 
 def moment_table(memory: Peaks) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from obsdiff.errors import UserError
+from obsdiff.memory import trim_memory
 from obsdiff.models.content import RELEASED, TEXT, component_hash
 from obsdiff.models.denoisers import denoisers_of, dtype_of
 from obsdiff.models.texts import texts_kept
@@ -127,6 +128,7 @@ def _folder(model: nn.Module) -> Path | None:
 def _empty(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    trim_memory()
 
 
 @torch.inference_mode(False)

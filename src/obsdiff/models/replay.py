@@ -48,7 +48,7 @@ class MadeCall:
             passing: From :func:`passing_stages`.
         """
         for before, after in pairwise(stages):
-            if before in passing and after in self.answers:
+            if before in passing and before in self.answers and after in self.answers:
                 self.answers[before] = each_tensor(self.answers[before], _shape)
 
 
@@ -142,22 +142,42 @@ def passing_stages(
     found: set[str] = set()
     for prefix, model in parts_of(denoiser).items():
         call = next((call for call in calls if call.model is model), None)
-        if call is None or not chains:
+        lists: dict[str, list[str]] = {}
+        for name in stages:
+            lists.setdefault(name.rpartition(".")[0], []).append(name)
+        chained = [names for of, names in lists.items() if of in chains and of.startswith(prefix)]
+        if call is None or not chained:
             continue
         with answering(denoiser, stages) as replay:
-            trial = replace(call, answers={})
-            wanted = list(tensors_in(replay.run(trial)))
-            lists: dict[str, list[str]] = {}
-            for name in trial.answers:
-                lists.setdefault(name.rpartition(".")[0], []).append(name)
-            for of, names in lists.items():
-                if of not in chains or not of.startswith(prefix):
-                    continue
-                hollow = {name: each_tensor(trial.answers[name], _shape) for name in names[:-1]}
-                again = tensors_in(replay.run(replace(trial, answers=trial.answers | hollow)))
-                if all(map(torch.equal, again, wanted)):
-                    found.update(names[:-1])
+            every = {name for names in chained for name in names[:-1]}
+            if _pass(replay, call, stages, every, every):
+                found |= every
+            else:
+                found.update(*(names[:-1] for names in chained if _pass(replay, call, stages, set(), names[:-1])))
     return frozenset(found)
+
+
+def _pass(replay: Replay, call: MadeCall, stages: Sequence[str], light: set[str], hollow: Collection[str]) -> bool:
+    """Whether the denoiser's answer is the same with nothing but zeros from the stages ``hollow``.
+
+    Of those in ``light`` no answer is held for longer than the next stage takes.
+    """
+    trial = replace(call, answers={})
+    hooks = [
+        call.model.get_submodule(name.removeprefix(call.prefix)).register_forward_hook(
+            lambda *_: trial.forget(stages, light)
+        )
+        for name in (stages if light else ())
+        if name.startswith(call.prefix)
+    ]
+    try:
+        wanted = list(tensors_in(replay.run(trial)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    zeros = {name: each_tensor(trial.answers[name], _shape) for name in hollow if name in trial.answers}
+    again = tensors_in(replay.run(replace(trial, answers=trial.answers | zeros)))
+    return all(map(torch.equal, again, wanted))
 
 
 def _shape(tensor: Tensor) -> Tensor:

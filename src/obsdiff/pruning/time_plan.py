@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,13 +91,20 @@ class Amount:
     levels: int = 1
 
 
-def time_plan(shapes: Shapes, solving: Solving, batches: Batches, speed: Speed, amount: Amount) -> TimePlan:
+def time_plan(
+    shapes: Shapes, solving: Solving, batches: Batches, speed: Speed, amount: Amount, processes: int = 1
+) -> TimePlan:
     """How long it takes: forward passes by their FLOPs; statistics half a product of each input with itself; of each
     Hessian a Cholesky factor (n³ / 3), a sweep (R n²) and a refit (2 R n² a step, half of the steps that it may
-    take)."""
-    products = solve = 0.0
+    take).
+
+    Several processes share calls by batches and solves by rounds (:func:`in_rounds`); that each of them computes as
+    fast as one does alone, and that nothing has to be sent, is assumed.
+    """
+    products = 0.0
     calls, passes = amount.prompts * amount.steps, STREAMED if batches.recorded else len(batches.packages)
     again = 1 + (amount.levels if amount.scan_calls else 0)
+    costs: dict[str, float] = {}
     for site in shapes.sites if solving.measured and solving.gram else ():
         n, rows = site.columns, site.groups * sum(site.rows)
         products += calls * site.tokens * site.groups * n * n * (1 + 128 / n)
@@ -106,13 +114,28 @@ def time_plan(shapes: Shapes, solving: Solving, batches: Batches, speed: Speed, 
         factor = site.groups * n**3 / 3 / FACTOR if swept or site.cut else 0.0
         sweep = rows * n * n / SWEEP if swept else 0.0
         refits = STEPS * rows * n * n / REFIT if solving.refits else 0.0
-        solve += factor * min(again, 2) + again * (sweep + refits)
+        costs[site.name] = factor * min(again, 2) + again * (sweep + refits)
+    solve = sum(in_rounds([costs[name] for name in names if name in costs], processes) for names in batches.packages)
     hooks = HOOK_OPERATIONS * len(shapes.sites) * OPERATION_S * calls / max(batches.prompts, 1)
     calibrate_s = passes * (speed.calls_s(calls, batches.prompts) + hooks)
     calibrate_s += products / (speed.products_per_s * STATISTICS)
+    calibrate_s *= largest_share(amount.prompts, batches.prompts, processes)
+    images = 2 * amount.images * amount.steps
     return TimePlan(
         calibrate_s if solving.measured and not solving.reused else 0.0,
-        speed.calls_s(amount.scan_calls, SCAN_ROWS),
+        speed.calls_s(amount.scan_calls, SCAN_ROWS) / processes,
         solve / speed.products_per_s,
-        speed.calls_s(2 * amount.images * amount.steps, batches.images),
+        speed.calls_s(images, batches.images) * largest_share(amount.images, batches.images, processes),
     )
+
+
+def largest_share(count: int, batch: int, processes: int) -> float:
+    """Of work that is dealt out in batches, the share of the process that has most."""
+    units = -(-count // max(batch, 1))
+    return -(-units // processes) / units if units else 1.0
+
+
+def in_rounds(costs: Sequence[float], processes: int) -> float:
+    """What work costs that is done in rounds of one item for each process, the dearest first; a round costs what its
+    dearest does (:func:`obsdiff.ranks.solved_in_turn`)."""
+    return sum(sorted(costs, reverse=True)[::processes])
