@@ -147,9 +147,10 @@ def test_what_is_told_again_at_every_step_is_held_once(pipe, prompts):
     assert len({id(call.arguments["hidden_states"]) for call in by._calls}) == len(by._calls)
 
 
-def test_answers_that_are_read_again_are_kept():
-    """The ResNet blocks of a UNet, whose answers come back as skip connections."""
-    pipe, told, _ = of_family("sd15")
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_answers_that_are_read_again_are_kept(name):
+    """The ResNet blocks of a UNet, whose answers come back as skip connections; SDXL has two in a row."""
+    pipe, told, _ = of_family(name)
     by = checked(pipe, told)
     obsdiff.prune(pipe, "unstructured:0.5", statistics=by)
     kept = {name for call in by._calls for name, answer in call.answers.items() if next(tensors_in(answer)).is_meta}

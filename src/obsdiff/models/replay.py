@@ -59,7 +59,8 @@ class Reached(Exception):
 class Replay:
     """Makes calls again; see :func:`answering`."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Sequence[str], passing: Collection[str]) -> None:
+        self._stages, self._passing = stages, passing
         self._call: MadeCall | None = None
         self._zeros: dict[Any, Tensor] = {}
 
@@ -80,6 +81,8 @@ class Replay:
         if name not in call.answers:
             found = forward(*args, **kwargs)
             call.answers[name] = copied_to(found, "cpu")
+            if self._passing:
+                call.forget(self._stages, self._passing)
             return found
         device = next(call.model.parameters()).device
         return each_tensor(call.answers[name], lambda tensor: self._placed(tensor, device))
@@ -94,9 +97,10 @@ class Replay:
 
 
 @contextmanager
-def answering(denoiser: nn.Module, stages: Sequence[str]) -> Iterator[Replay]:
-    """Inside, the stages called so answer in replayed calls what they have answered there before."""
-    replay = Replay()
+def answering(denoiser: nn.Module, stages: Sequence[str], passing: Collection[str] = ()) -> Iterator[Replay]:
+    """Inside, the stages called so answer in replayed calls what they have answered there before; answers of those in
+    ``passing`` are let go as in :meth:`MadeCall.forget`, as soon as they can be."""
+    replay = Replay(stages, passing)
     modules: dict[str, Any] = {name: denoiser.get_submodule(name) for name in stages}
     before = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
@@ -129,8 +133,9 @@ def stopping(stage: nn.Module, *, before: bool = False) -> Iterator[None]:
 def passing_stages(
     denoiser: nn.Module, stages: Sequence[str], chains: Collection[str], calls: Sequence[MadeCall]
 ) -> frozenset[str]:
-    """Stages whose answers are read by the next one alone: of lists that run one after the other, those that may answer
-    anything, once all others have answered, without a change in the denoiser's answer.
+    """Stages whose answers are read by the next one alone, and so need not be held once that has answered: of lists
+    that run one after the other, those that may have answered anything without a change in what the denoiser makes of
+    the answer of the last. All behind the list runs for that: a UNet reads answers of its way down on its way up.
 
     Args:
         denoiser: The model, or both.
@@ -145,39 +150,23 @@ def passing_stages(
         lists: dict[str, list[str]] = {}
         for name in stages:
             lists.setdefault(name.rpartition(".")[0], []).append(name)
-        chained = [names for of, names in lists.items() if of in chains and of.startswith(prefix)]
-        if call is None or not chained:
+        tried = [names for of, names in lists.items() if of in chains and of.startswith(prefix) and len(names) > 1]
+        if call is None or not tried:
             continue
-        with answering(denoiser, stages) as replay:
-            every = {name for names in chained for name in names[:-1]}
-            if _pass(replay, call, stages, every, every):
-                found |= every
-            else:
-                found.update(*(names[:-1] for names in chained if _pass(replay, call, stages, set(), names[:-1])))
+        passing = {name for names in tried for name in names[:-1]}  # until it is found out
+        with answering(denoiser, stages, passing) as replay:
+            made: MadeCall | None = None
+            for names in tried:
+                if made is None:
+                    made = replace(call, answers={})
+                    wanted = list(tensors_in(replay.run(made)))
+                done = stages[: stages.index(names[-1]) + 1]
+                again = replace(call, answers={name: a for name, a in made.answers.items() if name in done})
+                if not all(map(torch.equal, tensors_in(replay.run(again)), wanted)):
+                    passing.difference_update(names)
+                    made = None  # their answers are needed to try the lists behind them
+        found |= passing
     return frozenset(found)
-
-
-def _pass(replay: Replay, call: MadeCall, stages: Sequence[str], light: set[str], hollow: Collection[str]) -> bool:
-    """Whether the denoiser's answer is the same with nothing but zeros from the stages ``hollow``.
-
-    Of those in ``light`` no answer is held for longer than the next stage takes.
-    """
-    trial = replace(call, answers={})
-    hooks = [
-        call.model.get_submodule(name.removeprefix(call.prefix)).register_forward_hook(
-            lambda *_: trial.forget(stages, light)
-        )
-        for name in (stages if light else ())
-        if name.startswith(call.prefix)
-    ]
-    try:
-        wanted = list(tensors_in(replay.run(trial)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    zeros = {name: each_tensor(trial.answers[name], _shape) for name in hollow if name in trial.answers}
-    again = tensors_in(replay.run(replace(trial, answers=trial.answers | zeros)))
-    return all(map(torch.equal, again, wanted))
 
 
 def _shape(tensor: Tensor) -> Tensor:
