@@ -49,7 +49,7 @@ def started_processes() -> int:
 
 def started_first() -> bool:
     """Whether this is the first of them."""
-    return os.environ.get("RANK", "0") == "0"
+    return started_processes() == 1 or os.environ.get("RANK") == "0"
 
 
 def world_size() -> int:
@@ -86,7 +86,7 @@ def broadcast_numbers(values: Sequence[float], device: torch.device | str) -> li
 
 
 def from_all(value: T) -> list[T]:
-    """The values of all processes, in their order, on every process; tensors in them come plain and on the CPU."""
+    """The values of all processes, in their order, on every process; of several, tensors come plain and on the CPU."""
     if world_size() == 1:
         return [value]
     return [receive() for receive in _from_each(value)]
@@ -106,25 +106,29 @@ def solved_in_turn(
     Raises:
         UserError: Some process raised it; then all do.
     """
-    if cost is not None and world_size() > 1:
+    if world_size() == 1:
+        yield from ((item, solve(item)) for item in items)
+        return
+    if cost is not None:
         items = sorted(items, key=cost, reverse=True)
     for start in range(0, len(items), world_size()):
-        part = items[start : start + world_size()]
-        if world_size() == 1:
-            yield part[0], solve(part[0])
-            continue
-        found: R | None = None
-        failure: UserError | None = None
-        if rank() < len(part):
-            try:
-                found = solve(part[rank()])
-            except UserError as error:
-                failure = error
-        for item, receive in zip(part, _from_each((found, failure)), strict=False):
-            result, failed = receive()  # one by one: nobody holds those of all
-            if failed is not None:
-                raise failed
-            yield item, result  # type: ignore[misc]  # no error, so there is a result
+        yield from _round(items[start : start + world_size()], solve)
+
+
+def _round(part: Sequence[T], solve: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """One item, or none, on each process; nothing of it is held when the next round begins."""
+    found: R | None = None
+    failure: UserError | None = None
+    if rank() < len(part):
+        try:
+            found = solve(part[rank()])
+        except UserError as error:
+            failure = error
+    for item, receive in zip(part, _from_each((found, failure)), strict=False):
+        result, failed = receive()  # one by one: nobody holds those of all
+        if failed is not None:
+            raise failed
+        yield item, result  # type: ignore[misc]  # no error, so there is a result
 
 
 class _Outline(pickle.Pickler):
@@ -146,7 +150,10 @@ class _Filled(pickle.Unpickler):
 
     def __init__(self, outline: bytes, tensors: Sequence[Tensor]) -> None:
         super().__init__(io.BytesIO(outline))
-        self.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
+        self.tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self.tensors[number]
 
 
 def _from_each(value: T) -> list[Callable[[], T]]:
@@ -162,7 +169,7 @@ def _from_each(value: T) -> list[Callable[[], T]]:
         told, kinds = said[source]
         tensors = []
         for at, (shape, dtype) in enumerate(kinds):
-            own = outline.tensors[at] if rank() == source else torch.empty(shape, dtype=dtype)
+            own = outline.tensors[at] if rank() == source else torch.empty(shape, dtype=dtype, device=device)
             sent = own.to(device).contiguous()
             if sent.numel():
                 distributed.broadcast(sent.reshape(-1).view(torch.uint8), source)

@@ -59,3 +59,6 @@ def test_one_two_and_four_processes_take_the_same(pipe_folder, tmp_path, more):
     assert one and one.keys() == two.keys() == four.keys()
     for name, mask in one.items():
         assert torch.equal(mask, two[name]) and torch.equal(mask, four[name]), name
+    told = [json.loads((tmp_path / name / "pruning.json").read_text()) for name in "124"]
+    for key in ("sparsity_per_layer", "layer_error", "refit_steps"):  # in the order of the model, whoever was first
+        assert list(told[0][key]) == list(told[1][key]) == list(told[2][key])

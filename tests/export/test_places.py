@@ -111,6 +111,17 @@ def test_a_disk_without_room_for_the_pipeline_is_refused_before_any_work(pipe, t
         prune_run(pipe, options(tmp_path), quiet=True)
 
 
+def test_a_stream_needs_room_for_its_solves_and_the_dense_weights_too(pipe, tmp_path, monkeypatch):
+    room = run.pipeline_bytes(pipe) + 1000
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    monkeypatch.setattr(run, "prune_stage", lambda *_, **__: pytest.fail("pruned"))
+    streamed = CalibrationOptions(num_prompts=2, streamed=True)
+    with pytest.raises(obsdiff.UserError, match=r"takes about .* MiB, and its disk has"):
+        prune_run(pipe, options(tmp_path, calibration=streamed), quiet=True)
+    with pytest.raises(pytest.fail.Exception, match="pruned"):
+        prune_run(pipe, options(tmp_path), quiet=True)
+
+
 def test_prompts_that_cannot_be_measured_are_refused_before_any_work(pipe, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     monkeypatch.setattr(run, "sample_shared", lambda *_, **__: pytest.fail("drew"))

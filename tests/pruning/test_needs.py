@@ -41,6 +41,13 @@ def test_wanda_gives_the_same_masks_from_the_diagonal(diagonal, gram, pattern):
     assert all(torch.equal(few.masks[name], all_.masks[name]) for name in all_.masks)
     assert few.layer_error == {} and set(all_.layer_error) == set(all_.masks)
     assert few.notes == ["only the diagonal of H was measured, so there are no layer errors"] and all_.notes == []
+    once = obsdiff.prune(  # statistics that are let go as they are used
+        make_pipe(),
+        pattern,
+        method="wanda",
+        statistics=lambda sites: obsdiff.calibrate(make_pipe(), PROMPTS, needs=["diagonal"]),
+    )
+    assert once.notes == few.notes
 
 
 @pytest.mark.parametrize("options", [{"method": "obs"}, {"method": "sparsegpt"}, {"method": "wanda", "refit": True}])

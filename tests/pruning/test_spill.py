@@ -39,7 +39,7 @@ def test_replaced_weights_leave_memory_and_come_back(tmp_path):
     layer = nn.Linear(4, 3)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     dense = weakref.ref(layer.weight)
-    with pytest.raises(KeyboardInterrupt), undone_on_error(Spill(tmp_path)) as edits:
+    with pytest.raises(KeyboardInterrupt), undone_on_error(tmp_path) as edits:
         edits.set_weight(layer, torch.zeros(2, 4))
         edits.shift_bias(layer, torch.ones(3))
         gc.collect()
@@ -51,7 +51,7 @@ def test_replaced_weights_leave_memory_and_come_back(tmp_path):
 def test_a_full_disk_is_told_and_nothing_changes(tmp_path, prompts, monkeypatch):
     class Full:
         def __init__(self, file):
-            self.seek, self.read = file.seek, file.read
+            self.seek, self.readinto, self.close = file.seek, file.readinto, file.close
 
         def write(self, content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -83,3 +83,36 @@ def test_masks_are_held_in_bits():
     assert sum(packed.nbytes for packed, _ in masks._packed.values()) == 8 + 1
     del masks["a"]
     assert dict(masks).keys() == {"b"}
+
+
+def test_what_cannot_be_put_back_is_said_and_the_rest_is(tmp_path, monkeypatch):
+    """No memory for one of the old weights: not an error that a run with smaller batches follows on."""
+    first, second = nn.Linear(4, 3), nn.Linear(4, 3)
+    bias = second.bias.detach().clone()
+    take = Spill.take
+
+    def short(self, spilled):
+        if spilled.offset == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return take(self, spilled)
+
+    monkeypatch.setattr(Spill, "take", short)
+    with (
+        pytest.raises(obsdiff.UserError, match=r"1 dense weights could not be put back \(CUDA out of memory\); load"),
+        undone_on_error(tmp_path) as edits,
+    ):
+        edits.set_weight(first, torch.zeros(3, 4))
+        edits.shift_bias(second, torch.ones(3))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert torch.equal(second.bias, bias)
+
+
+def test_only_what_was_there_first_is_put_away(tmp_path):
+    layer = nn.Linear(4, 3)
+    weight = layer.weight.detach().clone()
+    with pytest.raises(ZeroDivisionError), undone_on_error(tmp_path) as edits:
+        for _ in range(3):
+            edits.set_weight(layer, torch.zeros(3, 4))
+        assert edits._spill._end == weight.nbytes
+        raise ZeroDivisionError
+    assert torch.equal(layer.weight, weight)

@@ -46,8 +46,18 @@ def test_several_processes_share_the_work():
     assert staged.solve_s == pytest.approx(cheap + dear)  # stages wait for each other
 
 
+def test_images_are_dealt_out_one_by_one():
+    drawing = [
+        time_plan(SHAPES, SOLVING, Batches(2, 8, ((),)), SPEED, Amount(10, 3, 8), processes).draw_s
+        for processes in (1, 4, 64)
+    ]
+    assert drawing[0] > 3 * drawing[1] and drawing[1] > drawing[2] > 0
+
+
 def test_what_torchrun_started(monkeypatch):
     assert ranks.started_processes() == 1 and ranks.started_first()
     monkeypatch.setenv("WORLD_SIZE", "64")
     monkeypatch.setenv("RANK", "3")
     assert ranks.started_processes() == 64 and not ranks.started_first()
+    monkeypatch.delenv("WORLD_SIZE")  # RANK alone is somebody else's
+    assert ranks.started_first()

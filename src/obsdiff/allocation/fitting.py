@@ -29,7 +29,7 @@ from obsdiff.pruning.manifest import read_manifest
 from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solving, memory_plan
 from obsdiff.pruning.options import PruneOptions
 from obsdiff.pruning.plan import Plan, packages_of, stage_packages
-from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, products_per_s, time_plan
+from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, largest_share, products_per_s, time_plan
 from obsdiff.ranks import started_processes
 
 MOST_PACKAGES = 16  # tried; each is a whole calibration pass
@@ -191,7 +191,8 @@ def _planned(
     each = 2 if asks_twice(subject, call) else 1
     recorded = 0
     if settings.streamed:
-        recorded = settings.num_prompts * each * (calls.arguments + steps * (calls.sample + calls.waiting))
+        own = settings.num_prompts * largest_share(settings.num_prompts, settings.batch_size, started_processes())
+        recorded = round(own * each * (calls.arguments + steps * (calls.sample + calls.waiting)))
     on_host = torch.device(device).type == "cpu"
     work = _Work(subject, plan, options, statistics, shapes, solving, scan, on_host, recorded)
     memory, chosen = _fit(work, room)

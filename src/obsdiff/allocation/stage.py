@@ -92,6 +92,11 @@ def needs_prompts(options: PruningOptions, statistics: Path | None) -> bool:
     return measures(options, statistics) or depth_of(options) is not None or options.reconstruction.steps > 0
 
 
+def keeps_solves(options: PruningOptions, statistics: Path | None) -> bool:
+    """Whether layers are kept as they are solved: what they are solved from is there still when a run begins again."""
+    return options.calibration.streamed or statistics is not None
+
+
 @dataclass(frozen=True)
 class Folders:
     """Where parts of a prune are kept, or found, so that others need not do them again; None: nowhere.
@@ -135,7 +140,7 @@ def prune_stage(
         UserError: The request cannot be met.
     """
     check_options(options, folders.statistics, folders.sensitivity)
-    if not (options.calibration.streamed or folders.statistics is not None):
+    if not keeps_solves(options, folders.statistics):
         folders = replace(folders, solved=None)
     way = _Way(folders, prune_again, quiet)
 

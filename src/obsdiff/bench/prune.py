@@ -65,8 +65,9 @@ def bench_prune(
         statistics = stream(subject, conditioning, **settings, needs=needs)
     elif store is not None and packages == 1:
         statistics = measure(set())
-    with TemporaryDirectory() as folder:  # a run keeps a stream's solves, too
-        solved = None if packages is not None else Path(folder) / "solved"
+    with TemporaryDirectory(dir=".") as folder:  # a run keeps such solves, too, on its output's disk
+        keeps = packages is None or (store is not None and packages == 1)
+        solved = Path(folder) / "solved" if keeps else None
         report = prune(subject, pattern, method=method, statistics=statistics, packages=packages, solved=solved)
     total_s = time.perf_counter() - started
     cpu_s = [max(spent) for spent in zip(*from_all((measuring_s, time.process_time() - began)), strict=True)]
@@ -103,8 +104,8 @@ def bench_prune(
 
 def _planned(
     subject: Subject, preset: Preset, pattern: str, method: str, packages: int | None, store: str | None
-) -> int:
-    """Bytes that the plan of such a prune counts on the pipeline's device."""
+) -> int | None:
+    """Bytes that the plan of such a prune counts on the pipeline's device; None where it cannot be made."""
     work = preset.work
     calibration = CalibrationOptions(
         num_prompts=work.num_prompts,
@@ -124,5 +125,8 @@ def _planned(
         statistics=store,
         evaluation=EvaluationOptions(num_images=0),
     )
-    planned = plan_loaded(subject, options).memory
+    try:
+        planned = plan_loaded(subject, options).memory
+    except Exception:  # whatever a model does to counting its call: it is pruned all the same
+        return None
     return planned.host_bytes if planned.on_host else planned.device_bytes

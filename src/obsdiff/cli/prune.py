@@ -45,10 +45,11 @@ def main(args: Sequence[str] | None = None) -> None:
             from obsdiff.export.memory_report import full_plan
             from obsdiff.ranks import started_first
 
+            if options.dry_run and not started_first():
+                return
             planned = plan_from_configs(options, device)
             if options.dry_run:
-                if started_first():
-                    print(full_plan(planned))
+                print(full_plan(planned))
                 return
             options = planned.options
         with joined_processes(device) as device:

@@ -14,7 +14,7 @@ from torch import Tensor
 from obsdiff.allocation.announce import announce
 from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.allocation.planning import check_options
-from obsdiff.allocation.stage import Folders, calibration_prompts, prepare, prune_stage
+from obsdiff.allocation.stage import Folders, calibration_prompts, keeps_solves, prepare, prune_stage
 from obsdiff.evaluation.evaluate import Images, evaluation_of
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.intervals import finite_images
@@ -35,7 +35,9 @@ from obsdiff.paths import unfinished_solves, unfinished_stages
 from obsdiff.pruning.finished import remove_finished
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
+from obsdiff.pruning.memory_plan import kept_bytes
 from obsdiff.pruning.options import PruneOptions
+from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.solved import remove_solved
 from obsdiff.pruning.statistics import INDEX
@@ -77,8 +79,9 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     stages, solves = unfinished_stages(options.output), unfinished_solves(options.output)
     check_places(options)
     check_options(options, statistics, sensitivity)
-    check_space(Path(options.output), pipeline_bytes(pipe))
     subject, plan = prepare(pipe, options, options.prune_again)
+    meanwhile = _kept_meanwhile(subject, plan) if keeps_solves(options, statistics) else 0
+    check_space(Path(options.output), pipeline_bytes(pipe) + meanwhile)
     prompts = calibration_prompts(pipe, options)
     evaluated = evaluation_prompts(pipe, options.evaluation, options.calibration)
     seeds = list(range(options.evaluation.seed, options.evaluation.seed + len(evaluated)))
@@ -131,6 +134,12 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         remove_solved(solves)
     wait_for_all()
     return report
+
+
+def _kept_meanwhile(subject: Subject, plan: Plan) -> int:
+    """Bytes on the disk before the output is written, at most."""
+    weights = map(subject.graph.weight, plan.layers(subject.graph))
+    return sum(kept_bytes(weight.numel(), weight.element_size()) for weight in weights)
 
 
 def _memory(subject: Subject, options: PruneOptions, flops: int) -> str:

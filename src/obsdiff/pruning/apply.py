@@ -21,7 +21,8 @@ from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.surgery import Edits, cut, lost_rows, project
 from obsdiff.ranks import solved_in_turn
 
-Read = Callable[[str, torch.device], Observer]
+Read = Callable[[str, torch.device], Observer]  # statistics of a site
+Spent = Callable[[str], None]  # says that nothing needs those of a site any more
 T = TypeVar("T", Site, list[Group])
 
 
@@ -49,7 +50,7 @@ class Job:
 
     def results(
         self, items: Sequence[T], solve: Callable[[T], Results], cost: Callable[[T], float] | None = None
-    ) -> Iterator[Results]:
+    ) -> Iterator[tuple[T, Results]]:
         """Of every item: solved by an earlier run that was cut off, else now, and kept.
 
         Args:
@@ -61,15 +62,15 @@ class Job:
 
     def _results(
         self, items: Sequence[T], solve: Callable[[T], Results], cost: Callable[[T], float] | None
-    ) -> Iterator[Results]:
+    ) -> Iterator[tuple[T, Results]]:
         kept, missing = self.solved, items
         if kept is not None:
-            yield from (kept.load(item) for item in items if item in kept)
+            yield from ((item, kept.load(item)) for item in items if item in kept)
             missing = [item for item in items if item not in kept]
         for item, found in solved_in_turn(missing, solve, cost):
             if kept is not None:
                 kept.save(item, found)
-            yield found
+            yield item, found
 
 
 def apply_package(job: Job, package: Collection[str], found: Statistics | None, once: bool = False) -> None:
@@ -87,12 +88,15 @@ def apply_package(job: Job, package: Collection[str], found: Statistics | None, 
     """
     plan, slopes, gates = job.plan, None if found is None else found.slopes, None if found is None else found.openness
     read: Read | None = None
+    spent: Spent | None = None
     if found is not None and found.inputs:
-        read = found.take if once and not (plan.structured and plan.weights) else found.site
-    kept = _shrink_modules(job, package, read, slopes, gates) if plan.structured else {}
+        read = found.site
+        if once and not (plan.structured and plan.weights):
+            read, spent = found.take, found.forget
+    kept = _shrink_modules(job, package, read, spent, slopes, gates) if plan.structured else {}
     if plan.weights:
         narrowed = None if read is None else _narrowed(job.graph, read, kept)
-        _mask_sites(job, package, narrowed, None if slopes is None else _left_of(job.graph, slopes, kept))
+        _mask_sites(job, package, narrowed, spent, None if slopes is None else _left_of(job.graph, slopes, kept))
 
 
 def _narrowed(graph: Graph, read: Read, kept: Mapping[str, Tensor]) -> Read:
@@ -123,7 +127,9 @@ def _left_of(graph: Graph, slopes: Mapping[str, Tensor], kept: Mapping[str, Tens
     return found
 
 
-def _mask_sites(job: Job, package: Collection[str], read: Read | None, slopes: Mapping[str, Tensor] | None) -> None:
+def _mask_sites(
+    job: Job, package: Collection[str], read: Read | None, spent: Spent | None, slopes: Mapping[str, Tensor] | None
+) -> None:
     """Solve the sites of a package and write the pruned weights."""
     graph, weights, report = job.graph, job.plan.weights, job.report
     ending = WEIGHT if job.plan.structured else ""
@@ -140,7 +146,10 @@ def _mask_sites(job: Job, package: Collection[str], read: Read | None, slopes: M
         found = [graph.weight(layer) for layer in site.layers if layer in weights]
         return float(sum(weight.numel() * weight[0].numel() for weight in found))
 
-    for _, results in job.results(masked_sites(graph, job.plan, package), solve, cost):
+    sites = masked_sites(graph, job.plan, package)
+    for site, (_, results) in job.results(sites, solve, cost):
+        if spent is not None:  # also where another process solved it
+            spent(site.name)
         for layer, solved in results.items():
             assert solved.mask is not None
             dead, name = layer in job.plan.dead, layer + ending
@@ -157,12 +166,14 @@ def _mask_sites(job: Job, package: Collection[str], read: Read | None, slopes: M
                 report.layer_error[name] = result.error
             if result.refit_steps is not None:
                 report.refit_steps[name] = result.refit_steps
+    report.put_last([layer + ending for site in sites for layer in site.layers])  # whichever was solved first
 
 
 def _shrink_modules(
     job: Job,
     package: Collection[str],
     read: Read | None,
+    spent: Spent | None,
     slopes: Mapping[str, Tensor] | None,
     gates: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
@@ -189,7 +200,10 @@ def _shrink_modules(
         return {name: units.cpu() for name, units in kept.items()}, results
 
     cut_units: dict[str, Tensor] = {}
-    for kept, results in job.results(cut_bundles(graph, job.plan, package), solve):
+    for bundle, (kept, results) in job.results(cut_bundles(graph, job.plan, package), solve):
+        if spent is not None:  # also where another process chose them
+            for consumer in {s.layer for group in bundle for s in group.consumers}:
+                spent(graph.site_of[consumer].name)
         for group in (graph.group_of[name] for name in kept):
             if group.basis is not None:
                 basis = results[group.layers[0]].basis

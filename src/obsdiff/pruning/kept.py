@@ -36,6 +36,7 @@ class KeptParts:
             if not self._said:
                 remove_folder(folder, index)
             write_json(folder / index, {"key": key, FILES: [index, *(file.name for file in self._files.values())]})
+        wait_for_all()  # before another one puts something there, too
 
     def __contains__(self, name: str) -> bool:
         """Whether a part was there at the start."""

@@ -29,10 +29,15 @@ def unpack(packed: Tensor, shape: tuple[int, ...] | list[int]) -> Tensor:
 
 
 class Masks(MutableMapping[str, Tensor]):
-    """Bool masks by name, of any shape, on the CPU; each held in one bit an entry, and unpacked when it is read."""
+    """Bool masks by name, of any shape, on the CPU; each held in one bit an entry, and unpacked when it is read.
 
-    def __init__(self) -> None:
+    Args:
+        masks: Some to begin with.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
         self._packed: dict[str, tuple[Tensor, torch.Size]] = {}
+        self.update(masks or {})
 
     def __getitem__(self, name: str) -> Tensor:
         return unpack(*self._packed[name])
@@ -49,11 +54,20 @@ class Masks(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._packed)
 
+    def move_to_end(self, name: str) -> None:
+        """Let a mask be the last one."""
+        self._packed[name] = self._packed.pop(name)
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """What is held of each (:func:`pack`), and their shapes."""
+        held = self._packed.items()
+        return {name: bits for name, (bits, _) in held}, {name: list(shape) for name, (_, shape) in held}
+
 
 def save_masks(masks: Mapping[str, Tensor], path: Path) -> None:
     """Write masks by name; their shapes stand in the metadata."""
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    save_file({name: pack(mask) for name, mask in masks.items()}, path, {"shapes": json.dumps(shapes)})
+    packed, shapes = (masks if isinstance(masks, Masks) else Masks(masks)).packed()
+    save_file(packed, path, {"shapes": json.dumps(shapes)})
 
 
 def load_masks(path: Path) -> dict[str, Tensor]:

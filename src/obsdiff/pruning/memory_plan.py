@@ -165,11 +165,13 @@ class MemoryPlan(Peaks):
     Attributes:
         batches: As chosen.
         store_bytes: Of a statistics folder; 0 without.
+        kept_bytes: Of what lies on the disk until the output is written (:func:`kept_bytes`); 0 if nothing does.
         output_bytes: Of the folder that is written.
     """
 
     batches: Batches
     store_bytes: int
+    kept_bytes: int
     output_bytes: int
 
 
@@ -246,6 +248,17 @@ def changed_bytes(site: SiteShape, element: int) -> tuple[int, int]:
     return (stays + site.producers) * element, -(-stays // 8) if site.masked else 0
 
 
+def kept_bytes(weights: int, element: int) -> int:
+    """What a prune that keeps its solves has on the disk before its output: of each weight the result (float32, and a
+    byte of its mask), and the dense one of ``element`` bytes."""
+    return weights * (FLOAT + BOOL + element)
+
+
+def _keeps(solving: Solving, batches: Batches) -> bool:
+    """Whether solves are kept as they are finished: of statistics that are there, or streamed."""
+    return solving.stored or bool(batches.recorded)
+
+
 def scan_bytes(scan: Scan, shapes: Shapes, solving: Solving) -> int:
     """What a scan that runs the denoiser holds beside weights and statistics: every level of the layers of one stage
     (float32 weights and masks), or those that one backward pass serves; the recorded calls; and the larger of solving
@@ -292,6 +305,9 @@ def memory_plan(
         on_host=on_host,
         batches=batches,
         store_bytes=store,
+        kept_bytes=kept_bytes(sum(site.weights for site in shapes.sites), shapes.element)
+        if _keeps(solving, batches)
+        else 0,
         output_bytes=sum(shapes.weights.values()) + masks,
     )
 
@@ -311,7 +327,7 @@ def _moments(
     host |= {"recorded calls": batches.recorded} if batches.recorded else {}
     by_name = {site.name: site for site in shapes.sites}
     changed = masks = 0
-    spilled = solving.stored or bool(batches.recorded)  # where solves are kept on a disk, dense weights lie there, too
+    spilled = _keeps(solving, batches)  # then the dense weights lie on the disk, too
     for number, names in enumerate(batches.packages, 1):
         sites = [by_name[name] for name in names]
         held = sum(statistics_bytes(site, solving.gram) for site in sites) if solving.measured else 0

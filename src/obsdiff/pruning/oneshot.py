@@ -31,7 +31,6 @@ from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.shorten import prune_shorter
 from obsdiff.pruning.solved import Solved, check_solved
-from obsdiff.pruning.spill import Spill
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 from obsdiff.pruning.stream import Stream
 from obsdiff.pruning.surgery import become_shrunk, shrunk_config, undone_on_error, zero_share
@@ -82,7 +81,8 @@ def prune(
         prune_again: Allow a pipeline that is pruned already.
         solved: Folder to keep solved layers in, so that the same prune goes on from there if it is cut off; needs
             statistics that are measured already, or a stream. Its owner removes it
-            (:func:`obsdiff.pruning.solved.remove_solved`).
+            (:func:`obsdiff.pruning.solved.remove_solved`). Dense weights that are replaced wait on the same disk, in a
+            file without a name, and not in memory; if anything fails they come back as new parameters.
         quiet: No progress bar.
 
     Returns:
@@ -149,7 +149,7 @@ def prune(
         if kept is None or not all(map(kept.holds, passes)):
             statistics.record()  # before anything is pruned
     seen = streamed
-    with undone_on_error(None if solved is None else Spill(solved)) as edits:
+    with undone_on_error(solved) as edits:
         job = Job(edits, graph, plan, options, report, quiet, kept)
         for package in passes:
             there = kept is not None and streamed and kept.holds(package)
@@ -161,10 +161,10 @@ def prune(
                 if report.fingerprint is None:  # the first one's: of the dense model
                     report.fingerprint = found.described()
                 _add(report.time_s, found.time_s)
+            seen = seen or (found is not None and found.inputs)
             solve_started = time.perf_counter()
             apply_package(job, package, found, once=callable(statistics))
             _add(report.time_s, {"solve": time.perf_counter() - solve_started})
-            seen = seen or (found is not None and found.inputs)
             found = None
             trim_memory()
         if plan.structured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,14 @@ class PruneReport:
     ranks: dict[str, dict[str, float]] = field(default_factory=dict)
     depth: dict[str, Any] | None = None
     reconstruction: Mapping[str, Any] | None = None
+
+    def put_last(self, names: Sequence[str]) -> None:
+        """Let what is said of single layers end with these, in this order."""
+        for name in (name for name in names if name in self.masks):
+            self.masks.move_to_end(name)
+            for figures in (self.sparsity_per_layer, self.layer_error, self.refit_steps):
+                if name in figures:
+                    figures[name] = figures.pop(name)  # type: ignore[assignment]  # of its own kind
 
     @property
     def mean_layer_error(self) -> float | None:

@@ -59,7 +59,12 @@ class Spill:
 
     def take(self, spilled: Spilled) -> nn.Parameter:
         """Read one again: another object with the same values, on its device."""
+        data = bytearray(spilled.like.nbytes)
         self._file.seek(spilled.offset)
-        data = bytearray(self._file.read(spilled.like.nbytes))
+        self._file.readinto(data)
         value = torch.frombuffer(data, dtype=spilled.like.dtype) if data else torch.empty(0, dtype=spilled.like.dtype)
         return nn.Parameter(value.view(spilled.like.shape).to(spilled.device), spilled.like.requires_grad)
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._file.close()

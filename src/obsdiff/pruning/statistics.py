@@ -146,8 +146,12 @@ class Statistics:
     def take(self, name: str, device: torch.device | str = "cpu") -> Observer:
         """Like :meth:`site`, and forget it: for statistics that serve one prune only."""
         found = self.site(name, device)
-        self.sites.pop(name, None)
+        self.forget(name)
         return found.released()
+
+    def forget(self, name: str) -> None:
+        """Let the statistics of a site go, if they are held."""
+        self.sites.pop(name, None)
 
 
 def check_measured_on(statistics: Statistics, denoiser: nn.Module) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from obsdiff.errors import UserError, brief
 from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph, Group, own_name, shapes_with
 from obsdiff.models.obsdiff_shrunk import projecting_class, selecting_class, shrunk_class, sizes_of
@@ -19,27 +22,28 @@ _ABSENT = object()
 
 
 class Edits:
-    """Attribute assignments with their old values.
+    """Attribute assignments with the values that were there before the first of each.
 
     Args:
         spill: Where old parameters are put away; None: they stay in memory.
     """
 
     def __init__(self, spill: Spill | None = None) -> None:
-        self._old: list[tuple[Any, str, Any]] = []
+        self._old: dict[tuple[int, str], tuple[Any, Any]] = {}  # by attribute its owner and value
         self._spill = spill
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, remembered."""
-        old = getattr(owner, name)
-        if self._spill is not None and isinstance(old, nn.Parameter):
-            old = self._spill.put(old)
-        self._old.append((owner, name, old))
+        if (id(owner), name) not in self._old:
+            old = getattr(owner, name)
+            if self._spill is not None and isinstance(old, nn.Parameter):
+                old = self._spill.put(old)
+            self._old[id(owner), name] = owner, old
         setattr(owner, name, value)
 
     def add(self, owner: Any, name: str, value: Any) -> None:
         """Like :meth:`set`, for an attribute that is not there yet."""
-        self._old.append((owner, name, _ABSENT))
+        self._old.setdefault((id(owner), name), (owner, _ABSENT))
         setattr(owner, name, value)
 
     def fit_sizes(self, layer: nn.Module) -> None:
@@ -64,27 +68,48 @@ class Edits:
                 self.set(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
     def undo(self) -> None:
-        """Take everything back, latest first."""
+        """Take everything back, latest first.
+
+        Raises:
+            UserError: Parameters that were put away cannot be read, or memory does not hold them; all else is back.
+        """
+        lost: dict[str, str] = {}
         while self._old:
-            owner, name, value = self._old.pop()
+            (_, name), (owner, value) = self._old.popitem()
             if value is _ABSENT:
                 delattr(owner, name)
-            elif isinstance(value, Spilled):
+                continue
+            if isinstance(value, Spilled):
                 assert self._spill is not None
-                setattr(owner, name, self._spill.take(value))
-            else:
-                setattr(owner, name, value)
+                setattr(owner, name, None)  # what replaced it leaves first
+                try:
+                    value = self._spill.take(value)
+                except (RuntimeError, OSError, ValueError) as error:  # no memory, or no such bytes
+                    lost[name] = brief(str(error))
+                    continue
+            setattr(owner, name, value)
+        if lost:
+            raise UserError(
+                f"{len(lost)} dense weights could not be put back ({lost.popitem()[1]}); load the model again"
+            )
 
 
 @contextmanager
-def undone_on_error(spill: Spill | None = None) -> Iterator[Edits]:
-    """Edits that are taken back if the block fails or is interrupted: no weight changes by halves."""
-    edits = Edits(spill)
-    try:
-        yield edits
-    except BaseException:
-        edits.undo()
-        raise
+def undone_on_error(folder: Path | None = None) -> Iterator[Edits]:
+    """Edits that are taken back if the block fails or is interrupted: no weight changes by halves.
+
+    Args:
+        folder: On whose disk replaced parameters wait, so that memory need not hold them; None: in memory.
+    """
+    with nullcontext() if folder is None else closing(Spill(folder)) as spill:
+        edits = Edits(spill)
+        try:
+            yield edits
+        except BaseException as error:
+            if spill is not None:
+                clear_frames(error.__traceback__)  # what the failed work held leaves, so that there is room
+            edits.undo()
+            raise
 
 
 def cut(

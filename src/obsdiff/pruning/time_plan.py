@@ -98,8 +98,8 @@ def time_plan(
     Hessian a Cholesky factor (n³ / 3), a sweep (R n²) and a refit (2 R n² a step, half of the steps that it may
     take).
 
-    Several processes share calls by batches and solves by rounds (:func:`in_rounds`); that each of them computes as
-    fast as one does alone, and that nothing has to be sent, is assumed.
+    Several processes share a calibration by batches, images one by one, and solves by rounds (:func:`in_rounds`); that
+    each of them computes as fast as one does alone, and that nothing has to be sent, is assumed.
     """
     products = 0.0
     calls, passes = amount.prompts * amount.steps, STREAMED if batches.recorded else len(batches.packages)
@@ -120,12 +120,12 @@ def time_plan(
     calibrate_s = passes * (speed.calls_s(calls, batches.prompts) + hooks)
     calibrate_s += products / (speed.products_per_s * STATISTICS)
     calibrate_s *= largest_share(amount.prompts, batches.prompts, processes)
-    images = 2 * amount.images * amount.steps
+    drawn = -(-amount.images // processes)
     return TimePlan(
         calibrate_s if solving.measured and not solving.reused else 0.0,
         speed.calls_s(amount.scan_calls, SCAN_ROWS) / processes,
         solve / speed.products_per_s,
-        speed.calls_s(images, batches.images) * largest_share(amount.images, batches.images, processes),
+        speed.calls_s(2 * drawn * amount.steps, min(batches.images, drawn)),
     )
 
 
@@ -136,6 +136,6 @@ def largest_share(count: int, batch: int, processes: int) -> float:
 
 
 def in_rounds(costs: Sequence[float], processes: int) -> float:
-    """What work costs that is done in rounds of one item for each process, the dearest first; a round costs what its
-    dearest does (:func:`obsdiff.ranks.solved_in_turn`)."""
+    """What work costs that is done in rounds of one item for each process, the dearest first, as single weights are
+    (:func:`obsdiff.ranks.solved_in_turn`): a round costs what its dearest item does."""
     return sum(sorted(costs, reverse=True)[::processes])
