@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from obsdiff.cli.main import main
+from obsdiff.pruning import apply
 from tests.cli.test_commands import ARTIFACTS, QUICK, ROOT
 from tests.training.test_several_processes import run_on, run_two
 
@@ -62,3 +63,28 @@ def test_one_two_and_four_processes_take_the_same(pipe_folder, tmp_path, more):
     told = [json.loads((tmp_path / name / "pruning.json").read_text()) for name in "124"]
     for key in ("sparsity_per_layer", "layer_error", "refit_steps"):  # in the order of the model, whoever was first
         assert list(told[0][key]) == list(told[1][key]) == list(told[2][key])
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_what_one_has_solved(pipe_folder, tmp_path, monkeypatch):
+    options = ["--pipeline", str(pipe_folder), *QUICK, "--pattern", "unstructured:0.6"]
+    options += ["--calibration.streamed", "true", "--evaluation.num_images", "0"]
+    main(["prune", *options, "--output", str(tmp_path / "one")])
+    real, solved = apply.solve_site, []
+
+    def dies(*args):
+        if len(solved) == 5:
+            raise ZeroDivisionError
+        solved.append(args)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(apply, "solve_site", dies)
+        main(["prune", *options, "--output", str(tmp_path / "two")])
+    assert len(list((tmp_path / ".two.solved").glob("*.safetensors"))) == 5
+    run_two(ROOT / "prune.py", *options, "--output", tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "masks.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(mask, two[name]) for name, mask in one.items())
+    notes = json.loads((tmp_path / "two" / "report.json").read_text())["notes"]
+    assert [note for note in notes if note.startswith("5 of its solves were taken over")]
+    assert not (tmp_path / ".two.solved").exists()

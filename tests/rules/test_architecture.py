@@ -204,8 +204,9 @@ OTHERS_FORMATS = {
 def test_no_pickles():
     for module, path in modules():
         found = set(imports(path))
-        if module != "obsdiff.ranks":  # between the processes of one run, as torch's own exchange of objects
-            assert not {"pickle", "dill", "joblib", "cloudpickle"} & found, module
+        if module == "obsdiff.ranks":  # between the processes of one run, as torch's own exchange of objects
+            found.remove("pickle")
+        assert not {"pickle", "dill", "joblib", "cloudpickle"} & found, module
         calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}
         assert not ({"torch.load", "torch.save"} - OTHERS_FORMATS.get(module, set())) & calls, module
 

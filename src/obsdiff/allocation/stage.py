@@ -104,7 +104,7 @@ class Folders:
     Attributes:
         statistics, sensitivity: Calibration and scan.
         reconstruction: Stages that a reconstruction has finished.
-        solved: Solved layers, where their statistics are kept or streamed.
+        solved: Solved layers, where their statistics are kept or streamed; replaced dense weights wait there, too.
     """
 
     statistics: Path | None = None

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from obsdiff.memory import trim_memory
 from obsdiff.models.graph import Graph, Group, Site
 from obsdiff.obs.observers import Observer
 from obsdiff.progress import track
@@ -71,6 +72,8 @@ class Job:
             if kept is not None:
                 kept.save(item, found)
             yield item, found
+            del found
+            trim_memory()
 
 
 def apply_package(job: Job, package: Collection[str], found: Statistics | None, once: bool = False) -> None:

@@ -13,7 +13,7 @@ from obsdiff.criteria import METHODS
 from obsdiff.obs.observers import PASSES
 from obsdiff.peaks import Moment, Peaks
 
-FLOAT, BOOL = 4, 1  # bytes of statistics and solves, and of a mask's entry while it is held
+FLOAT, BOOL = 4, 1  # bytes of statistics and solves, and of an entry of a mask as it is solved
 SWEEPS = ("obs", "obs-diff", "sparsegpt")  # methods that factorise H and go through its columns
 SCORED = {"wanda": 7.0, "dsnot": 11.5}  # times a layer's weights that scoring and sorting them by rows takes
 BLOCK = 128  # columns that a sweep holds three more copies of
@@ -243,7 +243,7 @@ def cut_bytes(sites: Sequence[SiteShape], solving: Solving) -> int:
 
 def changed_bytes(site: SiteShape, element: int) -> tuple[int, int]:
     """What a solved site leaves until the prune ends, on the device and on the host: its new weights, beside the dense
-    ones that are put back if anything fails, and masks of one bit an entry."""
+    ones that are put back if anything fails (unless those wait on a disk), and masks of one bit an entry."""
     stays = int(site.kept * site.weights)
     return (stays + site.producers) * element, -(-stays // 8) if site.masked else 0
 

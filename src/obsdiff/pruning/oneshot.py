@@ -11,7 +11,6 @@ from typing import Any
 
 from obsdiff.criteria import METHODS, find_method
 from obsdiff.errors import UserError
-from obsdiff.memory import trim_memory
 from obsdiff.models.content import model_hash
 from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph
@@ -166,7 +165,6 @@ def prune(
             apply_package(job, package, found, once=callable(statistics))
             _add(report.time_s, {"solve": time.perf_counter() - solve_started})
             found = None
-            trim_memory()
         if plan.structured:
             report.shrunk = shrunk_config(graph, plan.modules)
             become_shrunk(edits, graph.denoiser, report.shrunk)
