@@ -100,6 +100,7 @@ def test_a_scan_that_does_not_fit_is_refused_with_another_allocation(options):
         plan_from_configs(replace(scanned, host_memory=needed), "cpu")
 
 
+@pytest.mark.slow
 def test_a_device_has_memory_of_its_own(options):
     planned = plan_from_configs(replace(options, device_memory="40GB"), "cuda")
     assert planned.memory.device is not None and planned.memory.device_bytes > 0

@@ -149,6 +149,7 @@ def test_the_interval_covers_the_ratio():
     assert latency.share_of([[2.0, 1.0]] * 5) == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_times_are_kept_for_this_machine_and_model(statistics, clocks, tmp_path, monkeypatch):
     def search():
         used = clocks(table=1.1)

@@ -46,6 +46,7 @@ def test_a_measured_run_leaves_its_plan_and_picture(measured, capsys):
         assert plan["layers"]["transformer_blocks.1.attn.to_k"] in shown
 
 
+@pytest.mark.slow
 def test_its_plan_serves_other_methods_and_its_scan_other_budgets(pipe_folder, measured, tmp_path):
     folder, stores, report = measured
     plan = folder / "out" / "plan.yaml"
@@ -75,6 +76,7 @@ def test_rules_budgets_and_limits_have_effects(pipe_folder, measured, tmp_path):
     assert len({s for name, s in shared["sparsity"]["per_layer"].items() if name.endswith("to_q")}) == 1
 
 
+@pytest.mark.slow
 def test_a_latency_budget_says_how_it_was_measured(pipe_folder, tmp_path, monkeypatch, capsys):
     """On clocks that take a microsecond per parameter."""
     used = Clocks()

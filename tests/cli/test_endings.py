@@ -173,6 +173,7 @@ def test_patterns_of_training_need_no_quotes(tmp_path, monkeypatch, sub):
     assert pruning.limits.choices == ["dense", "2:4"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_names_the_checkpoint(capsys, tmp_path, monkeypatch):
     from obsdiff.callbacks.budget import Budget
 

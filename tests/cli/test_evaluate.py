@@ -74,6 +74,7 @@ def test_without_a_dense_pipeline_only_the_rest_is_measured(pruned, capsys):
     assert "alignment" in said and "MSE" not in said and "latency" not in said
 
 
+@pytest.mark.slow
 def test_other_programs_score(pruned, tmp_path, capsys):
     program = tmp_path / "score.py"
     program.write_text(

@@ -100,6 +100,7 @@ def test_loggers_that_the_user_brings_are_kept(logger, kind, tmp_path):
     assert type(found) is kind and str(found.save_dir) == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_without_logs_and_checkpoints_writes_none(pipe_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     off = ("--trainer.logger=false", "--trainer.enable_checkpointing=false")

@@ -95,6 +95,7 @@ def test_texts_are_encoded_as_the_pipeline_does(tmp_path, autoencoder):
     torch.testing.assert_close(found[1], pooled)
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_and_leaves_a_whole_pipeline(tmp_path, autoencoder):
     data = EmojiWithHeldOut(batch_size=4, num_validation=2)
     first = training(tmp_path, autoencoder, muon_lr=1e-3)

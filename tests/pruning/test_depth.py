@@ -327,6 +327,7 @@ def test_depth_on_top_of_an_earlier_prune(first, tmp_path, images):
     assert torch.equal(images(plain), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [pytest.param("dense", marks=pytest.mark.slow), "folder"])
 @pytest.mark.parametrize("objective", [Objective(distill_output=1.0, distill_features=0.1), Objective(denoise=1.0)])
 def test_a_recovery_trains_what_is_left(given, objective, pipe_folder, tmp_path):

@@ -226,6 +226,7 @@ def whole(tmp_path_factory):
         return prune_to(tmp_path_factory.mktemp("whole") / "stages", patch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_killed_run_goes_on_with_the_first_stage_that_is_not_finished(whole, tmp_path, monkeypatch, after):
     weights, report, count = whole

@@ -219,6 +219,7 @@ def test_the_whole_way(pipe_folder, tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_as_the_stage_before_a_recovery(pipe_folder, tmp_path):
     fit(pipe_folder, tmp_path / "run", "--model.pruning.calibration.streamed=true", steps=2)
     assert_zero(tmp_path / "run")

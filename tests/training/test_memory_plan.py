@@ -80,6 +80,7 @@ def test_a_step_without_weights_makes_what_one_with_weights_makes(pipe_folder, a
     assert meta.kept == pytest.approx(real.kept, rel=0.01, abs=256)
 
 
+@pytest.mark.slow
 def test_fused_kernels_make_nothing_beside_moments(pipe_folder):
     fused, plain = (both(pipe_folder, optimization=Optimization(arguments={"fused": on}))[0] for on in (True, False))
     assert fused.kept == plain.kept and fused.peak <= plain.peak
@@ -223,6 +224,7 @@ def test_masks_of_what_is_left_of_layers_are_counted(pipe_folder, tmp_path, capf
     assert 0 < trained[1] < trained[0]  # the same layers, some of them smaller now
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_another_denoiser_is_planned(pipe_folder, tmp_path, capfd):
     (file,) = (pipe_folder / "transformer").glob("*.safetensors")
     assert "host memory" in planned(capfd, f"{pipe_folder} with {file}", tmp_path / "out")

@@ -98,6 +98,7 @@ def test_overfitting_is_refused(pipe_folder, tmp_path, capsys):
     assert not (tmp_path / "pruned").exists()
 
 
+@pytest.mark.slow
 def test_stopping_early_on_an_unknown_figure(pipe_folder, tmp_path, capsys):
     stopping = ["--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/acc"]
     validating = ["--trainer.val_check_interval=1", "--trainer.check_val_every_n_epoch=null"]
@@ -118,6 +119,7 @@ def test_the_home_folder_of_checkpoints_and_recordings(finished, pipe_folder, tm
     assert ImageCaptionDataModule("~/images").source == str(finished.parent / "images")
 
 
+@pytest.mark.slow
 def test_a_result_that_another_run_wrote_meanwhile_is_kept(finished, pipe_folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     shutil.copytree(finished / "pruned", output / "pruned")
@@ -175,6 +177,7 @@ def in_a_trainer(pipe_folder, output, *callbacks):
     return trainer, {"model": module, "datamodule": DigitsDataModule(batch_size=4)}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_not_loaded_without_a_trainer(pipe_folder, tmp_path):
     trainer, what = in_a_trainer(pipe_folder, tmp_path)
     trainer.fit(**what)

@@ -107,6 +107,7 @@ def test_averaging_that_knows_no_pruning_is_refused_before_pruning(pipe_folder, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_one_module_is_validated_trained_and_trained_again(pipe_folder, tmp_path):
     both = {"objective": Objective(distill_output=1.0, denoise=1.0), "evaluation": EvaluationOptions(num_images=1)}
     fit(recovery(pipe_folder, tmp_path / "run", **both), trainer(tmp_path))  # so that there is a pruned pipeline

@@ -66,9 +66,9 @@ def losses(kind, folder, tmp_path, prompts, objective, dropout):
 
 CASES = [
     ("sd3", OUTPUT, 0.5),
-    ("sd3", GUIDED, 0.0),
+    pytest.param("sd3", GUIDED, 0.0, marks=pytest.mark.slow),
     pytest.param("ddpm", OUTPUT, 0.5, marks=pytest.mark.slow),  # told nothing
-    ("dit", OUTPUT, 0.5),  # a learned variance; the negative rows come last
+    pytest.param("dit", OUTPUT, 0.5, marks=pytest.mark.slow),  # a learned variance; the negative rows come last
     ("wan22", GUIDED, 0.0),  # two denoisers, and the negative prompt has a call of its own
     pytest.param("z-image", OUTPUT, 0.5, marks=pytest.mark.slow),  # answers in a list
 ]

@@ -53,11 +53,13 @@ def test_zeros_survive_weight_decay_accumulation_bf16_and_averaging(pipe_folder,
     assert_zero(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_distillation_needs_no_images(pipe_folder, tmp_path):
     fit(pipe_folder, tmp_path / "run", images=False, folder=tmp_path / "traj")
     assert_zero(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_second_order_matching_trains(pipe_folder, tmp_path):
     fit(pipe_folder, tmp_path / "run", "--model.objective.distill_jacobian=0.1", steps=2)
     assert_zero(tmp_path / "run")
@@ -73,6 +75,7 @@ def test_gradient_checkpointing_changes_memory_only(pipe_folder, tmp_path):
         torch.testing.assert_close(saving[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_result_is_the_average(pipe_folder, tmp_path):
     fit(pipe_folder, tmp_path / "run", *EMA, "--model.pruning.method=magnitude", images=False, folder=tmp_path / "traj")
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -160,6 +163,7 @@ def refused(capsys, pipe_folder, output, *extra, **options):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_clear_refusals(pipe_folder, tmp_path, capsys):
     run = tmp_path / "run"
     assert "already cost" in refused(capsys, pipe_folder, run, "--budget.wall_s=0.0001")

@@ -65,6 +65,7 @@ def test_a_finished_run_says_so_and_loads_nothing(pipe_folder, run, capsys, noth
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_the_budget_was_raised(pipe_folder, run, capsys):
     fit(pipe_folder, run, "--ckpt_path=last", steps=6)
     assert steps_of(run) == 6

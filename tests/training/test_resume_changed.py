@@ -83,6 +83,7 @@ def change(folder, name):
     getattr(pipe, name).save_pretrained(folder / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
 def test_a_dense_pipeline_that_changed_serves_nothing(pipe_folder, tmp_path, component):
     shutil.copytree(pipe_folder, tmp_path / "dense")
@@ -97,6 +98,7 @@ def test_a_dense_pipeline_that_changed_serves_nothing(pipe_folder, tmp_path, com
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_prompts_that_changed_prune_again_only_when_asked(pipe_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     pruning = PruningOptions(
@@ -119,6 +121,7 @@ def test_prompts_that_changed_prune_again_only_when_asked(pipe_folder, tmp_path)
         start("a nine\na one\n")
 
 
+@pytest.mark.slow
 def test_references_are_drawn_again_when_anything_upstream_changed(pipe_folder, tmp_path, monkeypatch):
     from obsdiff.evaluation import references
 
@@ -139,6 +142,7 @@ def test_references_are_drawn_again_when_anything_upstream_changed(pipe_folder, 
     assert start() == 4
 
 
+@pytest.mark.slow
 def test_trajectories_of_a_pipeline_that_changed_are_refused_before_pruning(pipe_folder, tmp_path):
     shutil.copytree(pipe_folder, tmp_path / "dense")
 

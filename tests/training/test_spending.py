@@ -66,6 +66,7 @@ def spent(pipe_folder, tmp_path, data, **changes):
     return budget.report()["used"]
 
 
+@pytest.mark.slow
 def test_a_recording_is_charged_also_when_it_is_used_again(pipe_folder, tmp_path):
     def data():
         return TrajectoryDataModule(

@@ -54,7 +54,8 @@ def _work(options: CompareOptions, units: Sequence[Unit]) -> int:
     def fit(arguments: list[str]) -> None:
         from obsdiff.cli.train import command_line
 
-        command_line()(args=arguments, trainer_defaults={"num_sanity_val_steps": 0}, save_config_callback=None)
+        command = command_line(command=arguments[0])
+        command(args=arguments, trainer_defaults={"num_sanity_val_steps": 0}, save_config_callback=None)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
