@@ -80,7 +80,8 @@ def by_hand(stages, options, budget):
     return error / power
 
 
-@pytest.mark.parametrize("budget", [pytest.param(0.8, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [0.8, 0.5])
 def test_every_number_is_what_it_is_by_hand(budget):
     options = asking("depth+structured+rank", f"parameters:{budget}")
     pipe = make_pipe(blocks=4)

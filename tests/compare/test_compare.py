@@ -77,6 +77,7 @@ def rows(output):
     return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_row_for_each_cell_and_a_report_of_them(run, tmp_path):
     output = tmp_path / "out"
     code, out, err = run("--methods", "[obs, magnitude]", "--recipes", "{}")

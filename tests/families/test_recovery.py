@@ -200,7 +200,7 @@ def fit(name, folder, tmp_path, pattern):
 PATTERNS = ("unstructured:0.5", "structured:0.4")
 USUAL = {  # the others take minutes together
     *((name, PATTERNS[0]) for name in ("qwen-image", "ddpm")),
-    *((name, PATTERNS[1]) for name in ("flux", "sd15", "wan22")),
+    *((name, PATTERNS[1]) for name in ("flux", "wan22")),
 }
 RECOVERED = [
     pytest.param(name, pattern, marks=() if (name, pattern) in USUAL else pytest.mark.slow)

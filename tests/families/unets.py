@@ -76,15 +76,13 @@ def sd21(encoders: bool) -> Any:
 
 
 def sdxl(encoders: bool) -> Any:
-    """Transformers of two blocks at the lower level only; pooled text and sizes beside the time; two residual blocks in
-    a row, the first of which is read again on the way up."""
+    """Transformers of two blocks at the lower level only; pooled text and sizes beside the time."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     unet = _unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4),
-        layers_per_block=2,
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
         cross_attention_dim=sum(CLIP_WIDTHS),

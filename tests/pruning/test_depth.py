@@ -226,6 +226,7 @@ def command(folder, output, pattern, *more):
     return read_json(output / "report.json", "a report")
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_plain_one(pipe_folder, tmp_path, images, capsys):
     """Plain diffusers loads it by its config, and it draws the same; it can be inspected, and its plan repeats it."""
     report = command(pipe_folder, tmp_path / "out", "depth:1")

@@ -215,6 +215,7 @@ def test_what_it_cost_is_in_the_ledger():
     assert report.time_s["calibrate"] > 0 and kept["loss_before"] > 0
 
 
+@pytest.mark.slow
 def test_through_the_stage_with_a_store_a_refit_and_an_allocation(tmp_path):
     options = PruningOptions(pattern="structured:0.5", method="ecodiff", refit=True)
     report = prune_stage(make_pipe(), options, PROMPTS, Folders(statistics=tmp_path / "store"))

@@ -284,7 +284,7 @@ def test_a_plan_file_is_checked(run, tmp_path):
         read_plan(wrong, subject_of(make_pipe()).graph)
 
 
-@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize("lora_rank", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_zeros_are_held_in_recovery(tmp_path, lora_rank, pipe_folder):
     """Pruned in the setup of a run, trained, exported: shapes and zeros are those of the prune."""
     pruning = PruningOptions(

@@ -90,7 +90,8 @@ def test_a_pipeline_without_guidance_is_refused():
         check_guided(subject_of(pipe), None)
 
 
-@pytest.mark.parametrize("images", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [False, True])
 def test_a_recovery_trains_on_it(pipe_folder, tmp_path, images):
     objective = "--model.objective={distill_guided: 1.0, distill_output: 0.0}"
     fit(pipe_folder, tmp_path / "out", objective, images=images, folder=tmp_path / "recorded", steps=2)

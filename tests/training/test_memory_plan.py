@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused_with_what_takes_less():
 # ---- the command
 
 
-@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("images", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_dry_run_plans_and_leaves_nothing(pipe_folder, tmp_path, capfd, images):
     fit(pipe_folder, tmp_path / "out", "--dry_run=true", images=images, folder=tmp_path / "trajectories")
     said = capfd.readouterr().out

@@ -15,9 +15,8 @@ TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.
 QUICK = "--model.pruning.method=magnitude"
 
 
-@pytest.mark.parametrize(
-    "precision", ["bf16-true", *(pytest.param(other, marks=pytest.mark.slow) for other in ("16-true", "64-true"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_a_run_in_another_dtype(pipe_folder, tmp_path, precision, monkeypatch):
     from obsdiff.training import recovery
 

@@ -10,7 +10,6 @@ import obsdiff
 from obsdiff.cli.train import main
 from tests.training.common import PATTERNS, arguments, assert_same, assert_zero, fit, result
 
-RESUMED = ("structured:0.5", False)  # the others take as long each
 EMA = ("--ema=obsdiff.callbacks.ema.EMA", "--ema.decay=0.5")
 ALL_LOSSES = (
     "--model.objective.denoise=1",
@@ -20,7 +19,8 @@ ALL_LOSSES = (
 
 
 @pytest.mark.parametrize(
-    "pattern", [pytest.param(pattern, marks=pytest.mark.slow) if pattern == "2:4" else pattern for pattern in PATTERNS]
+    "pattern",
+    [pattern if pattern == PATTERNS[0] else pytest.param(pattern, marks=pytest.mark.slow) for pattern in PATTERNS],
 )
 def test_a_run_leaves_a_pipeline_that_loads_and_a_whole_report(pipe_folder, tmp_path, pattern, images):
     measured = pattern != "2:4"
@@ -47,6 +47,7 @@ def test_a_run_leaves_a_pipeline_that_loads_and_a_whole_report(pipe_folder, tmp_
         assert_zero(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_zeros_survive_weight_decay_accumulation_bf16_and_averaging(pipe_folder, tmp_path):
     extra = ("--trainer.accumulate_grad_batches=2", "--trainer.precision=bf16-mixed", *EMA, *ALL_LOSSES)
     fit(pipe_folder, tmp_path / "run", *extra)
@@ -88,14 +89,9 @@ def test_the_result_is_the_average(pipe_folder, tmp_path):
     assert any(not torch.equal(average[name], last[name]) for name in average)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "images"),
-    [
-        pytest.param(pattern, images, marks=() if (pattern, images) == RESUMED else pytest.mark.slow)
-        for pattern in PATTERNS
-        for images in (True, False)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("images", [True, False])
 def test_a_resumed_run_equals_an_uninterrupted_one(pipe_folder, tmp_path, pattern, images, monkeypatch):
     from obsdiff.training import recovery
 

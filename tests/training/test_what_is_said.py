@@ -49,7 +49,7 @@ def test_training_is_counted_in_steps_of_the_budget(said):
     found = [form.fullmatch(line) for line in lines]
     assert all(found), lines
     steps = [int(match[1]) for match in found]
-    assert steps == sorted(steps) and steps[-1] == 6 and {2, 3, 4} <= set(steps)
+    assert steps == sorted(steps) and steps[-1] == 6 and len(set(steps)) > 3
     assert all(int(match[2]) == round(100 * int(match[1]) / 6) for match in found)
     assert "Epoch" not in err
 
