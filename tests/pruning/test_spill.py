@@ -35,6 +35,14 @@ def test_parameters_come_back_bit_by_bit(tmp_path, dtype):
     assert spill.take(trained).requires_grad
 
 
+def test_what_is_cut_off_is_no_weight(tmp_path):
+    spill = Spill(tmp_path)
+    spilled = spill.put(nn.Parameter(torch.ones(10)))
+    spill._file.truncate(12)
+    with pytest.raises(OSError, match="12 of 40 bytes"):
+        spill.take(spilled)
+
+
 def test_replaced_weights_leave_memory_and_come_back(tmp_path):
     layer = nn.Linear(4, 3)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()

@@ -58,10 +58,15 @@ class Spill:
         return there
 
     def take(self, spilled: Spilled) -> nn.Parameter:
-        """Read one again: another object with the same values, on its device."""
+        """Read one again: another object with the same values, on its device.
+
+        Raises:
+            OSError: It cannot be read whole.
+        """
         data = bytearray(spilled.like.nbytes)
         self._file.seek(spilled.offset)
-        self._file.readinto(data)
+        if (count := self._file.readinto(data)) != len(data):
+            raise OSError(f"{count} of {len(data)} bytes could be read")
         value = torch.frombuffer(data, dtype=spilled.like.dtype) if data else torch.empty(0, dtype=spilled.like.dtype)
         return nn.Parameter(value.view(spilled.like.shape).to(spilled.device), spilled.like.requires_grad)
 
