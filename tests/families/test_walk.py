@@ -1,6 +1,7 @@
 """Every family through the whole house: trace, calibrate, prune, shrunk equals masked, save, load, sample, again."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 import obsdiff
 from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.graph import pays, shapes_with
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info
 from obsdiff.models.loading import absent
 from obsdiff.models.subject import graph_of, subject_of
@@ -191,7 +193,7 @@ def test_ranks(case, tmp_path):
             obsdiff.prune(pipe, "rank:0.25", statistics=case.statistics)
         return
     report = obsdiff.prune(pipe, "rank:0.25", statistics=case.statistics)
-    assert report.masks.keys() == {group.name for group in case.graph.groups} - case.units()
+    assert report.masks.keys() == {group.name for group in case.graph.groups if group.kind == "rank"}
     for name, mask in report.masks.items():
         group = case.graph.group_of[name]
         kept = round(0.25 * group.count)
@@ -216,8 +218,30 @@ def test_ranks_and_units_at_once(case):
     if case.graph.vectors:
         pattern = f"{case.structured}+rank:0.25"
         report = obsdiff.prune(pipe, pattern, statistics=case.statistics, spare_blocks=())
-        assert report.masks.keys() == case.graph.group_of.keys()
+        assert {case.graph.group_of[name].kind for name in report.masks} >= {"rank"}
+        assert report.masks.keys() == {group.name for group in case.graph.groups if group.kind != "lowrank"}
         assert torch.isfinite(case.sample(pipe)).all()
+
+
+def test_low_ranks_of_tokens(case, tmp_path):
+    """What reads a few directions of its tokens is the projected model, alone and beside units."""
+    pipe, tokens = case.traced(), {group.name: group for group in case.graph.groups if group.kind == "lowrank"}
+    report = obsdiff.prune(pipe, "lowrank:0.25", statistics=case.statistics, spare_blocks=())
+    smaller = {name for name, group in tokens.items() if pays(case.graph, group, round(0.25 * group.count))}
+    assert smaller and report.masks.keys() == tokens.keys()
+    assert {name for name, mask in report.masks.items() if not bool(mask.all())} == smaller
+    drawn = case.sample(pipe)
+    report.masks = {name: report.masks[name] for name in smaller}
+    close(drawn, case.sample(projected_like(case, pipe, report)))
+    obsdiff.save_pipeline(pipe, tmp_path / "out", report)
+    assert torch.equal(case.sample(plainly(tmp_path / "out" / "pipeline", trust_remote_code=True)), drawn)
+    both = case.traced()
+    report = obsdiff.prune(both, f"{case.structured}+lowrank:0.25", statistics=case.statistics, spare_blocks=())
+    kept = {name: int(mask.sum()) for name, mask in report.masks.items()}
+    counts = {name: parameter.numel() for name, parameter in case.graph.denoiser.named_parameters()}
+    counts |= {name: math.prod(shape) for name, shape in shapes_with(case.graph, kept)["tensors"].items()}
+    assert report.parameters["pruned"] == sum(counts.values())
+    assert torch.isfinite(case.sample(both)).all()
 
 
 def test_units_then_weights(case, tmp_path):

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from obsdiff.allocation.assemble import achieved_share, plan_of, settle
-from obsdiff.allocation.budget import Costs, Unmet, costs_of, table_cost
+from obsdiff.allocation.assemble import kept_cost, plan_of, settle
+from obsdiff.allocation.budget import Costs, Unmet, costs_of, table_cost, true_cost
 from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.curves import error_curve
 from obsdiff.allocation.depth import choose_stages
@@ -29,7 +29,7 @@ from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.graph import Graph, group_parameters
 from obsdiff.models.subject import Subject, subject_of
-from obsdiff.obs.pattern import Depth, Pattern, Unstructured, of_layers, parse_request
+from obsdiff.obs.pattern import Depth, Pattern, Structured, Unstructured, of_layers, parse_request
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan, kept_units, make_plan, parted, with_weights
@@ -132,10 +132,16 @@ def allocate(
     record: dict[str, Any] = {"rule": rule, "budget": str(budget)}
     limit = costs.limit
     if timing is None:
-        patterns = solve(limit)
-        if isinstance(base.pattern, Unstructured):
-            patterns = settle(graph, units, patterns, limit)
-        record["achieved"] = achieved_share(graph, units, patterns, costs, budget)
+        if isinstance(base.pattern, Structured):
+            count = partial(true_cost, subject, units, budget=budget, call=settings.call)
+            patterns, limit, cost = _within(solve, units, costs, budget, count)
+        else:
+            patterns = solve(limit)
+            if isinstance(base.pattern, Unstructured):
+                patterns = settle(graph, units, patterns, limit)
+            cost = kept_cost(graph, units, patterns, costs) + costs.fixed
+        share = cost / costs.dense
+        record["achieved"] = 1 - share if budget.kind == "sparsity" else share
     else:
         patterns, (share, *interval) = meet_latency(graph, units, budget, costs, timing, solve, quiet)
         record |= {"achieved": share, "achieved_interval": interval}
@@ -228,6 +234,24 @@ def _scanned(
         quiet=quiet,
     )
     return _Scanned(sensitivity, probe, bare)
+
+
+def _within(
+    solve: Callable[[float], list[Pattern]],
+    units: Sequence[Unit],
+    costs: Costs,
+    budget: Budget,
+    count: Callable[[Sequence[Pattern]], float],
+) -> tuple[list[Pattern], float, float]:
+    """Patterns that truly cost no more than may stay; the limit by the tables that gave them; and what they cost."""
+    limit = costs.limit
+    while True:
+        _check_feasible(replace(costs, limit=limit), budget)
+        patterns = solve(limit)
+        cost = count(patterns)
+        if (over := cost - costs.fixed - costs.limit) <= 0:
+            return patterns, limit, cost
+        limit = table_cost(units, patterns, costs) - over
 
 
 def _least(units: Sequence[Unit], errors: Sequence[Sequence[float]], costs: Costs, limit: float) -> list[Pattern]:

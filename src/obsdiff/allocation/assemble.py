@@ -10,7 +10,7 @@ from obsdiff.allocation.budget import Costs, table_cost
 from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.models.graph import Graph
-from obsdiff.obs.pattern import KINDS, RANK, Pattern, Structured, Unstructured
+from obsdiff.obs.pattern import KINDS, Pattern, Structured, Unstructured
 from obsdiff.pruning.plan import Plan, kept_units
 
 
@@ -35,17 +35,12 @@ def settle(graph: Graph, units: Sequence[Unit], patterns: Sequence[Pattern], lim
     return [Unstructured(float(f"{ratio:.10g}")) for ratio in ratios]
 
 
-def achieved_share(
-    graph: Graph, units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs, budget: Budget
-) -> float:
-    """The budget's figure that the patterns come to."""
+def kept_cost(graph: Graph, units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs) -> float:
+    """What patterns of single weights leave of the units."""
     if all(isinstance(pattern, Unstructured) for pattern in patterns):  # settled ratios stand in no table
         weights, gone = _counted(graph, _entries(units, patterns))
-        kept = float(weights - gone)
-    else:
-        kept = table_cost(units, patterns, costs)
-    share = (kept + costs.fixed) / costs.dense
-    return 1 - share if budget.kind == "sparsity" else share
+        return float(weights - gone)
+    return table_cost(units, patterns, costs)
 
 
 def plan_of(
@@ -60,8 +55,9 @@ def plan_of(
         overall = Unstructured(round(gone / weights, 6))
     elif isinstance(overall, Structured):
         shares: Any = {kind: _share_gone(graph, entries, kind) for kind in KINDS}
-        rank = None if overall.rank is None else round(1 - _share_gone(graph, entries, RANK), 4)
-        overall = Structured(**shares, multiple_of=overall.multiple_of, rank=rank if rank != 1 else None)
+        gone = {kind: _share_gone(graph, entries, kind) for kind in overall.directions}
+        kept: Any = {kind: round(1 - share, 4) for kind, share in gone.items() if share > 0}
+        overall = Structured(**shares, multiple_of=overall.multiple_of, **kept)
     return Plan(overall, entries, rule, str(budget))
 
 

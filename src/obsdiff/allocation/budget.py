@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,25 @@ def costs_from(
     options = [[float(sum(cost(name, option) for name in unit.members)) for option in unit.options] for unit in units]
     limit = stays * dense - fixed
     return Costs(fixed, options, dense, limit + 1e-9 * dense)  # the share is a decimal: let rounding not cost a weight
+
+
+def true_cost(
+    subject: Subject, units: Sequence[Unit], patterns: Sequence[Pattern], budget: Budget, call: Mapping[str, Any]
+) -> float:
+    """What the denoiser costs with these structured patterns: more than by the tables where rows and columns of one
+    layer go (heads of its queries, and directions that it reads), of which each table has the whole."""
+    graph = subject.graph
+    chosen = {name: pattern for unit, pattern in zip(units, patterns, strict=True) for name in unit.members}
+    kept = {name: kept_units(graph.group_of[name], pattern) for name, pattern in chosen.items()}  # type: ignore[arg-type]  # all structured
+    shapes = shapes_with(graph, kept)
+    if budget.kind == "flops":
+        return shrunk_flops(subject, call, shapes)
+    there = dict(graph.denoiser.named_parameters())
+    entry = next(iter(there.values())).element_size() if budget.kind == "bytes" else 1
+    cost = float(dense_cost(subject, budget.kind, call))
+    for name, shape in shapes["tensors"].items():
+        cost += (math.prod(shape) - (there[name].numel() if name in there else 0)) * entry
+    return cost
 
 
 def table_cost(units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs) -> float:

@@ -20,9 +20,10 @@ from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Depth
 from obsdiff.progress import track
+from obsdiff.pruning.describe import describe
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, describe
+from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.shorten import prune_shorter, removable, shorten, spared_stages, stages_to_remove
 from obsdiff.pruning.surgery import Edits

@@ -37,7 +37,7 @@ def measured_levels(unit: Unit, levels: Sequence[float] | None, by: str = FORWAR
     shares: Sequence[float] = MEASURED
     if isinstance(sparsest := unit.options[-1], Structured):
         usual = MEASURED_BESIDE_RANKS if unit.beside_ranks else MEASURED_STRUCTURED
-        shares = usual if sparsest.rank is None else MEASURED_RANK
+        shares = MEASURED_RANK if sparsest.directions else usual
     return levels_of(unit, levels or shares)
 
 

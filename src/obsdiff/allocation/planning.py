@@ -13,7 +13,7 @@ from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph
 from obsdiff.obs.observers import PASSES
-from obsdiff.obs.pattern import NM, RANK, Depth, Hybrid, Request, of_layers, of_units, parse_request
+from obsdiff.obs.pattern import NM, Depth, Hybrid, Request, of_layers, of_units, parse_request
 from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.oneshot import check_solving, needed
@@ -37,7 +37,7 @@ def rule_of(options: PruningOptions) -> str:
     pattern, units = of_layers(request), of_units(request)
     if pattern is None:
         return "uniform"
-    ranks = units is not None and units.kinds == (RANK,) and options.budget is None
+    ranks = units is not None and not units.cuts and options.budget is None
     if ranks or isinstance(pattern, NM):
         return "uniform"
     return find_method(options.method).allocation

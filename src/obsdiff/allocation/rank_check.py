@@ -20,8 +20,9 @@ WORSE, NOTED = 4.0, 1e-3  # a note is due where they lose this many times as muc
 
 def checked_ranks(
     subject: Subject, plan: Plan, found: Any, options: PruningOptions, prompts: Sequence[str], quiet: bool
-) -> dict[str, dict[str, float]]:
-    """What the ranks of a plan leave out, on the calibration's prompts and on some of the pipeline's other set."""
+) -> dict[str, dict[str, Any]]:
+    """What the ranks of a plan leave out of vectors and tokens, on the calibration's prompts and on some of the
+    pipeline's other set."""
     graph = subject.graph
     groups = [group for group in plan.groups(graph) if group.basis is not None] if plan.structured else []
     if not groups:
@@ -44,7 +45,7 @@ def checked_ranks(
     return checked
 
 
-def rank_notes(ranks: Mapping[str, Mapping[str, float]]) -> list[str]:
+def rank_notes(ranks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """For people: ranks that serve other prompts worse, or that were tried on none."""
     notes = []
     for name, found in ranks.items():

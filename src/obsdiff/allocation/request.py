@@ -19,7 +19,7 @@ from obsdiff.names import (
     UNIT_METHODS,
 )
 from obsdiff.numbers import check_number, check_seed, check_whole
-from obsdiff.obs.pattern import RANK, Depth, Hybrid, is_bare, of_layers, of_units, parse_request
+from obsdiff.obs.pattern import Depth, Hybrid, is_bare, of_layers, of_units, parse_request
 from obsdiff.obs.timesteps import check_weighting
 from obsdiff.pruning.options import (
     BACKWARD,
@@ -103,12 +103,13 @@ def check_values(options: PruningOptions) -> None:
             _check_depth(request, options)
         if is_bare(options.pattern) and options.budget is None:
             raise UserError(f"pattern {options.pattern!r} has no number; give one, or --budget, by which it is chosen")
-        ranks = units is not None and units.rank is not None
+        ranks = {} if units is None else units.directions
         if ranks and options.allocation == "owl":
             raise UserError("owl does not say how ranks share a budget; use --allocation measured")
         if ranks and (options.budget or "").startswith("latency:"):
-            raise UserError("ranks hardly change latency; use a budget in parameters or flops, or leave rank out")
-        if units is not None and units.kinds != (RANK,) and options.method not in STRUCTURED_METHODS:
+            named = " and ".join(ranks)
+            raise UserError(f"ranks hardly change latency; use a budget in parameters or flops, or leave {named} out")
+        if units is not None and units.cuts and options.method not in STRUCTURED_METHODS:
             *some, last = STRUCTURED_METHODS
             other = f"{', '.join(some)} or {last}"
             raise UserError(f"method {options.method} cannot prune heads and neurons; use {other} with {units}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from obsdiff.errors import UserError
-from obsdiff.models.graph import Graph, Group, group_parameters
-from obsdiff.obs.pattern import NM, RANK, Depth, Hybrid, Pattern, Structured, Unstructured
+from obsdiff.models.graph import Graph, pays
+from obsdiff.obs.pattern import DIRECTIONS, NM, Depth, Hybrid, Pattern, Unstructured
 from obsdiff.pruning.options import Limits
 from obsdiff.pruning.plan import Plan, kept_units
 
@@ -72,7 +72,7 @@ def make_units(graph: Graph, plan: Plan, limits: Limits) -> list[Unit]:
                 f"{members[0]} and {members[-1]} have no ratio or width in common within their limits; they cannot "
                 "share one"
             )
-        beside = RANK in kinds and groups[members[0]].kind != RANK
+        beside = bool(kinds & set(DIRECTIONS)) and groups[members[0]].kind not in DIRECTIONS
         units.append(Unit(members, min(blocks[name] for name in members), common, beside))
     return sorted(units, key=lambda unit: unit.stage)
 
@@ -92,12 +92,6 @@ def _shared(names: Sequence[str], rules: Sequence[str]) -> list[tuple[str, ...]]
     return [tuple(members) for members in together.values()]
 
 
-def _pays(graph: Graph, group: Group, option: Structured) -> bool:
-    """Whether what a group keeps is less than the whole: a basis has parameters of its own."""
-    kept = kept_units(group, option)
-    return kept == group.count or group_parameters(graph, group, kept) < group_parameters(graph, group, group.count)
-
-
 def _options(graph: Graph, pattern: Pattern, name: str, limits: Limits) -> list[Pattern]:
     groups = graph.group_of.get(name)
     floor = _limit(limits.floors, name, 0.0)
@@ -114,7 +108,8 @@ def _options(graph: Graph, pattern: Pattern, name: str, limits: Limits) -> list[
         every = _nm_options(pattern, limits.choices)
     else:
         assert groups is not None
-        every = [option for option in pattern.choices(groups.kind, groups.count) if _pays(graph, groups, option)]
+        choices = pattern.choices(groups.kind, groups.count)
+        every = [option for option in choices if pays(graph, groups, kept_units(groups, option))]
     found = [option for option in every if floor <= removed(option) <= ceiling]
     if not found:
         shares = ", ".join(f"{removed(option):.3g}" for option in every[:8])

@@ -11,6 +11,7 @@ from obsdiff.evaluation.evaluate import UNGUIDED
 from obsdiff.evaluation.measures.base import Figures
 from obsdiff.export.figures import figure, named
 from obsdiff.export.figures import title as words
+from obsdiff.obs.pattern import LOWRANK, RANK
 from obsdiff.progress import duration
 
 STAGES = {
@@ -90,15 +91,22 @@ def dead_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def rank_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the ranks of vectors leave out, of a report or a manifest."""
-    rows = []
-    for name, found in (report.get("ranks") or {}).items():
-        figures = f"{found['rank']:g} of {found['width']:g} directions at {name}: {found['input_left_out']:.2g} of the "
-        figures += f"input left out, output error {found['error']:.2g}"
-        if (other := found.get("error_held_out")) is not None:
-            figures += f", on other prompts {other:.2g}"
-        rows.append(("rank", figures))
+    """What ranks leave out, of a report or a manifest: of each vector, and of tokens where it is most."""
+    ranks = report.get("ranks") or {}
+    vectors = {name: found for name, found in ranks.items() if found.get("kind", RANK) == RANK}
+    rows = [(RANK, _rank_figures(name, found)) for name, found in vectors.items()]
+    if tokens := {name: found for name, found in ranks.items() if name not in vectors}:
+        worst = max(tokens, key=lambda name: tokens[name]["error"])
+        rows.append((LOWRANK, f"{len(tokens)} inputs; the most is lost of {_rank_figures(worst, tokens[worst])}"))
     return rows
+
+
+def _rank_figures(name: str, found: Mapping[str, Any]) -> str:
+    figures = f"{found['rank']:g} of {found['width']:g} directions at {name}: {found['input_left_out']:.2g} of the "
+    figures += f"input left out, output error {found['error']:.2g}"
+    if (other := found.get("error_held_out")) is not None:
+        figures += f", on other prompts {other:.2g}"
+    return figures
 
 
 def reconstruction_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:

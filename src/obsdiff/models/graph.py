@@ -64,11 +64,11 @@ class Attribute:
 @dataclass(frozen=True)
 class Group:
     """The removable units of one dimension: heads of an attention, neurons of a feed-forward module, channel groups of
-    a ResNet block, directions of a vector that modulations read.
+    a ResNet block, directions of a vector that modulations read or of tokens that queries, keys and values read.
 
     Attributes:
         name: The module (unique; what plans and masks are keyed by).
-        kind: Which share of a structured pattern goes for it: "heads", "ffn", "channels" or "rank".
+        kind: Which share of a structured pattern goes for it: "heads", "ffn", "channels", "rank" or "lowrank".
         count: Units.
         stage: Number of its stage.
         producers: Layers whose output rows belong to units.
@@ -78,7 +78,7 @@ class Group:
             (families.md 2.3).
         attributes: What is derived from the number of units.
         basis: Units are directions, onto which this module will project what the consumers read (:mod:`obsdiff.obs.
-            lowrank`); None where they are entries. Such a group belongs to no single stage.
+            lowrank`); None where they are entries. That of a vector belongs to no single stage.
     """
 
     name: str
@@ -210,6 +210,11 @@ Size = Callable[[Tensor], int]  # of a tensor: its elements, or its bytes
 def group_parameters(graph: Graph, group: Group, kept: int, size: Size = Tensor.numel) -> int:
     """Parameters that a group owns if it keeps so many units; with a basis, its own among them unless all stay."""
     return units_parameters(graph, group, kept < group.count, size) * kept
+
+
+def pays(graph: Graph, group: Group, kept: int) -> bool:
+    """Whether what a group keeps is less than the whole: a basis has parameters of its own."""
+    return kept == group.count or group_parameters(graph, group, kept) < group_parameters(graph, group, group.count)
 
 
 def units_parameters(graph: Graph, group: Group, reduced: bool = True, size: Size = Tensor.numel) -> int:

@@ -16,12 +16,12 @@ from obsdiff.models.checks import check_in_memory, check_layers, check_plain
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.denoisers import denoisers_of, dtype_of, joined, parts_of
 from obsdiff.models.families import Family, find_family
-from obsdiff.models.graph import Graph, Group, Site, Slices, prunable, stages_of, walk
+from obsdiff.models.graph import COLUMNS, Graph, Group, Site, Slices, prunable, stages_of, walk
 from obsdiff.models.parts import groups_of
 from obsdiff.models.stacks import Stack, stacks_of
 from obsdiff.models.tracing import Trace, dead_layers, trace
 from obsdiff.models.weightless import is_weightless
-from obsdiff.obs.pattern import RANK
+from obsdiff.obs.pattern import LOWRANK, RANK
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,8 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
     found = traced.stages if traced is not None else stages_of(denoiser)
     stages = tuple(name for name in found if not any(fnmatchcase(name, rule) for rule in family.apart))
     modules = list(walk(stages, denoiser))
-    groups: list[Group] = []
-    for i, name, module in modules if family.known else ():
-        groups += [g for g in groups_of(module, name, i) if _refusal(family, g.name) is None]
+    every = [g for i, name, module in modules if family.known for g in groups_of(module, name, i)]
+    groups = [g for g in every if _refusal(family, g.name) is None]
     vectors = frozenset() if traced is None else traced.vectors
     there = {name: i for i, name, module in modules if prunable(module) and name not in vectors}
     if traced is None:
@@ -172,8 +171,9 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
     ordered = dict.fromkeys([*sorted(ran, key=there.__getitem__), *there])  # stage by stage; idle layers last
     told, ranks = _ranks(denoiser, stages, traced)
     found_layers = {name: there[name] for name in ordered}
+    groups = [*ranks, *_lowranks(denoiser, sites, every, traced, len(ranks)), *groups]
     return Graph(
-        denoiser, family, stages, found_layers, tuple(sites), (*ranks, *groups), traced.chains, told, traced.repeats
+        denoiser, family, stages, found_layers, tuple(sites), tuple(groups), traced.chains, told, traced.repeats
     )
 
 
@@ -182,20 +182,45 @@ def _ranks(denoiser: nn.Module, stages: tuple[str, ...], traced: Trace) -> tuple
     (the head of DiT asks block 0's embedder again) and those that have a basis already."""
     sites: list[Site] = []
     groups: list[Group] = []
-    modules = dict(denoiser.named_modules())
-    taken = {prefix: sum(name.startswith(f"{prefix}bases.") for name in modules) for prefix in parts_of(denoiser)}
     for reading in traced.told:
-        layers = tuple(n for n in reading if traced.times[n] == 1 and not hasattr(modules[n], "basis"))
+        layers = _whole(denoiser, reading, traced)
         inside = [i for i, stage in enumerate(stages) for name in layers if name.startswith(f"{stage}.")]
-        if not inside:
-            continue
-        width = denoiser.get_parameter(f"{layers[0]}.weight").shape[1]
-        prefix = next(prefix for prefix in taken if layers[0].startswith(prefix))
-        basis, taken[prefix] = f"{prefix}bases.{taken[prefix]}", taken[prefix] + 1
-        consumers = tuple(Slices(layer, (0,), 1) for layer in layers)
-        sites.append(Site(layers, (), min(inside)))
-        groups.append(Group(layers[0], RANK, width, min(inside), (), consumers, basis=basis))
+        if inside:
+            sites.append(Site(layers, (), min(inside)))
+            groups.append(_directions(denoiser, RANK, sites[-1], len(groups)))
     return tuple(sites), tuple(groups)
+
+
+def _lowranks(
+    denoiser: nn.Module, sites: Sequence[Site], groups: Sequence[Group], traced: Trace, number: int
+) -> list[Group]:
+    """Directions of the tokens that linear layers read, where no unit (of ``groups``, refused ones too) is a part of
+    these tokens, and the layers' rows belong to no neurons: what goes of those is gone, and a basis for the rest is no
+    gain."""
+    cut = {layer for group in groups for layer, axis in group.axes if axis == COLUMNS or group.kind != "heads"}
+    found: list[Group] = []
+    for site in sites:
+        linear = all(isinstance(denoiser.get_submodule(layer), nn.Linear) for layer in site.layers)
+        if linear and not cut & set(site.layers) and _whole(denoiser, site.layers, traced) == site.layers:
+            found.append(_directions(denoiser, LOWRANK, site, number + len(found)))
+    return found
+
+
+def _whole(denoiser: nn.Module, layers: Sequence[str], traced: Trace) -> tuple[str, ...]:
+    """Those of the layers that run once in a call and read their input as it is."""
+    return tuple(n for n in layers if traced.times[n] == 1 and not hasattr(denoiser.get_submodule(n), "basis"))
+
+
+def _directions(denoiser: nn.Module, kind: str, site: Site, number: int) -> Group:
+    """The group of the directions of what a site's layers read, onto a basis that their denoiser does not have yet."""
+    prefix = next(prefix for prefix in parts_of(denoiser) if site.name.startswith(prefix))
+    held = denoiser.get_submodule(prefix.removesuffix("."))
+    bases = held.get_submodule("bases") if hasattr(held, "bases") else nn.Module()
+    first = 1 + max((int(name) for name, _ in bases.named_children()), default=-1)
+    weight: Any = denoiser.get_submodule(site.name).weight  # one made anew at each call too
+    consumers = tuple(Slices(layer, (0,), 1) for layer in site.layers)
+    basis = f"{prefix}bases.{first + number}"
+    return Group(site.name, kind, weight.shape[1], site.stage, (), consumers, basis=basis)
 
 
 def refusals(denoiser: nn.Module, family: Family) -> dict[str, str]:

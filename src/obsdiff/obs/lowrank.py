@@ -1,6 +1,6 @@
-"""Layers that read one vector per sample (modulations), on a few directions of it.
+"""Layers that read one vector per sample (modulations), or tokens (queries, keys, values), on a few directions of it.
 
-The vector ``x = silu(embedding of time and pooled text)`` varies in a small subspace, so
+The vector ``x = silu(embedding of time and pooled text)`` varies in a small subspace, tokens of the text nearly so:
 
     W x + b  ≈  (W D) (E x)  +  b + W (I − D E) μ
 

@@ -6,13 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 from obsdiff.errors import UserError
 
 KINDS = ("heads", "ffn", "channels")  # of units that ``structured:RATIO`` removes
-RANK = "rank"  # the kind of units that are directions of an input
+RANK, LOWRANK = "rank", "lowrank"  # kinds of units that are directions: of a vector per sample, of tokens
+DIRECTIONS = (RANK, LOWRANK)
 DEPTH = "depth"  # whole stages
-BARE = {"structured": 0.5, "rank": 0.25}  # what a kind without a number stands for, where a budget decides
+BARE = {"structured": 0.5, "rank": 0.25, "lowrank": 0.5}  # of a kind without a number, where a budget decides
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class NM:
 
 @dataclass(frozen=True)
 class Structured:
-    """Whole attention heads, FFN neurons and ResNet channel groups go, and layers that read one vector per sample keep
-    only some directions of it, so that the tensors become smaller.
+    """Whole attention heads, FFN neurons and ResNet channel groups go, and layers keep only some directions of what
+    they read, so that the tensors become smaller.
 
     Attributes:
         heads: Share of the heads to remove, in [0, 1); the count is rounded (half to even).
@@ -62,7 +64,8 @@ class Structured:
         channels: Share of the inner channel groups of ResNet blocks to remove, in [0, 1); rounded like heads.
         rank: Directions of a vector that modulations and other layers that read it keep: a whole number, or a share of
             the width below 1. None leaves them whole.
-        width: What there is of these directions, once the pattern belongs to a vector.
+        width: What there is of the directions, once the pattern belongs to one input.
+        lowrank: The same of tokens that queries, keys and values read.
         multiple_of: Kept FFN widths are the nearest multiple of this; None chooses 64 for layers of at least 1,024
             neurons (unaligned widths are slow: OBS-Diff table 5) and 8 below.
     """
@@ -73,6 +76,7 @@ class Structured:
     channels: float = 0.0
     rank: float | None = None
     width: int | None = None
+    lowrank: float | None = None
 
     def __post_init__(self) -> None:
         _check_ratio("share of heads", self.heads)
@@ -80,21 +84,32 @@ class Structured:
         _check_ratio("share of channels", self.channels)
         if self.multiple_of is not None and self.multiple_of < 1:
             raise UserError(f"multiple_of is {self.multiple_of}; it must be at least 1")
-        if self.rank is not None and not (0 < self.rank < 1 or (self.rank >= 1 and float(self.rank).is_integer())):
-            raise UserError(f"rank is {self.rank:g}; it must be a whole number, or a share of the width below 1")
-        if self.width is not None and (self.rank is None or self.rank > self.width):
-            raise UserError(f"rank is {self.rank} of {self.width}; it cannot be above the width")
+        for kind, kept in self.directions.items():
+            if not (0 < kept < 1 or (kept >= 1 and float(kept).is_integer())):
+                raise UserError(f"{kind} is {kept:g}; it must be a whole number, or a share of the width below 1")
+        if self.width is not None and not any(kept <= self.width for kept in self.directions.values()):
+            kind, kept = next(iter(self.directions.items()), (RANK, None))
+            raise UserError(f"{kind} is {kept} of {self.width}; it cannot be above the width")
+
+    @property
+    def directions(self) -> dict[str, float]:
+        """What stays of directions, by the kinds that the pattern names."""
+        both = {RANK: self.rank, LOWRANK: self.lowrank}
+        return {kind: kept for kind, kept in both.items() if kept is not None}
 
     @property
     def sparsity(self) -> float:
-        return max(self.heads, self.ffn, self.channels, self.share(RANK))
+        return max(self.heads, self.ffn, self.channels, *map(self.share, DIRECTIONS))
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it is about heads, neurons and channels, not about directions alone."""
+        return max(self.heads, self.ffn, self.channels) > 0 or not self.directions
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds that the pattern is about."""
-        if self.rank is None:
-            return KINDS
-        return (*KINDS, RANK) if max(self.heads, self.ffn, self.channels) > 0 else (RANK,)
+        return (*(KINDS if self.cuts else ()), *self.directions)
 
     @property
     def everything(self) -> bool:
@@ -109,18 +124,17 @@ class Structured:
         return {kind: share for kind, share in shares.items() if share > 0}
 
     def share(self, kind: str) -> float:
-        """The share to remove of the groups of a kind: "heads", "ffn", "channels" or "rank" (0 of a whole number while
-        there is no width)."""
-        if kind == RANK:
-            if self.rank is None:
-                return 0.0
-            return 1 - self.rank / (self.width or max(1.0, self.rank))
+        """The share to remove of the groups of a kind: "heads", "ffn", "channels", "rank" or "lowrank" (0 of a whole
+        number while there is no width)."""
+        if kind in DIRECTIONS:
+            kept = self.directions.get(kind)
+            return 0.0 if kept is None else 1 - kept / (self.width or max(1.0, kept))
         return {"heads": self.heads, "ffn": self.ffn, "channels": self.channels}[kind]
 
     def kept(self, kind: str, count: int) -> int:
         """Units that stay of ``count`` of a kind, at least one."""
-        if kind == RANK:
-            rank = count if self.rank is None else self.rank
+        if kind in DIRECTIONS:
+            rank = self.directions.get(kind, count)
             return max(1, round(rank * count)) if rank < 1 else min(int(rank), count)
         if kind == "ffn":
             return self.kept_neurons(count)
@@ -128,18 +142,15 @@ class Structured:
 
     def only(self, kind: str, gone: float) -> Structured:
         """The same rules for one kind alone, with a share of its own."""
-        if kind == RANK:
-            return Structured(0.0, 0.0, rank=1 - gone if gone > 0 else None)
         shares = {"heads": 0.0, "ffn": 0.0, "channels": 0.0} | {kind: gone}
         return Structured(shares["heads"], shares["ffn"], self.multiple_of, shares["channels"])
 
     def choices(self, kind: str, count: int) -> list[Structured]:
-        """All that may stay of ``count`` units, most first: any number, neurons in steps of the multiple, ranks in
+        """All that may stay of ``count`` units, most first: any number, neurons in steps of the multiple, directions in
         steps of 8 where there are many."""
-        if kind == RANK:
+        if kind in DIRECTIONS:
             step = 8 if count >= 256 else 1
-            kept = range((count - 1) // step * step, 0, -step)
-            return [Structured(0.0, 0.0), *(Structured(0.0, 0.0, rank=rank, width=count) for rank in kept)]
+            return [self.reduced(kind, kept, count) for kept in (count, *range((count - 1) // step * step, 0, -step))]
         if kind != "ffn":
             return [self.only(kind, gone / count) for gone in range(count)]
         step = self.width_step(count)
@@ -148,10 +159,20 @@ class Structured:
 
     def of(self, kind: str, count: int) -> Structured:
         """What the pattern says to a group of ``count`` units of a kind."""
-        if kind == RANK:
-            kept = self.kept(kind, count)
-            return Structured(0.0, 0.0) if kept == count else Structured(0.0, 0.0, rank=kept, width=count)
-        return replace(self, rank=None, width=None)
+        if kind in DIRECTIONS:
+            return self.reduced(kind, self.kept(kind, count), count)
+        return self.units
+
+    @staticmethod
+    def reduced(kind: str, kept: int, width: int) -> Structured:
+        """So many directions of a width; all of them: nothing is done."""
+        fields: dict[str, Any] = {} if kept == width else {kind: kept, "width": width}
+        return Structured(0.0, 0.0, **fields)
+
+    @property
+    def units(self) -> Structured:
+        """The same without directions."""
+        return replace(self, rank=None, lowrank=None, width=None)
 
     def width_step(self, width: int) -> int:
         """Kept widths of a layer of ``width`` neurons are multiples of this."""
@@ -165,9 +186,10 @@ class Structured:
         return min(width, max(multiple, round(width * (1 - self.ffn) / multiple) * multiple))
 
     def __str__(self) -> str:
-        if self.rank is not None:
-            rank = f"rank:{self.rank:.10g}" + ("" if self.width is None else f"/{self.width}")
-            return rank if self.kinds == (RANK,) else f"{replace(self, rank=None, width=None)}+{rank}"
+        if self.directions:
+            width = "" if self.width is None else f"/{self.width}"
+            named = [f"{kind}:{kept:.10g}{width}" for kind, kept in self.directions.items()]
+            return "+".join([str(self.units), *named] if self.cuts else named)
         if self.everything:
             return f"structured:{self.heads:.10g}"
         extra = "" if self.channels == 0 else f",channels={self.channels:.10g}"
@@ -241,8 +263,8 @@ _OF_WEIGHTS = rf"{_N_OF_M}|unstructured:.*"
 _SYNTAX = (
     "use unstructured:RATIO (unstructured:0.5), N:M (2:4), structured:RATIO (structured:0.3), "
     "structured:heads=RATIO,ffn=RATIO[,channels=RATIO][,multiple_of=WIDTH], rank:RANK or SHARE (rank:64), "
-    "depth:STAGES or SHARE (depth:2), or a sum in the order depth+structured+rank+2:4; with a budget structured, rank "
-    "and depth need no number"
+    "lowrank:RANK or SHARE, depth:STAGES or SHARE (depth:2), or a sum in the order depth+structured+rank+lowrank+2:4; "
+    "with a budget structured, rank, lowrank and depth need no number"
 )
 
 
@@ -311,10 +333,10 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     if len(parts) > 1:
         return _combined(parts, text)
     kind, _, value = text.partition(":")
-    if kind == RANK:
-        rank, _, width = value.partition("/")
-        known = _number(rank, text) if value else BARE[RANK]
-        return Structured(0.0, 0.0, rank=known, width=int(_number(width, text)) if width else None)
+    if kind in DIRECTIONS:
+        kept, _, width = value.partition("/")
+        fields: dict[str, Any] = {kind: _number(kept, text) if value else BARE[kind]}
+        return Structured(0.0, 0.0, width=int(_number(width, text)) if width else None, **fields)
     if kind == "structured" and not value:
         return Structured(BARE[kind], BARE[kind], channels=BARE[kind])
     if kind == "unstructured" and value:
@@ -328,13 +350,14 @@ def parse_pattern(text: str | Pattern) -> Pattern:
 
 
 def _combined(parts: list[str], text: str) -> Structured:
-    """``structured:…+rank:…``, in any order."""
+    """``structured:…+rank:…+lowrank:…``, in any order, each once."""
     found = [parse_pattern(part) for part in parts]
-    units = [p for p in found if isinstance(p, Structured) and p.rank is None]
-    ranks = [p for p in found if isinstance(p, Structured) and p.rank is not None]
-    if len(parts) != 2 or len(units) != 1 or len(ranks) != 1:
+    cut = [p for p in found if isinstance(p, Structured)]
+    named = [kind for p in cut for kind in (p.directions or ("structured",))]
+    if len(cut) < len(parts) or len(set(named)) < len(named) or any(p.width is not None for p in cut):
         raise UserError(f"pattern {text[:80]!r} joins what cannot be joined; {_SYNTAX}")
-    return replace(units[0], rank=ranks[0].rank, width=ranks[0].width)
+    directions: dict[str, Any] = {kind: kept for p in cut for kind, kept in p.directions.items()}
+    return replace(next((p for p in cut if p.cuts), Structured(0.0, 0.0)), **directions)
 
 
 def is_bare(text: str) -> bool:

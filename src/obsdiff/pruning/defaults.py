@@ -8,7 +8,7 @@ from typing import Any
 
 from obsdiff.criteria import find_method
 from obsdiff.obs.observers import PASSES
-from obsdiff.obs.pattern import KINDS, RANK, Hybrid, Pattern, Structured
+from obsdiff.obs.pattern import KINDS, Hybrid, Pattern, Structured
 
 
 def pattern_by(method: str, pattern: Pattern | Hybrid) -> Pattern | Hybrid:
@@ -20,12 +20,12 @@ def pattern_by(method: str, pattern: Pattern | Hybrid) -> Pattern | Hybrid:
 
 
 def _units_by(method: str, pattern: Structured) -> Structured:
-    if pattern.multiple_of is not None or pattern.kinds == (RANK,):
+    if pattern.multiple_of is not None or not pattern.cuts:
         return pattern
     row = find_method(method)
     kinds = row.cuts if pattern.everything else KINDS
     shares: Any = {kind: pattern.share(kind) if kind in kinds else 0.0 for kind in KINDS}
-    return Structured(**shares, multiple_of=row.multiple_of, rank=pattern.rank)
+    return Structured(**shares, multiple_of=row.multiple_of, rank=pattern.rank, lowrank=pattern.lowrank)
 
 
 def departures(method: str, measured: Mapping[str, Any] | None, packages: int) -> list[str]:

@@ -19,7 +19,7 @@ from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.linalg import DAMPING
 from obsdiff.obs.observers import PASSES
-from obsdiff.obs.pattern import RANK, Depth, Hybrid, Pattern, Unstructured, of_units, parse_request
+from obsdiff.obs.pattern import Depth, Hybrid, Pattern, Unstructured, of_units, parse_request
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.pruning.apply import Job, apply_package
 from obsdiff.pruning.defaults import departures, pattern_by
@@ -225,7 +225,7 @@ def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: in
     """
     method = find_method(options.method)
     units = of_units(pattern)
-    if units is not None and units.kinds != (RANK,) and method.structured is None:
+    if units is not None and units.cuts and method.structured is None:
         *some, last = (name for name, other in METHODS.items() if other.structured is not None)
         others = f"{', '.join(some)} or {last}"
         raise UserError(f"method {options.method} cannot prune heads and neurons; use {others} with {pattern}")
@@ -237,8 +237,8 @@ def check_solving(pattern: Pattern | Hybrid, options: SolveOptions, packages: in
     if isinstance(pattern, Hybrid) and (packages > 1 or streamed):
         instead = "leave out --calibration.streamed" if streamed else "use --calibration.packages 1"
         raise UserError(f"{pattern} goes by one calibration of the dense model; {instead}")
-    if streamed and units is not None and units.rank is not None:
-        raise UserError(f"{pattern}: ranks are checked on the dense model's vectors; leave out --calibration.streamed")
+    if streamed and units is not None and units.directions:
+        raise UserError(f"{pattern}: ranks are checked on the dense model's inputs; leave out --calibration.streamed")
     if streamed and (own := method.needs & PASSES):
         what = ", ".join(sorted(own))
         raise UserError(
@@ -276,9 +276,9 @@ def _check(
 def needed(pattern: Pattern | Hybrid, options: SolveOptions) -> frozenset[str]:
     """What of a calibration; ranks go by whole covariances, whatever the method."""
     units = of_units(pattern)
-    if units is None or units.rank is None:
+    if units is None or not units.directions:
         return options.needs
-    alone = units.kinds == (RANK,) and pattern == units  # then the method has no part in it
+    alone = not units.cuts and pattern == units  # then the method has no part in it
     return frozenset({"gram"}) | (set() if alone else options.needs)
 
 

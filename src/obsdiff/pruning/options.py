@@ -146,10 +146,11 @@ class PruningOptions:
 
     Args:
         pattern: unstructured:RATIO, N:M, structured:RATIO, structured:heads=R,ffn=R[,multiple_of=W], rank:RANK or
-            rank:SHARE (of modulations, kept), or structured:RATIO+rank:RANK. With a budget "structured", "rank" and
-            "structured+rank" will do. depth:STAGES or depth:SHARE removes whole blocks, alone or before one of these
-            (depth:2+structured:0.3). N:M or unstructured:RATIO after structured or rank (structured+rank+2:4) prunes
-            single weights of what those leave of each layer.
+            rank:SHARE (of what modulations read, kept), lowrank:RANK or lowrank:SHARE (of the tokens that queries, keys
+            and values read), or a sum such as structured:RATIO+rank:RANK. With a budget "structured", "rank" and
+            "structured+rank+lowrank" will do. depth:STAGES or depth:SHARE removes whole blocks, alone or before one of
+            these (depth:2+structured:0.3). N:M or unstructured:RATIO after structured or rank (structured+rank+2:4)
+            prunes single weights of what those leave of each layer.
         method: obs (ours), obs-diff (as published), admm, sparsegpt, wanda, dsnot, taylor, diff-pruning, ecodiff,
             magnitude, l1 or random. Those that cut heads and neurons: obs, obs-diff, taylor, diff-pruning, ecodiff,
             magnitude, l1, random; taylor and diff-pruning measure gradients of the denoising loss, ecodiff learns

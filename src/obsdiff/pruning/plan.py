@@ -10,10 +10,10 @@ from itertools import pairwise
 
 from obsdiff.errors import UserError
 from obsdiff.models.checks import check_plain
-from obsdiff.models.graph import Graph, Group, Site
+from obsdiff.models.graph import Graph, Group, Site, pays
 from obsdiff.models.subject import refusals
 from obsdiff.obs.hessian import weight_matrices
-from obsdiff.obs.pattern import NM, RANK, Depth, Hybrid, Pattern, Request, Structured, Unstructured
+from obsdiff.obs.pattern import DIRECTIONS, LOWRANK, NM, RANK, Hybrid, Pattern, Request, Structured, Unstructured
 
 WEIGHT = ".weight"  # ends the names of entries that are of a layer's single weights, beside entries of modules
 
@@ -97,8 +97,8 @@ def make_plan(
     structured = isinstance(pattern, Structured)
     if (
         isinstance(pattern, Structured)
+        and pattern.cuts
         and not any(group.kind in pattern.kinds for group in graph.groups)
-        and (pattern.kinds != (RANK,))
     ):
         raise UserError(
             f"nothing can be cut out of a {graph.family.denoiser} by {pattern}: "
@@ -124,7 +124,7 @@ def make_plan(
     chosen = [
         name
         for name, block in blocks.items()
-        if (block not in spared or (name in groups and groups[name].basis is not None))  # that is of all blocks
+        if (block not in spared or (name in groups and _of_all_blocks(graph, groups[name])))
         and (not include or any(fnmatchcase(name, rule) for rule in include))
         and not any(fnmatchcase(name, rule) for rule in exclude)
     ]
@@ -135,7 +135,7 @@ def make_plan(
         )
     if isinstance(pattern, Structured):
         _check_kinds(graph, pattern, chosen)
-    plan = Plan(pattern, {name: _own(pattern, groups.get(name)) for name in chosen})
+    plan = Plan(pattern, {name: _own(graph, pattern, groups.get(name)) for name in chosen})
     check_fit(graph, plan)
     return plan
 
@@ -149,7 +149,7 @@ def _both(
 ) -> Plan:
     """What is cut, then the same pattern for the single weights of every layer that is chosen; a rule need not match
     both names of modules and names of layers."""
-    modules, layers = [group.name for group in graph.groups], list(graph.layers)
+    modules, layers = [group.name for group in graph.groups if group.kind in pattern.first.kinds], list(graph.layers)
     for option, rules in (("include", include), ("exclude", exclude)):
         _check_matches(rules, dict.fromkeys([*modules, *layers], 0), option, {})
 
@@ -165,15 +165,24 @@ def _both(
 def with_weights(graph: Graph, cut: Plan, weights: Plan) -> Plan:
     """A plan of modules, with the single weights of what it leaves of layers.
 
-    Layers whose kept inputs are no multiple of an N:M pattern's M keep all weights that they have then.
+    Layers whose kept inputs are no multiple of an N:M pattern's M keep all weights that they have then; those that read
+    directions have no part in it: what was measured is their input, not what a basis makes of it.
     """
     assert isinstance(cut.pattern, Structured) and isinstance(weights.pattern, Unstructured | NM)
     inputs = kept_inputs(graph, cut.modules)
     entries: dict[str, Pattern] = dict(cut.modules)
+    reading = _reading_directions(graph, cut)
     for layer, pattern in weights.weights.items():
-        fits = not isinstance(pattern, NM) or inputs[layer] % pattern.m == 0
-        entries[layer + WEIGHT] = pattern if fits else Unstructured(0.0)
+        if layer not in reading:
+            fits = not isinstance(pattern, NM) or inputs[layer] % pattern.m == 0
+            entries[layer + WEIGHT] = pattern if fits else Unstructured(0.0)
     return replace(cut, pattern=Hybrid(cut.pattern, weights.pattern), entries=entries)
+
+
+def _reading_directions(graph: Graph, plan: Plan) -> set[str]:
+    """Layers with single weights that a plan lets read directions of their input."""
+    groups = [graph.group_of[name] for name, pattern in plan.modules.items() if loses(graph.group_of[name], pattern)]
+    return {layer for group in groups if group.basis is not None for layer in group.layers} & graph.layers.keys()
 
 
 def parted(plan: Plan) -> tuple[Plan, Plan | None]:
@@ -195,26 +204,41 @@ def kept_inputs(graph: Graph, modules: Mapping[str, Structured]) -> dict[str, in
     return found
 
 
+def _of_all_blocks(graph: Graph, group: Group) -> bool:
+    """Whether a group belongs to no single block, such as a vector, or tokens that many blocks read."""
+    stage = f"{graph.stages[group.stage]}."
+    return group.basis is not None and (group.kind == RANK or not all(n.startswith(stage) for n in group.layers))
+
+
 def _check_rank(graph: Graph, pattern: Structured) -> None:
-    """Refuse a rank where nothing has one, or above all widths."""
-    widths = [group.count for group in graph.groups if group.kind == RANK]
-    if pattern.rank is not None and not widths:
-        raise UserError(
-            f"{pattern} reduces the rank of layers that read one vector per sample, and a {graph.family.denoiser} has "
-            "none in its blocks that is whole; leave rank out"
-        )
-    if pattern.rank is not None and pattern.rank > max(widths):
-        raise UserError(f"{pattern} asks for a rank above the width {max(widths)}; choose a smaller one")
+    """Refuse a rank where nothing has one, above all widths, or so high that a basis costs more than it saves."""
+    for kind, kept in pattern.directions.items():
+        there = [group for group in graph.groups if group.kind == kind]
+        if not there:
+            what = "one vector per sample" if kind == RANK else "tokens and give queries, keys and values"
+            raise UserError(
+                f"{pattern} reduces the rank of layers that read {what}, and a {graph.family.denoiser} has none in its "
+                f"blocks that is whole; leave {kind} out"
+            )
+        widest = max(group.count for group in there)
+        if kept > widest:
+            raise UserError(f"{pattern} asks for a rank above the width {widest}; choose a smaller one")
+        gone = [group for group in there if pattern.kept(kind, group.count) < group.count]
+        if kind == LOWRANK and gone and not any(pays(graph, group, pattern.kept(kind, group.count)) for group in gone):
+            raise UserError(f"{pattern} makes nothing smaller: directions have weights of their own; choose fewer")
 
 
-def _own(pattern: Pattern, group: Group | None) -> Pattern:
-    """What a pattern says to one of the layers or groups."""
-    return pattern if group is None or not isinstance(pattern, Structured) else pattern.of(group.kind, group.count)
+def _own(graph: Graph, pattern: Pattern, group: Group | None) -> Pattern:
+    """What a pattern says to one of the layers or groups; tokens at a rank that makes nothing smaller stay whole."""
+    if group is None or not isinstance(pattern, Structured):
+        return pattern
+    whole = group.kind == LOWRANK and not pays(graph, group, pattern.kept(LOWRANK, group.count))
+    return Structured(0.0, 0.0) if whole else pattern.of(group.kind, group.count)
 
 
 def _check_kinds(graph: Graph, pattern: Structured, chosen: Sequence[str]) -> None:
     """Refuse a pattern that names kinds of units of which there are none to remove."""
-    there = list(dict.fromkeys(group.kind for group in graph.groups if group.kind != RANK))
+    there = list(dict.fromkeys(group.kind for group in graph.groups if group.kind not in DIRECTIONS))
     left = {graph.group_of[name].kind for name in chosen}
     for kind in pattern.named:
         if kind not in there:
@@ -277,19 +301,18 @@ def check_fit(graph: Graph, plan: Plan) -> None:
 
 def remarks(graph: Graph, plan: Plan) -> list[str]:
     """For people: what cannot be done to this denoiser."""
-    return [*_left_whole(graph, plan), *_left_dense(plan)]
+    return [*_left_whole(graph, plan), *_left_dense(graph, plan)]
 
 
-def _left_dense(plan: Plan) -> list[str]:
-    """Layers that an N:M pattern does not fit once their inputs are cut."""
-    then = plan.pattern.then if isinstance(plan.pattern, Hybrid) else None
-    left = [layer for layer, pattern in plan.weights.items() if isinstance(then, NM) and pattern.sparsity == 0]
-    if not left or not isinstance(then, NM):
+def _left_dense(graph: Graph, plan: Plan) -> list[str]:
+    """Layers whose single weights stay once their inputs are cut, or are directions."""
+    if not isinstance(plan.pattern, Hybrid):
         return []
-    return [
-        f"{len(left)} layers such as {left[0]} keep all their weights: the inputs that are left are no multiple of "
-        f"{then.m}"
-    ]
+    then, odd = plan.pattern.then, [layer for layer, pattern in plan.weights.items() if pattern.sparsity == 0]
+    left = {"they read directions of their inputs": sorted(_reading_directions(graph, plan))}
+    if isinstance(then, NM):
+        left[f"the inputs that are left are no multiple of {then.m}"] = odd
+    return [f"{len(n)} layers such as {n[0]} keep all their weights: {why}" for why, n in left.items() if n]
 
 
 def _left_whole(graph: Graph, plan: Plan) -> list[str]:
@@ -366,29 +389,3 @@ def packages_of(graph: Graph, plan: Plan, packages: int) -> list[list[str]]:
     for i in range(packages):
         cuts.append(cuts[-1] + size + (i < larger))
     return [[name for unit in units[a:b] for name in unit] for a, b in pairwise(cuts)]
-
-
-def describe(pattern: Request) -> str:
-    """For people: what the pattern does."""
-    if isinstance(pattern, Depth):
-        some = pattern.amount or 0
-        amount = f"{some:.1%} of the stages" if some < 1 else f"{some:g} stages"
-        amount = "no stages or some" if pattern.amount is None else amount
-        return f"{amount} go" + ("" if pattern.then is None else f", then {describe(pattern.then)}")
-    if isinstance(pattern, Hybrid):
-        return f"{describe(pattern.first)}; then {describe(pattern.then)}"
-    if isinstance(pattern, Unstructured):
-        return f"{pattern.ratio:.1%} of the weights of each layer become zero"
-    if isinstance(pattern, NM):
-        return f"{pattern.n} of every {pattern.m} consecutive weights stay"
-    channels = f", {pattern.channels:.1%} of the channel groups of ResNet blocks" if pattern.channels else ""
-    if pattern.kinds == (RANK,):
-        return f"{_rank(pattern)} of the vectors that modulations read stay"
-    if pattern.rank is not None:
-        return f"{describe(replace(pattern, rank=None))}; {_rank(pattern)} of the vectors that modulations read stay"
-    return f"{pattern.heads:.1%} of the heads and {pattern.ffn:.1%} of the FFN neurons{channels} go"
-
-
-def _rank(pattern: Structured) -> str:
-    assert pattern.rank is not None
-    return f"{pattern.rank:.1%} of the directions" if pattern.rank < 1 else f"{pattern.rank:g} directions"

@@ -146,8 +146,12 @@ def fitted_plan(plan: Plan, graph: Graph, what: str = "the plan") -> Plan:
     entries = {name: plan.entries[name] for name in there if name in plan.entries}
     for group in (graph.group_of[name] for name in plan.modules):
         pattern = plan.modules[group.name]
-        if group.basis is not None:
-            if (pattern.rank or 0) > group.count or pattern.width not in (None, group.count):
+        own = {group.kind} if group.basis is not None else set()
+        if pattern != Structured(0.0, 0.0) and set(pattern.directions) != own:
+            use = f"{group.kind}:RANK" if own else "structured:RATIO"
+            raise UserError(f"{what}: {pattern} does not go with {group.name}; use {use} there")
+        if own:
+            if pattern.directions.get(group.kind, 0) > group.count or pattern.width not in (None, group.count):
                 raise UserError(f"{what}: {pattern} does not fit {group.name}, which has {group.count} directions")
             entries[group.name] = pattern.of(group.kind, group.count)
     ordered = replace(plan, entries=entries)

@@ -40,7 +40,7 @@ class PruneReport:
         allocation: How an allocated plan came about (:class:`obsdiff.allocation.allocate.Allocation`), or None.
         notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
             for, and what it could not tell.
-        ranks: By vector, what its rank leaves out (:func:`obsdiff.pruning.vectors.checked_rank`).
+        ranks: By vector, or tokens, what its rank leaves out (:func:`obsdiff.pruning.vectors.checked_rank`).
         reconstruction: What training stage by stage did (:mod:`obsdiff.pruning.reconstruct`), or None.
         dead: Layers that reach no output of the denoiser, as far as they were looked for, and what became of them:
             "left", "zero" or "cut".
@@ -69,7 +69,7 @@ class PruneReport:
     allocation: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     dead: dict[str, str] = field(default_factory=dict)
-    ranks: dict[str, dict[str, float]] = field(default_factory=dict)
+    ranks: dict[str, dict[str, Any]] = field(default_factory=dict)
     depth: dict[str, Any] | None = None
     reconstruction: Mapping[str, Any] | None = None
 

@@ -1,8 +1,9 @@
-"""Solving the rank of a vector: the directions of it that the layers which read it keep."""
+"""Solving the rank of an input, a vector per sample or tokens: the directions that the layers which read it keep."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from obsdiff.pruning.layers import LayerResult, known_inputs
 
 @dataclass(frozen=True)
 class Vector:
-    """What is known of a vector that a group's layers read.
+    """What is known of a vector, or of tokens, that a group's layers read.
 
     Attributes:
         moments: Its mean and covariance.
@@ -33,7 +34,7 @@ class Vector:
 
 @torch.no_grad()
 def vector_of(graph: Graph, group: Group, statistics: Observer) -> Vector:
-    """The directions of a group's vector.
+    """The directions of what a group's layers read.
 
     Raises:
         UserError: Its statistics are damaged, or hold less than a covariance.
@@ -77,17 +78,17 @@ def rank_result(
 
 
 @torch.no_grad()
-def checked_rank(graph: Graph, group: Group, rank: int, seen: Observer, others: Observer | None) -> dict[str, float]:
+def checked_rank(graph: Graph, group: Group, rank: int, seen: Observer, others: Observer | None) -> dict[str, Any]:
     """What a rank leaves out, on the prompts that it was chosen by and on others.
 
     Args:
         graph: Of the dense denoiser.
-        group: The directions of a vector.
+        group: The directions of a vector, or of tokens.
         rank: How many stay.
-        seen, others: The vector's statistics on the calibration's prompts, and on prompts that were not in it.
+        seen, others: The input's statistics on the calibration's prompts, and on prompts that were not in it.
 
     Returns:
-        "rank", "width", "input_left_out" (share of the vector's variance that is outside the directions), "error" and,
+        "kind", "rank", "width", "input_left_out" (share of the input's variance outside the directions), "error" and,
         where there are others, "error_held_out": of all outputs together, over their variance.
     """
     vector = vector_of(graph, group, seen)
@@ -95,7 +96,8 @@ def checked_rank(graph: Graph, group: Group, rank: int, seen: Observer, others: 
     encode, decode = vector.directions.first(rank)
     rest = torch.eye(group.count, dtype=encode.dtype, device=encode.device) - decode @ encode
     covariance = vector.moments.seen(vector.biased).double()
-    found = {
+    found: dict[str, Any] = {
+        "kind": group.kind,
         "rank": rank,
         "width": group.count,
         "input_left_out": float((rest @ covariance * rest).sum() / covariance.diagonal().sum()),
