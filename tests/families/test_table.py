@@ -106,11 +106,23 @@ def test_classes_that_nobody_knows_are_pruned_by_tracing_alone(unknown, pattern,
 
 def test_ranks_of_classes_that_nobody_knows(unknown):
     pipe, conditioning = unknown
-    [group] = subject_of(pipe, conditioning).graph.groups
+    groups = subject_of(pipe, conditioning).graph.groups
+    [group] = [group for group in groups if group.kind == "rank"]
     report = obsdiff.prune(pipe, "rank:4", statistics=obsdiff.calibrate(pipe, conditioning))
     assert int(report.masks[group.name].sum()) == 4 and set(group.layers) == report.layer_error.keys()
     blocks = [f"transformer_blocks.{i}.{norm}" for i in (0, 1) for norm in ("norm1.linear", "norm1_context.linear")]
     assert set(group.layers) == {*blocks[:3], "transformer_blocks.1.norm1_context.linear_1", "norm_out.linear"}
+
+
+def test_low_ranks_of_classes_that_nobody_knows(unknown):
+    """Whatever linear layers read in their blocks: nothing there is known to be cut."""
+    pipe, conditioning = unknown
+    graph = subject_of(pipe, conditioning).graph
+    groups = {group.name: group for group in graph.groups if group.kind == "lowrank"}
+    assert {layer for group in groups.values() for layer in group.layers} == graph.layers.keys()
+    report = obsdiff.prune(pipe, "lowrank:4", statistics=obsdiff.calibrate(pipe, conditioning))
+    assert report.masks.keys() == groups.keys() and report.parameters["pruned"] < report.parameters["dense"]
+    assert max(report.layer_error.values()) < 1
 
 
 def test_classes_that_nobody_knows_are_not_cut(unknown):

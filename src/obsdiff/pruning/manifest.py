@@ -80,7 +80,7 @@ class Manifest(BaseModel):
     shrunk: _Shrunk | None
     notes: list[str] = []
     dead: dict[str, Literal["left", "zero", "cut"]] = {}
-    ranks: dict[str, dict[str, FiniteFloat]] = {}
+    ranks: dict[str, dict[str, FiniteFloat | Literal["rank", "lowrank"]]] = {}
     reconstruction: dict[str, Any] | None = None
     depth: _Depth | None = None
 
