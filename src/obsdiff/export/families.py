@@ -38,8 +38,13 @@ one: a file of ten lines.
 - **Norms over all heads** (Wan, Sana 1.5 and Sprint, LTX attn2) depend on every head. They and their layers of
   queries and keys stay whole, and give only the kept heads' channels: exactly the masked model; values, outputs and
   the attention itself become smaller.
-- **Ranks** (`rank:R`) are of the vector that modulations, or the projections of time in ResNet blocks, read. Where
-  modulations are made in front of the blocks (Chroma, Flux.2, PixArt, Sana, Wan, LTX) there is none to reduce.
+- **Ranks** (`rank:R`) are of the vector that modulations, or the projections of time in ResNet blocks, read; of those
+  that are made in front of all blocks (Flux.2, PixArt, Sana, Wan, LTX), too. Embedders of times and guidance stay
+  whole: what they read takes as many values as there are steps, and of other steps that says nothing. Chroma's
+  modulations come from one such network, and Wan 2.2's of text and image to video are made for each token.
+- **Low ranks** (`lowrank:R`) are of the tokens that queries, keys and values read: one basis for the layers that read
+  the same ones (of all blocks where those are the text), beside heads of any share; of other classes, of whatever
+  linear layers read in their blocks.
 - **Spared blocks.** Structured patterns leave the first and last block alone unless `--spare_blocks` or a measured
   allocation says otherwise; UNets spare none.
 - **Depth.** Whole blocks go where the class builds what is left from its config alone, which is tried without weights:
@@ -71,7 +76,7 @@ def table(families: Sequence[Family] = FAMILIES) -> str:
     head = ("models", "unstructured, N:M", *KINDS.values(), "rank", "guidance", "padding", "recovery")
     rows = [head, tuple("---" for _ in head)]
     for family in families:
-        cells = [family.title, "yes", *(_cell(family, kind) for kind in KINDS), "yes" if family.modulated else "-"]
+        cells = [family.title, "yes", *(_cell(family, kind) for kind in KINDS), "yes" if family.ranks else "-"]
         rows.append((*cells, _guidance(family), _padding(family), _recovery(family)))
     rows.append(("any other", "yes", *("-" for _ in KINDS), "as traced", "as it is called", "counts", "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -121,7 +126,7 @@ def _section(family: Family) -> str:
     facts = [
         f"`{family.denoiser}` through {', '.join(f'`{name}`' for name in family.pipelines)}; structured: "
         + ", ".join(KINDS[kind] for kind in family.cuts)
-        + ("; rank of modulations." if family.modulated else ".")
+        + ("; rank of modulations." if family.ranks else ".")
     ]
     facts += [f"Not cut: `{rule}`, {reason}." for rule, reason in family.refused.items()]
     negated = ", and its answer is negated" if family.sign < 0 else ""

@@ -169,7 +169,7 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
             sites.append(Site(layers, tokens, there[layers[0]]))
     ran = [layer for site in sites for layer in site.layers]
     ordered = dict.fromkeys([*sorted(ran, key=there.__getitem__), *there])  # stage by stage; idle layers last
-    told, ranks = _ranks(denoiser, stages, traced)
+    told, ranks = _ranks(denoiser, family, stages, traced)
     found_layers = {name: there[name] for name in ordered}
     groups = [*ranks, *_lowranks(denoiser, sites, every, traced, len(ranks)), *groups]
     return Graph(
@@ -177,16 +177,19 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
     )
 
 
-def _ranks(denoiser: nn.Module, stages: tuple[str, ...], traced: Trace) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
-    """Vectors that layers inside stages read, and for each the group of its directions; without layers that run twice
-    (the head of DiT asks block 0's embedder again) and those that have a basis already."""
+def _ranks(
+    denoiser: nn.Module, family: Family, stages: tuple[str, ...], traced: Trace
+) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
+    """Vectors that layers inside stages, or modulations in front of them, read, and for each the group of its
+    directions; without layers that run twice (the head of DiT asks block 0's embedder again) and those that have a
+    basis already."""
     sites: list[Site] = []
     groups: list[Group] = []
     for reading in traced.told:
         layers = _whole(denoiser, reading, traced)
         inside = [i for i, stage in enumerate(stages) for name in layers if name.startswith(f"{stage}.")]
-        if inside:
-            sites.append(Site(layers, (), min(inside)))
+        if inside or any(fnmatchcase(name, rule) for name in layers for rule in family.in_front):
+            sites.append(Site(layers, (), min(inside, default=0)))
             groups.append(_directions(denoiser, RANK, sites[-1], len(groups)))
     return tuple(sites), tuple(groups)
 

@@ -33,6 +33,7 @@ class Family:
         pipelines: Pipeline classes that make images of prompts alone with it: those that can be measured.
         cuts: Kinds of units that its blocks have: "heads", "ffn", "channels".
         modulated: Whether layers in its blocks read one vector per sample, whose rank can be reduced.
+        in_front: Modulations of all blocks that are made in front of them, by shell-style name pattern: theirs, too.
         notes: What else a user should know, for people.
         sample, time: Its arguments that hold the noisy latents (a tensor, or a list of one per row) and the time.
         time_scale, time_offset: The time it is told is ``offset + scale · t`` for the scheduler's t in 0 to 1000.
@@ -68,6 +69,7 @@ class Family:
     pipelines: tuple[str, ...] = ()
     cuts: tuple[str, ...] = ("heads", "ffn")
     modulated: bool = False
+    in_front: tuple[str, ...] = ()
     notes: str = ""
     sample: str = "hidden_states"
     time: str = "timestep"
@@ -94,6 +96,11 @@ class Family:
     spare: tuple[int, ...] = (0, -1)
     numbered: tuple[str, ...] = ()
     known: bool = True
+
+    @property
+    def ranks(self) -> bool:
+        """Whether there is a rank of modulations to reduce."""
+        return self.modulated or bool(self.in_front)
 
     @property
     def example(self) -> str:

@@ -21,6 +21,7 @@ FLUX2 = Family(
     time_scale=1 / 1000,
     packed=packed,
     guidance="calls",
+    in_front=("*_modulation*.linear",),
     tokens=(
         ("single_transformer_blocks.*", (TEXT, IMAGE)),
         ("*.attn.add_?_proj", (TEXT,)),

@@ -17,6 +17,7 @@ LTX = Family(
     video=True,
     pipelines=("LTXPipeline",),
     mask="encoder_attention_mask",
+    in_front=("time_embed.linear",),
     tokens=(("*.attn2.to_[kv]", (TEXT,)),),
     refused={"*.attn1": "its rotary tables span all heads, each with frequencies of its own"},
 )

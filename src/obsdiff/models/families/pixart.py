@@ -9,5 +9,6 @@ PIXART = Family(
     notes="Keys and values of all cross-attentions read one tensor: one Hessian serves them all.",
     learned_sigma=True,
     mask="encoder_attention_mask",
+    in_front=("adaln_single.linear",),
     tokens=(("*.attn2.to_[kv]", (TEXT,)),),
 )

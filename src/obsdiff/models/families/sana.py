@@ -12,5 +12,6 @@ SANA = Family(
     ),
     distilled=("Sana Sprint",),
     mask="encoder_attention_mask",
+    in_front=("time_embed.linear",),
     tokens=(("*.attn2.to_[kv]", (TEXT,)),),
 )

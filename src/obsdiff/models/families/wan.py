@@ -13,5 +13,6 @@ WAN = Family(
         "pruned, each from its own share of the trajectory."
     ),
     guidance="calls",
+    in_front=("*condition_embedder.time_proj",),
     tokens=(("*.attn2.to_[kv]", (TEXT,)),),
 )
