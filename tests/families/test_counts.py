@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from obsdiff.bench.presets import PRESETS
+from obsdiff.models.families import find_family
 from obsdiff.models.graph import shapes_with
 from obsdiff.models.subject import graph_of
 from obsdiff.models.tracing import trace
@@ -88,6 +89,8 @@ RANKED = {
     "sd3.5-large": {64: 5_442_208_064, 128: 5_513_027_904, 256: 5_654_667_584},
     "flux-dev": {64: 8_722_846_784, 128: 8_790_676_544, 256: 8_926_336_064},
     "qwen-image": {64: 13_758_901_824, 128: 13_901_049_408, 256: 14_185_344_576},
+    "wan2.1-14b": {64: 14_133_498_944, 128: 14_135_792_704, 256: 14_140_380_224},
+    "flux2-dev": {64: 31_588_630_528, 128: 31_595_708_416, 256: 31_609_864_192},
 }
 
 
@@ -146,6 +149,15 @@ CALLS = {
     "sd3.5-large": {**TOLD, "hidden_states": zeros(1, 16, 8, 8), "pooled_projections": zeros(1, 2048)},
     "flux-dev": {**TOLD, **FLUX, "hidden_states": zeros(1, 4, 64)},
     "qwen-image": {**TOLD, **QWEN, "hidden_states": zeros(1, 4, 64)},
+    "wan2.1-14b": {**TOLD, "hidden_states": zeros(1, 16, 1, 8, 8)},
+    "flux2-dev": {
+        "encoder_hidden_states": zeros(1, 4, 15360),
+        "timestep": zeros(1),
+        "guidance": zeros(1),
+        "img_ids": zeros(4, 4),
+        "txt_ids": zeros(4, 4),
+        "hidden_states": zeros(1, 4, 128),
+    },
 }
 
 
@@ -155,12 +167,14 @@ CALLS = {
         ("sd3.5-large", 2432, (38 + 38 + 1, 38 * 6 + 37 * 6 + 2 + 2)),  # the last block has a shorter one of the text
         ("flux-dev", 3072, (19 * 2 + 38 + 1, 19 * 2 * 6 + 38 * 3 + 2)),
         ("qwen-image", 3072, (60 * 2 + 1, 60 * 2 * 6 + 2)),
+        ("wan2.1-14b", 5120, (1, 6)),  # in front of the blocks, for all of them
+        ("flux2-dev", 6144, (3 + 1, 2 * 6 + 3 + 2)),
     ],
 )
 def test_ranks_of_modulations(name, width, modulations):
     """One vector is read by all modulations, and what a rank of it leaves is the sum that paper and pencil give."""
     model = model_of(name)
-    graph = graph_of(model, traced=trace(model, {"": CALLS[name]}))
+    graph = graph_of(model, traced=trace(model, {"": CALLS[name]}, find_family(model).in_front))
     [group] = [group for group in graph.groups if group.kind == "rank"]
     layers, multiples = modulations
     assert (len(group.layers), group.count) == (layers, width)

@@ -79,7 +79,7 @@ class Subject:
             UserError: The call fails.
         """
         try:
-            return trace(self.denoiser, self.call)
+            return trace(self.denoiser, self.call, self.family.in_front)
         except UserError:
             for part in self.components.values():  # an odd layer says more than the failure it leads to
                 check_plain(part, [name for _, name, module in walk(stages_of(part), part) if prunable(module)])

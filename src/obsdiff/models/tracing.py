@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import UserError
-from obsdiff.models.families import SAMPLES
 from obsdiff.models.graph import prunable, stages_of, walk
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.nested import tensors_in
@@ -29,7 +29,8 @@ class Trace:
         stages: In the order of execution; those that did not run are left out.
         reads: Layers by the memory they read, in the order of execution: the first layer names the input.
         vectors: Layers that read one vector per sample (no token or pixel axis), such as modulations.
-        told: Linear layers anywhere that read equal vectors, one per sample, in the order of execution.
+        told: Linear layers anywhere, once a stage has begun, and modulations in front of them, that read equal vectors,
+            in the order of execution.
         times: How often each layer ran.
         chains: The lists of stages that run one after the other, and of which each reads nothing of the earlier ones
             but what the one before it returned.
@@ -62,12 +63,13 @@ class _Memory:
 
 
 @torch.no_grad()
-def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
+def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]], in_front: Sequence[str] = ()) -> Trace:
     """Call a denoiser and watch its stages and layers.
 
     Args:
         denoiser: The model, or a module that holds several.
         call: The arguments of one call by the name of the model in ``denoiser`` ("" for itself).
+        in_front: Names of modulations before all stages, as shell-style patterns.
 
     Raises:
         UserError: The call fails.
@@ -81,7 +83,6 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
     times = dict.fromkeys(layers, 0)
     visits: list[tuple[str, set[int], set[int]]] = []  # stage, what it read, what it returned
     told: list[tuple[Tensor, list[str]]] = []
-    rows = {name: _rows(arguments) for name, arguments in call.items()}
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -95,9 +96,9 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
         x = args[0] if args else next(iter(kwargs.values()))
         if name not in layers:
             times[name] = times.get(name, 0) + 1
-        model = "" if "" in rows else name.partition(".")[0]  # two denoisers are told apart
-        if x.dim() == 2 and len(x) in (1, rows[model]):
-            same = [n for y, n in told if _equal(x, y) and n[0].startswith(f"{model}." if model else "")]
+        if x.dim() == 2 and (visits or any(fnmatchcase(name, rule) for rule in in_front)):
+            model = name.removesuffix(name.partition(".")[2])  # two denoisers are told apart
+            same = [n for y, n in told if _equal(x, y) and (len(call) == 1 or n[0].startswith(model))]
             known = next(iter(same), None)
             if known is None:
                 told.append((x, known := []))
@@ -131,11 +132,6 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]]) -> Trace:
         frozenset(_chains(visits)),
         len(order) < len(visits),
     )
-
-
-def _rows(arguments: Mapping[str, Any]) -> int:
-    """Samples of a call: rows of its latents, or of the list of them."""
-    return next((len(arguments[name]) for name in SAMPLES if name in arguments), 1)
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
