@@ -86,11 +86,11 @@ MODELS = {
 }
 # parameters with so many directions of what the modulations read (docs/results.md)
 RANKED = {
-    "sd3.5-large": {64: 5_442_208_064, 128: 5_513_027_904, 256: 5_654_667_584},
-    "flux-dev": {64: 8_722_846_784, 128: 8_790_676_544, 256: 8_926_336_064},
-    "qwen-image": {64: 13_758_901_824, 128: 13_901_049_408, 256: 14_185_344_576},
+    "sd3.5-large": {64: 5_442_363_712, 128: 5_513_339_200, 256: 5_655_290_176},
+    "flux-dev": {64: 8_723_043_392, 128: 8_791_069_760, 256: 8_927_122_496},
+    "qwen-image": {64: 13_759_098_432, 128: 13_901_442_624, 256: 14_186_131_008},
     "wan2.1-14b": {64: 14_133_498_944, 128: 14_135_792_704, 256: 14_140_380_224},
-    "flux2-dev": {64: 31_588_630_528, 128: 31_595_708_416, 256: 31_609_864_192},
+    "flux2-dev": {64: 31_589_023_744, 128: 31_596_494_848, 256: 31_611_437_056},
 }
 
 
@@ -172,15 +172,18 @@ CALLS = {
     ],
 )
 def test_ranks_of_modulations(name, width, modulations):
-    """One vector is read by all modulations, and what a rank of it leaves is the sum that paper and pencil give."""
+    """One vector is read by all modulations, and what a rank of it leaves is the sum that paper and pencil give: two
+    bases, one for those of the text."""
     model = model_of(name)
     graph = graph_of(model, traced=trace(model, {"": CALLS[name]}, find_family(model).in_front))
-    [group] = [group for group in graph.groups if group.kind == "rank"]
+    groups = [group for group in graph.groups if group.kind == "rank"]
     layers, multiples = modulations
-    assert (len(group.layers), group.count) == (layers, width)
+    assert (sum(len(group.layers) for group in groups), {group.count for group in groups}) == (layers, {width})
+    text = {layer for layer in groups[0].layers if "context" in layer or "txt" in layer}
+    assert len(groups) == (1 if name.startswith("wan") else 2) and text == set(groups[0].layers if groups[1:] else ())
     total, rows = MODELS[name][2], multiples * width
     for rank in (64, 128, 256):
         shapes = {parameter: list(value.shape) for parameter, value in model.named_parameters()}
-        shapes |= shapes_with(graph, {group.name: rank})["tensors"]
-        expected = total - rows * width + rows * rank + rank * width
+        shapes |= shapes_with(graph, {group.name: rank for group in groups})["tensors"]
+        expected = total - rows * width + rows * rank + len(groups) * rank * width
         assert sum(torch.Size(shape).numel() for shape in shapes.values()) == expected == RANKED[name][rank]

@@ -17,7 +17,7 @@ from obsdiff.training.recovery import Recovery
 from tests.conftest import make_pipe
 
 PROMPTS = ["a seven", "a two", "a handwritten digit nine"]
-NAME = "transformer_blocks.0.norm1.linear"
+NAME, TEXT = "transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm1_context.linear"
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +90,12 @@ def test_what_a_denoiser_has_not_is_refused(statistics):
 def test_a_rank_does_not_depend_on_the_method(statistics, method):
     pipe = make_pipe()
     report = obsdiff.prune(pipe, "rank:4", method=method, statistics=statistics)
-    group = subject_of(make_pipe()).graph.group_of[NAME]
-    assert report.masks.keys() == {NAME} and report.layer_error.keys() == set(group.layers)
-    lost = sum(12 * make_pipe().transformer.get_submodule(n).weight.shape[0] for n in group.layers) - 4 * 16
+    groups = [subject_of(make_pipe()).graph.group_of[name] for name in (NAME, TEXT)]
+    layers = {layer for group in groups for layer in group.layers}
+    assert report.masks.keys() == {NAME, TEXT} and report.layer_error.keys() == layers
+    lost = sum(12 * make_pipe().transformer.get_submodule(n).weight.shape[0] for n in layers) - 2 * 4 * 16
     assert report.parameters["dense"] - report.parameters["pruned"] == lost
-    assert pipe.transformer.bases.get_submodule("0").weight.shape == (4, 16)
+    assert [basis.weight.shape for basis in pipe.transformer.bases.children()] == [(4, 16), (4, 16)]
     with pytest.raises(obsdiff.UserError, match="none in its blocks that is whole"):
         obsdiff.prune(pipe, "rank:2", statistics=statistics, prune_again=True)
 
@@ -110,9 +111,10 @@ def test_a_whole_rank_needs_no_basis(statistics, tmp_path, images):
 def test_the_stage_tries_other_prompts_and_says_so(tmp_path):
     options = PruningOptions(pattern="rank:4", calibration=CalibrationOptions(num_prompts=3))
     report = prune_stage(make_pipe(), options, PROMPTS)
-    [found] = report.ranks.values()
-    assert found["rank"] == 4 and found["width"] == 16
-    assert 0 < found["input_left_out"] < 1 and 0 < found["error"] < found["error_held_out"]
+    assert report.ranks.keys() == {NAME, TEXT}
+    for found in report.ranks.values():
+        assert found["rank"] == 4 and found["width"] == 16
+        assert 0 < found["input_left_out"] < 1 and 0 < found["error"] < found["error_held_out"]
 
 
 def test_plans_keep_ranks(statistics, tmp_path):

@@ -16,6 +16,7 @@ from obsdiff.models.checks import check_in_memory, check_layers, check_plain
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.denoisers import denoisers_of, dtype_of, joined, parts_of
 from obsdiff.models.families import Family, find_family
+from obsdiff.models.families.base import TEXT
 from obsdiff.models.graph import COLUMNS, Graph, Group, Site, Slices, prunable, stages_of, walk
 from obsdiff.models.parts import groups_of
 from obsdiff.models.stacks import Stack, stacks_of
@@ -165,8 +166,7 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
     sites = []
     for reading in traced.reads:
         if layers := tuple(layer for layer in reading if layer in there):
-            tokens = next((along for rule, along in family.tokens if fnmatchcase(layers[0], rule)), ())
-            sites.append(Site(layers, tokens, there[layers[0]]))
+            sites.append(Site(layers, _tokens(family, layers[0]), there[layers[0]]))
     ran = [layer for site in sites for layer in site.layers]
     ordered = dict.fromkeys([*sorted(ran, key=there.__getitem__), *there])  # stage by stage; idle layers last
     told, ranks = _ranks(denoiser, family, stages, traced)
@@ -181,17 +181,27 @@ def _ranks(
     denoiser: nn.Module, family: Family, stages: tuple[str, ...], traced: Trace
 ) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
     """Vectors that layers inside stages, or modulations in front of them, read, and for each the group of its
-    directions; without layers that run twice (the head of DiT asks block 0's embedder again) and those that have a
-    basis already."""
+    directions, one for the text stream and one for the rest: what modulates the text needs far fewer. Without layers
+    that run twice (the head of DiT asks block 0's embedder again) and those that have a basis already."""
     sites: list[Site] = []
     groups: list[Group] = []
-    for reading in traced.told:
-        layers = _whole(denoiser, reading, traced)
+    for layers in (part for reading in traced.told for part in _streams(family, _whole(denoiser, reading, traced))):
         inside = [i for i, stage in enumerate(stages) for name in layers if name.startswith(f"{stage}.")]
         if inside or any(fnmatchcase(name, rule) for name in layers for rule in family.in_front):
             sites.append(Site(layers, (), min(inside, default=0)))
             groups.append(_directions(denoiser, RANK, sites[-1], len(groups)))
     return tuple(sites), tuple(groups)
+
+
+def _streams(family: Family, layers: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Layers of the text alone, and the others."""
+    text = tuple(name for name in layers if _tokens(family, name) == (TEXT,))
+    return text, tuple(name for name in layers if name not in text)
+
+
+def _tokens(family: Family, layer: str) -> tuple[str, ...]:
+    """What lies along the sequence that a layer reads, or modulates."""
+    return next((along for rule, along in family.tokens if fnmatchcase(layer, rule)), ())
 
 
 def _lowranks(

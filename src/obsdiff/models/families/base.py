@@ -50,7 +50,8 @@ class Family:
         text: Segments of the prompt token sequence, where padding is known from the tokenizers.
         embeds: The denoiser's argument that holds the prompt's tokens.
         mask: The denoiser's argument that says which prompt tokens are real; it is believed before the tokenizers.
-        tokens: What lies along the sequences that layers read, by shell-style name pattern; the first match counts.
+        tokens: What lies along the sequences that layers read or modulate, by shell-style name pattern; the first match
+            counts.
         distilled: Models of the title that are recovered by distillation alone, not on images as well.
         refused: Groups that cannot be cut, by shell-style name pattern, with the reason.
         apart: What looks like blocks and is none, by shell-style name pattern: left alone.

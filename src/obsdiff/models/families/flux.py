@@ -24,6 +24,7 @@ FLUX = Family(
     guidance="calls",
     text=(TextSegment(("tokenizer_2",), length_argument="max_sequence_length", default_length=512),),
     tokens=(
+        ("*.norm1_context.*", (TEXT,)),
         ("single_transformer_blocks.*", (TEXT, IMAGE)),
         ("*.attn.add_?_proj", (TEXT,)),
         ("*.attn.to_add_out", (TEXT,)),

@@ -23,6 +23,7 @@ FLUX2 = Family(
     guidance="calls",
     in_front=("*_modulation*.linear",),
     tokens=(
+        ("*double_stream_modulation_txt.*", (TEXT,)),
         ("single_transformer_blocks.*", (TEXT, IMAGE)),
         ("*.attn.add_?_proj", (TEXT,)),
         ("*.attn.to_add_out", (TEXT,)),

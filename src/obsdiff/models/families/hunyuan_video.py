@@ -12,6 +12,7 @@ HUNYUAN_VIDEO = Family(
     guidance="calls",
     mask="encoder_attention_mask",
     tokens=(
+        ("*.norm1_context.*", (TEXT,)),
         ("single_transformer_blocks.*", (IMAGE, TEXT)),
         ("context_embedder.*", (TEXT,)),
         ("*.attn.add_?_proj", (TEXT,)),

@@ -22,5 +22,10 @@ QWEN_IMAGE = Family(
     packed=packed,
     guidance="calls",
     mask="encoder_hidden_states_mask",
-    tokens=(("*.attn.add_?_proj", (TEXT,)), ("*.attn.to_add_out", (TEXT,)), ("*.txt_mlp.*", (TEXT,))),
+    tokens=(
+        ("*.txt_mod.*", (TEXT,)),
+        ("*.attn.add_?_proj", (TEXT,)),
+        ("*.attn.to_add_out", (TEXT,)),
+        ("*.txt_mlp.*", (TEXT,)),
+    ),
 )

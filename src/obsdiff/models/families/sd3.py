@@ -20,5 +20,10 @@ SD3 = Family(
         TextSegment(("tokenizer_3",), length_argument="max_sequence_length", default_length=256),
     ),
     numbered=("dual_attention_layers",),
-    tokens=(("*.attn.add_?_proj", (TEXT,)), ("*.attn.to_add_out", (TEXT,)), ("*.ff_context.*", (TEXT,))),
+    tokens=(
+        ("*.norm1_context.*", (TEXT,)),
+        ("*.attn.add_?_proj", (TEXT,)),
+        ("*.attn.to_add_out", (TEXT,)),
+        ("*.ff_context.*", (TEXT,)),
+    ),
 )
