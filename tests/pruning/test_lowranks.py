@@ -1,18 +1,23 @@
 """Low rank of what queries, keys and values read: the best there is, what a budget counts, what is refused."""
 
+import re
+
 import pytest
 import torch
 
 import obsdiff
 from obsdiff.allocation.budget import dense_cost
+from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.request import check_values, parse_budget
 from obsdiff.allocation.stage import prune_stage
 from obsdiff.export.summary import rank_rows
 from obsdiff.models.graph import group_parameters
 from obsdiff.models.info import call_arguments
 from obsdiff.models.subject import subject_of
-from obsdiff.obs.pattern import Structured, parse_pattern
+from obsdiff.obs.pattern import Depth, Structured, parse_pattern
+from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.options import CalibrationOptions, PruningOptions
+from obsdiff.pruning.plan import Plan, reading_directions
 from obsdiff.pruning.planfile import read_plan, write_plan
 from tests.conftest import make_pipe
 
@@ -170,3 +175,60 @@ def test_the_stage_tries_other_prompts_and_says_where_most_is_lost():
         and f"{len(tokens)} inputs" in figures
         and worst in figures
     )
+
+
+def test_more_can_be_done_to_what_reads_directions(statistics):
+    """Its layers are no part of later plans and statistics; blocks can still go."""
+    pipe = make_pipe()
+    obsdiff.prune(pipe, "rank:4+lowrank:4", statistics=statistics, spare_blocks=())
+    graph = subject_of(pipe).graph
+    assert not {TEXT, IMAGE} & graph.layers.keys() and not any(group.basis for group in graph.groups)
+    again = obsdiff.calibrate(pipe, PROMPTS)
+    report = obsdiff.prune(pipe, "unstructured:0.5", statistics=again, prune_again=True)
+    assert report.sparsity == pytest.approx(0.5, abs=1e-2)
+    stacks = subject_of(pipe).stacks
+    assert stacks and stacks == subject_of(pipe).stacks
+    shorter = obsdiff.prune(pipe, Plan(Depth(1), {}, removed=("transformer_blocks.1",)), prune_again=True)
+    assert len(pipe.transformer.transformer_blocks) == 2 and shorter.parameters["pruned"] < shorter.parameters["dense"]
+
+
+def test_members_of_a_share_are_all_measured(statistics, graph):
+    names = [group.name for group in graph.groups if group.kind == "lowrank"][:3]
+    solver = Solver(graph, statistics, SolveOptions())
+    [found] = solver.candidates(names, [Structured(0.0, 0.0, lowrank=4, width=16)])
+    assert found.layers.keys() == {layer for name in names for layer in graph.group_of[name].layers}
+
+
+def test_single_weights_go_where_an_allocation_left_the_directions(statistics):
+    options = PruningOptions(pattern="structured+lowrank+2:4", budget="parameters:0.9")
+    plan = obsdiff.allocate(make_pipe(), options, statistics, PROMPTS).plan
+    graph = subject_of(make_pipe()).graph
+    reading = reading_directions(graph, plan)
+    assert plan.weights.keys() == graph.layers.keys() - reading and len(reading) < len(graph.layers)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "l1", "obs"])
+def test_heads_are_chosen_as_without_directions(statistics, method):
+    """Rows before columns: what a head weighs is its dense weight, whatever becomes of what it reads."""
+    kept = {}
+    for pattern in ("structured:heads=0.5,ffn=0", "structured:heads=0.5,ffn=0+lowrank:6"):
+        report = obsdiff.prune(make_pipe(), pattern, method=method, statistics=statistics, spare_blocks=())
+        kept[pattern] = {name: mask.tolist() for name, mask in report.masks.items() if name.endswith(".attn")}
+    assert len(set(map(str, kept.values()))) == 1
+
+
+def test_without_a_budget_the_uniform_plan_says_what_stays(statistics, graph):
+    options = PruningOptions(pattern="structured:0.5+lowrank:0.25", spare_blocks=[])
+    found = obsdiff.allocate(make_pipe(), options, statistics, PROMPTS)
+    uniform = obsdiff.prune(make_pipe(), options.pattern, statistics=statistics, spare_blocks=())
+    share = uniform.parameters["pruned"] / uniform.parameters["dense"]
+    assert parse_budget(found.record["budget"]).share == pytest.approx(share, rel=1e-4)
+
+
+def test_the_least_that_is_named_can_be_had(statistics):
+    options = PruningOptions(pattern="structured+rank+lowrank", budget="parameters:0.02")
+    with pytest.raises(obsdiff.UserError, match=r"the least is ([\d.]+)%") as refused:
+        obsdiff.allocate(make_pipe(), options, statistics, PROMPTS)
+    least = float(re.search(r"the least is ([\d.]+)%", str(refused.value))[1]) / 100
+    options = PruningOptions(pattern="structured+rank+lowrank", budget=f"parameters:{least + 1e-4}")
+    assert obsdiff.allocate(make_pipe(), options, statistics, PROMPTS).record["achieved"] <= least + 1e-4

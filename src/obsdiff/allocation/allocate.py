@@ -27,14 +27,15 @@ from obsdiff.allocation.targets import meet_with_offsets
 from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
-from obsdiff.models.graph import Graph, group_parameters
+from obsdiff.models.graph import Graph, more_with
 from obsdiff.models.subject import Subject, subject_of
-from obsdiff.obs.pattern import Depth, Pattern, Structured, Unstructured, of_layers, parse_request
+from obsdiff.obs.pattern import Depth, Hybrid, Pattern, Structured, Unstructured, of_layers, parse_request
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
 from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
-from obsdiff.pruning.plan import Plan, kept_units, make_plan, parted, with_weights
+from obsdiff.pruning.plan import Plan, kept_units, make_plan, parts_of_hybrid, with_weights
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 
+Count = Callable[[Sequence[Pattern]], float]  # of what the whole denoiser costs with these patterns
 CHECKS = 3  # passes of the probe that compare the plan and the uniform one with the dense outputs
 
 
@@ -101,9 +102,8 @@ def allocate(
     check_prompts(prompts)
     subject, rule, folder = subject_of(pipe, prompts), rule_of(options), None if store is None else Path(store)
     graph = subject.graph
-    budget, asked = _asked(graph, options)
-    subject.check(asked.layers(graph))
-    base, weights = parted(asked)  # what is allocated, and what then becomes of single weights
+    budget, base, weights = _asked(graph, options)
+    subject.check([*base.layers(graph), *([] if weights is None else weights.layers(graph))])
 
     def completed(patterns: Sequence[Pattern], rule: str) -> Plan:
         cut = plan_of(graph, base, units, patterns, rule, budget)
@@ -120,7 +120,10 @@ def allocate(
         costs = costs_of(subject, units, budget, settings.call, whole)
     else:
         costs = latency_costs(graph, units, budget, timing)
-    _check_feasible(costs, budget)
+    count: Count | None = None
+    if isinstance(base.pattern, Structured) and timing is None:
+        count = partial(true_cost, subject, units, budget=budget, call=settings.call)
+    _check_feasible(units, costs, budget, count)
     scanned = None
     if rule == "measured":
         scanned = _scanned(subject, base, options, statistics, prompts, settings, folder, quiet)
@@ -132,9 +135,8 @@ def allocate(
     record: dict[str, Any] = {"rule": rule, "budget": str(budget)}
     limit = costs.limit
     if timing is None:
-        if isinstance(base.pattern, Structured):
-            count = partial(true_cost, subject, units, budget=budget, call=settings.call)
-            patterns, limit, cost = _within(solve, units, costs, budget, count)
+        if count is not None:
+            patterns, limit, cost = _within(solve, units, costs, count)
         else:
             patterns = solve(limit)
             if isinstance(base.pattern, Unstructured):
@@ -150,12 +152,13 @@ def allocate(
     if scanned is None:
         return Allocation(plan, record)
     sensitivity, probe = scanned.sensitivity, scanned.probe
-    found = choose(errors, costs.options, limit)
-    even = completed(meet_with_offsets(units, [0.0] * len(units), costs, limit), "uniform")
+    alike: Callable[[float], list[Pattern]] = partial(meet_with_offsets, units, [0.0] * len(units), costs)
+    even = completed(alike(limit) if count is None else _within(alike, units, costs, count)[0], "uniform")
+    found, bound = choose(errors, costs.options, limit), choose(errors, costs.options, max(limit, costs.limit)).bound
     joint, uniform = joint_errors(Solver(graph, statistics, solve_options(options)), [plan, even], probe)
     record |= {
         "predicted_error": found.error,
-        "error_bound": found.bound,
+        "error_bound": bound,
         "joint_error": joint,
         "uniform_joint_error": uniform,
         "scan": {
@@ -185,8 +188,9 @@ def _stages(
     return Allocation(Plan(depth, {}, removed=choice.stages), choice.to_json())
 
 
-def _asked(graph: Graph, options: PruningOptions) -> tuple[Budget, Plan]:
-    """The budget, and the uniform plan of what may be pruned; the measured rule spares no stage unless told to."""
+def _asked(graph: Graph, options: PruningOptions) -> tuple[Budget, Plan, Plan | None]:
+    """The budget; the uniform plan of what is allocated; and that of the single weights that go afterwards, as if all
+    units stayed. The measured rule spares no stage unless told to."""
     pattern, spared = of_layers(parse_request(options.pattern)), options.spare_blocks
     assert pattern is not None  # depth alone is answered before
     chosen = options.include, options.exclude
@@ -196,9 +200,11 @@ def _asked(graph: Graph, options: PruningOptions) -> tuple[Budget, Plan]:
         budget = parse_budget(options.budget)
     if isinstance(pattern, Unstructured) and budget.kind == "sparsity":
         pattern = Unstructured(budget.share)
-    return budget, make_plan(
-        graph, pattern, *chosen, () if rule_of(options) == "measured" and spared is None else spared
-    )
+    if rule_of(options) == "measured" and spared is None:
+        spared = ()
+    if isinstance(pattern, Hybrid):
+        return budget, *parts_of_hybrid(graph, pattern, *chosen, spared)
+    return budget, make_plan(graph, pattern, *chosen, spared), None
 
 
 @dataclass(frozen=True)
@@ -240,13 +246,11 @@ def _within(
     solve: Callable[[float], list[Pattern]],
     units: Sequence[Unit],
     costs: Costs,
-    budget: Budget,
-    count: Callable[[Sequence[Pattern]], float],
+    count: Count,
 ) -> tuple[list[Pattern], float, float]:
     """Patterns that truly cost no more than may stay; the limit by the tables that gave them; and what they cost."""
     limit = costs.limit
-    while True:
-        _check_feasible(replace(costs, limit=limit), budget)
+    while True:  # what the tables have twice is most where the options are cheapest, which fit
         patterns = solve(limit)
         cost = count(patterns)
         if (over := cost - costs.fixed - costs.limit) <= 0:
@@ -280,17 +284,15 @@ def default_budget(graph: Graph, uniform: Plan) -> Budget:
     if not uniform.structured:
         return Budget("sparsity", uniform.pattern.sparsity)
     total = sum(parameter.numel() for parameter in graph.denoiser.parameters())
-    gone = 0
-    for group in uniform.groups(graph):
-        kept = kept_units(group, uniform.modules[group.name])
-        gone += group_parameters(graph, group, group.count) - group_parameters(graph, group, kept)
-    return Budget("parameters", (total - gone) / total)
+    kept = {group.name: kept_units(group, uniform.modules[group.name]) for group in uniform.groups(graph)}
+    return Budget("parameters", (total + more_with(graph, kept)) / total)
 
 
-def _check_feasible(costs: Costs, budget: Budget) -> None:
-    least = sum(min(of_unit) for of_unit in costs.options)
-    if least > costs.limit:
-        share = (least + costs.fixed) / costs.dense
+def _check_feasible(units: Sequence[Unit], costs: Costs, budget: Budget, count: Count | None) -> None:
+    cheapest = [unit.options[of_unit.index(min(of_unit))] for unit, of_unit in zip(units, costs.options, strict=True)]
+    least = table_cost(units, cheapest, costs) + costs.fixed if count is None else count(cheapest)
+    if least - costs.fixed > costs.limit:
+        share = least / costs.dense
         best = f"sparsity:{math.floor((1 - share) * 1e4) / 1e4:g}" if budget.kind == "sparsity" else f"{share:.2%}"
         raise Unmet(
             f"budget {budget} cannot be met: with these layers, floors and ceilings the least is {best}; "

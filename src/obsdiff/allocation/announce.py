@@ -16,11 +16,11 @@ from obsdiff.models.subject import Subject
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.observers import GATES, PASSES, gradient_for
 from obsdiff.pruning.defaults import departures
-from obsdiff.pruning.describe import describe
+from obsdiff.pruning.describe import describe, remarks
 from obsdiff.pruning.gates import STEPS, gated_groups
 from obsdiff.pruning.gradients import TIMES, layers_of
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, packages_of, remarks
+from obsdiff.pruning.plan import Plan, packages_of
 from obsdiff.pruning.planfile import kinds_of
 
 

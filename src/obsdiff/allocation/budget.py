@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from obsdiff.allocation.request import Budget
 from obsdiff.allocation.units import Unit, removed
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops, shrunk_flops
-from obsdiff.models.graph import Size, group_parameters, shapes_with, stored_bytes, units_parameters
+from obsdiff.models.graph import Size, group_parameters, more_with, shapes_with, stored_bytes, units_parameters
 from obsdiff.models.subject import Subject
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.pruning.plan import kept_units
@@ -120,15 +119,10 @@ def true_cost(
     graph = subject.graph
     chosen = {name: pattern for unit, pattern in zip(units, patterns, strict=True) for name in unit.members}
     kept = {name: kept_units(graph.group_of[name], pattern) for name, pattern in chosen.items()}  # type: ignore[arg-type]  # all structured
-    shapes = shapes_with(graph, kept)
     if budget.kind == "flops":
-        return shrunk_flops(subject, call, shapes)
-    there = dict(graph.denoiser.named_parameters())
-    entry = next(iter(there.values())).element_size() if budget.kind == "bytes" else 1
-    cost = float(dense_cost(subject, budget.kind, call))
-    for name, shape in shapes["tensors"].items():
-        cost += (math.prod(shape) - (there[name].numel() if name in there else 0)) * entry
-    return cost
+        return shrunk_flops(subject, call, shapes_with(graph, kept))
+    size: Size = stored_bytes if budget.kind == "bytes" else Tensor.numel
+    return dense_cost(subject, budget.kind, call) + more_with(graph, kept, size)
 
 
 def table_cost(units: Sequence[Unit], patterns: Sequence[Pattern], costs: Costs) -> float:

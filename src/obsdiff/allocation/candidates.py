@@ -51,8 +51,7 @@ class Solver:
         """The unit of these members under each pattern."""
         group = self.graph.group_of.get(members[0])
         if isinstance(patterns[0], Structured) and group is not None and group.basis is not None:
-            vector = vector_of(self.graph, group, self._statistics_of(group.layers[0]))
-            parts = [[self._rank(group, kept_units(group, p), vector) for p in patterns]]  # type: ignore[arg-type]  # all structured
+            parts = [self._ranks(self.graph.group_of[name], patterns) for name in members]  # type: ignore[arg-type]  # all structured
         elif isinstance(patterns[0], Structured):  # a group may be called as a layer
             bundles = self.graph.bundles(members)
             parts = [
@@ -100,6 +99,11 @@ class Solver:
     def _statistics_of(self, layer: str) -> Observer:
         return self.statistics.site(self.graph.site_of[layer].name, self.graph.weight(layer).device)
 
+    def _ranks(self, group: Group, patterns: Sequence[Structured]) -> list[Candidate]:
+        """The layers that read a group's vector or tokens, under each pattern."""
+        vector = vector_of(self.graph, group, self._statistics_of(group.layers[0]))
+        return [self._rank(group, kept_units(group, pattern), vector) for pattern in patterns]
+
     def _rank(self, group: Group, rank: int, vector: Vector) -> Candidate:
         """The layers that read a vector, on so many of its directions."""
         _, results = rank_result(self.graph, group, rank, vector)
@@ -113,9 +117,8 @@ class Solver:
         """Groups that share layers, each under its pattern; or one on a basis."""
         first = self.graph.group_of[next(iter(patterns))]
         if first.basis is not None:
-            [pattern] = patterns.values()
-            vector = vector_of(self.graph, first, self._statistics_of(first.layers[0]))
-            return self._rank(first, kept_units(first, pattern), vector)
+            [found] = self._ranks(first, list(patterns.values()))
+            return found
         layers = dict.fromkeys(s.layer for name in patterns for s in self.graph.group_of[name].consumers)
         statistics = {layer: self._statistics_of(layer) for layer in layers}
         passes = self.statistics.slopes, self.statistics.openness

@@ -10,7 +10,7 @@ from obsdiff.models.info import info_of
 from obsdiff.models.subject import Subject
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.plan import Plan, kept_units
+from obsdiff.pruning.plan import Plan, kept_units, loses
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.vectors import checked_rank
 
@@ -24,7 +24,8 @@ def checked_ranks(
     """What the ranks of a plan leave out of vectors and tokens, on the calibration's prompts and on some of the
     pipeline's other set."""
     graph = subject.graph
-    groups = [group for group in plan.groups(graph) if group.basis is not None] if plan.structured else []
+    cut = plan.groups(graph) if plan.structured else []
+    groups = [group for group in cut if group.basis is not None and loses(group, plan.modules[group.name])]
     if not groups:
         return {}
     sites = {group.layers[0] for group in groups}
@@ -38,22 +39,21 @@ def checked_ranks(
         others = calibrate(subject, some, **given, seed=options.seed + 1, sites=sites, quiet=quiet)
     checked = {}
     for group in groups:
-        rank, device = kept_units(group, plan.entries[group.name]), graph.weight(group.name).device  # type: ignore[arg-type]  # structured
-        if rank < group.count:
-            sets = [None if s is None else s.site(group.name, device) for s in (own, others)]
-            checked[group.name] = checked_rank(graph, group, rank, *sets)  # type: ignore[arg-type]  # own is there
+        rank, device = kept_units(group, plan.modules[group.name]), graph.weight(group.name).device
+        sets = [None if s is None else s.site(group.name, device) for s in (own, others)]
+        checked[group.name] = checked_rank(graph, group, rank, *sets)  # type: ignore[arg-type]  # own is there
     return checked
 
 
 def rank_notes(ranks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """For people: ranks that serve other prompts worse, or that were tried on none."""
     notes = []
+    if ranks and all("error_held_out" not in found for found in ranks.values()):
+        notes.append(f"{len(ranks)} ranks were tried on no other prompts: this pipeline names no set of them")
     for name, found in ranks.items():
         what = f"rank {found['rank']:g} of {found['width']:g} at {name}"
-        error, other = found["error"], found.get("error_held_out")
-        if other is None:
-            notes.append(f"{what} was tried on no other prompts: this pipeline names no set of them")
-        elif other > WORSE * error and other > NOTED:
+        error, other = found["error"], found.get("error_held_out", 0.0)
+        if other > WORSE * error and other > NOTED:
             notes.append(
                 f"{what} loses {other:.2g} of its layers' output with prompts that were not calibrated on, {error:.2g} "
                 "with those that were; calibrate on more prompts, or keep a higher rank"

@@ -29,7 +29,7 @@ from obsdiff.pruning.surgery import Edits
 from obsdiff.ranks import rank, solved_in_turn, world_size
 
 FILE = "sensitivity.json"
-FORMAT = 3
+FORMAT = 4
 SAVE_EVERY_S = 30.0
 BROKEN = 1e9  # stands for an error that is not finite
 

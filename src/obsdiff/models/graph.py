@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -210,6 +211,19 @@ Size = Callable[[Tensor], int]  # of a tensor: its elements, or its bytes
 def group_parameters(graph: Graph, group: Group, kept: int, size: Size = Tensor.numel) -> int:
     """Parameters that a group owns if it keeps so many units; with a basis, its own among them unless all stay."""
     return units_parameters(graph, group, kept < group.count, size) * kept
+
+
+def more_with(graph: Graph, kept: Mapping[str, int], size: Size = Tensor.numel) -> int:
+    """What the whole denoiser's parameters (or bytes) change by if its groups keep so many units, with rows and columns
+    of one layer taken together; negative where it becomes smaller."""
+    there = dict(graph.denoiser.named_parameters())
+    likes = {f"{group.basis}.weight": graph.weight(group.layers[0]) for group in graph.groups}  # of those that have one
+    more = 0
+    for name, shape in shapes_with(graph, kept)["tensors"].items():
+        like = there[name] if name in there else likes[name]
+        entry = size(like) // like.numel()
+        more += entry * (math.prod(shape) - (like.numel() if name in there else 0))
+    return more
 
 
 def pays(graph: Graph, group: Group, kept: int) -> bool:

@@ -115,10 +115,13 @@ def shortened(model: nn.Module, family: Family, gone: Mapping[Stack, Collection[
         if len(gone) == 1 and config.get(key):
             (stays,) = kept.values()
             changes[key] = [stays.index(i) for i in config[key] if i in stays]
+    whole, unread = _looks_of(type(model), config), set[str]()
     if (shrunk := config.get("shrunk")) is not None:
-        changes["shrunk"] = _renamed(shrunk, kept)
-    whole, short = _looks_of(type(model), config), _looks_of(type(model), config | changes)
-    names = {old: _new_name(old, kept) for old in whole}
+        changes["shrunk"], unread = _renamed(shrunk, kept)
+    short = _looks_of(type(model), config | changes)
+    names = {old: None if old in unread else _new_name(old, kept) for old in whole}
+    if unread and "bases" not in short:
+        names["bases"] = None
     expected = {new: whole[old] for old, new in names.items() if new is not None}
     if other := sorted(expected.keys() ^ short.keys()):
         raise Uncounted(f"{type(model).__name__} builds {other[0] or 'the model'} otherwise when it is shorter")
@@ -163,17 +166,18 @@ def _new_name(name: str, kept: Mapping[Stack, Sequence[int]]) -> str | None:
     return name
 
 
-def _renamed(shrunk: Mapping[str, Any], kept: Mapping[Stack, Sequence[int]]) -> dict[str, Any]:
+def _renamed(shrunk: Mapping[str, Any], kept: Mapping[Stack, Sequence[int]]) -> tuple[dict[str, Any], set[str]]:
     """The ``shrunk`` entry of a config (:mod:`obsdiff.models.obsdiff_shrunk`) without the blocks that go, and without
-    bases that no layer reads any more."""
+    bases that no layer reads any more; and the names of these."""
     renamed = {
         key: {new: value for old, value in described.items() if (new := _new_name(old, kept)) is not None}
         for key, described in shrunk.items()
     }
     read = {attributes["basis"] for attributes in renamed["attributes"].values() if "basis" in attributes}
     tensors = renamed.get("tensors", {})
-    unread = [n for n in tensors if n.startswith("bases.") and n.removesuffix(".weight") not in read]
-    return renamed | {"tensors": {name: shape for name, shape in tensors.items() if name not in unread}}
+    unread = {base for n in tensors if n.startswith("bases.") and (base := n.removesuffix(".weight")) not in read}
+    left = {name: shape for name, shape in tensors.items() if name.removesuffix(".weight") not in unread}
+    return renamed | {"tensors": left}, unread
 
 
 def _looks_of(kind: Any, config: Mapping[str, Any]) -> Looks:

@@ -160,7 +160,11 @@ def graph_of(denoiser: nn.Module, family: Family | None = None, traced: Trace | 
     every = [g for i, name, module in modules if family.known for g in groups_of(module, name, i)]
     groups = [g for g in every if _refusal(family, g.name) is None]
     vectors = frozenset() if traced is None else traced.vectors
-    there = {name: i for i, name, module in modules if prunable(module) and name not in vectors}
+    there = {  # without layers that read directions: what a hook sees is not what their weights are for
+        name: i
+        for i, name, module in modules
+        if prunable(module) and name not in vectors and not hasattr(module, "basis")
+    }
     if traced is None:
         return Graph(denoiser, family, stages, there, (), tuple(groups))
     sites = []
@@ -220,8 +224,10 @@ def _lowranks(
 
 
 def _whole(denoiser: nn.Module, layers: Sequence[str], traced: Trace) -> tuple[str, ...]:
-    """Those of the layers that run once in a call and read their input as it is."""
-    return tuple(n for n in layers if traced.times[n] == 1 and not hasattr(denoiser.get_submodule(n), "basis"))
+    """Those of the layers that run once in a call and read their input as it is; without embedders of times, since of
+    other times than a calibration's steps theirs say nothing."""
+    once = [n for n in layers if traced.times[n] == 1 and not hasattr(denoiser.get_submodule(n), "basis")]
+    return tuple(n for n in once if "timestep_embedder" not in n)
 
 
 def _directions(denoiser: nn.Module, kind: str, site: Site, number: int) -> Group:

@@ -96,9 +96,10 @@ def trace(denoiser: nn.Module, call: Mapping[str, Mapping[str, Any]], in_front: 
         x = args[0] if args else next(iter(kwargs.values()))
         if name not in layers:
             times[name] = times.get(name, 0) + 1
-        if x.dim() == 2 and (visits or any(fnmatchcase(name, rule) for rule in in_front)):
-            model = name.removesuffix(name.partition(".")[2])  # two denoisers are told apart
-            same = [n for y, n in told if _equal(x, y) and (len(call) == 1 or n[0].startswith(model))]
+        model = "" if "" in call else f"{name.partition('.')[0]}."  # two denoisers are told apart
+        begun = any(stage.startswith(model) for stage, _, _ in visits)
+        if x.dim() == 2 and (begun or any(fnmatchcase(name, rule) for rule in in_front)):
+            same = [n for y, n in told if _equal(x, y) and n[0].startswith(model)]
             known = next(iter(same), None)
             if known is None:
                 told.append((x, known := []))

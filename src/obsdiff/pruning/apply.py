@@ -202,8 +202,15 @@ def _shrink_modules(
         kept, results = solve_groups(graph, patterns, found, job.options, left or None, gates)
         return {name: units.cpu() for name, units in kept.items()}, results
 
+    def solved() -> Iterator[tuple[list[Group], Results]]:
+        """Units first, chosen by the producers as they are, then directions for the rows that are left, on however many
+        processes."""
+        bundles = cut_bundles(graph, job.plan, package)
+        for directions in (False, True):
+            yield from job.results([b for b in bundles if (b[0].basis is not None) is directions], solve)
+
     cut_units: dict[str, Tensor] = {}
-    for bundle, (kept, results) in job.results(cut_bundles(graph, job.plan, package), solve):
+    for bundle, (kept, results) in solved():
         if spent is not None:  # also where another process chose them
             for consumer in {s.layer for group in bundle for s in group.consumers}:
                 spent(graph.site_of[consumer].name)

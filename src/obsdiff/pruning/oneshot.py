@@ -23,9 +23,10 @@ from obsdiff.obs.pattern import Depth, Hybrid, Pattern, Unstructured, of_units, 
 from obsdiff.obs.structured import FUSIONS
 from obsdiff.pruning.apply import Job, apply_package
 from obsdiff.pruning.defaults import departures, pattern_by
+from obsdiff.pruning.describe import remarks
 from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.options import check_compared
-from obsdiff.pruning.plan import Plan, make_plan, packages_of, remarks, stage_packages
+from obsdiff.pruning.plan import Plan, make_plan, packages_of, stage_packages
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.shorten import prune_shorter

@@ -135,6 +135,7 @@ def make_plan(
         )
     if isinstance(pattern, Structured):
         _check_kinds(graph, pattern, chosen)
+        _check_pays(graph, pattern, [groups[name] for name in chosen])
     plan = Plan(pattern, {name: _own(graph, pattern, groups.get(name)) for name in chosen})
     check_fit(graph, plan)
     return plan
@@ -147,8 +148,18 @@ def _both(
     exclude: Sequence[str],
     spare_blocks: Sequence[int] | None,
 ) -> Plan:
-    """What is cut, then the same pattern for the single weights of every layer that is chosen; a rule need not match
-    both names of modules and names of layers."""
+    return with_weights(graph, *parts_of_hybrid(graph, pattern, include, exclude, spare_blocks))
+
+
+def parts_of_hybrid(
+    graph: Graph,
+    pattern: Hybrid,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    spare_blocks: Sequence[int] | None = None,
+) -> tuple[Plan, Plan]:
+    """What is cut, and the same pattern for the single weights of every layer that is chosen, as if nothing were; a
+    rule need not match both names of modules and names of layers. :func:`with_weights` joins them."""
     modules, layers = [group.name for group in graph.groups if group.kind in pattern.first.kinds], list(graph.layers)
     for option, rules in (("include", include), ("exclude", exclude)):
         _check_matches(rules, dict.fromkeys([*modules, *layers], 0), option, {})
@@ -159,7 +170,7 @@ def _both(
             raise UserError(f"include {list(include)} leaves nothing for {what}; widen it, or leave {what} out")
         return make_plan(graph, what, within, without, spare_blocks)
 
-    return with_weights(graph, plan(modules, pattern.first), plan(layers, pattern.then))
+    return plan(modules, pattern.first), plan(layers, pattern.then)
 
 
 def with_weights(graph: Graph, cut: Plan, weights: Plan) -> Plan:
@@ -171,7 +182,7 @@ def with_weights(graph: Graph, cut: Plan, weights: Plan) -> Plan:
     assert isinstance(cut.pattern, Structured) and isinstance(weights.pattern, Unstructured | NM)
     inputs = kept_inputs(graph, cut.modules)
     entries: dict[str, Pattern] = dict(cut.modules)
-    reading = _reading_directions(graph, cut)
+    reading = reading_directions(graph, cut)
     for layer, pattern in weights.weights.items():
         if layer not in reading:
             fits = not isinstance(pattern, NM) or inputs[layer] % pattern.m == 0
@@ -179,7 +190,7 @@ def with_weights(graph: Graph, cut: Plan, weights: Plan) -> Plan:
     return replace(cut, pattern=Hybrid(cut.pattern, weights.pattern), entries=entries)
 
 
-def _reading_directions(graph: Graph, plan: Plan) -> set[str]:
+def reading_directions(graph: Graph, plan: Plan) -> set[str]:
     """Layers with single weights that a plan lets read directions of their input."""
     groups = [graph.group_of[name] for name, pattern in plan.modules.items() if loses(graph.group_of[name], pattern)]
     return {layer for group in groups if group.basis is not None for layer in group.layers} & graph.layers.keys()
@@ -211,7 +222,7 @@ def _of_all_blocks(graph: Graph, group: Group) -> bool:
 
 
 def _check_rank(graph: Graph, pattern: Structured) -> None:
-    """Refuse a rank where nothing has one, above all widths, or so high that a basis costs more than it saves."""
+    """Refuse a rank where nothing has one, or above all widths."""
     for kind, kept in pattern.directions.items():
         there = [group for group in graph.groups if group.kind == kind]
         if not there:
@@ -223,9 +234,13 @@ def _check_rank(graph: Graph, pattern: Structured) -> None:
         widest = max(group.count for group in there)
         if kept > widest:
             raise UserError(f"{pattern} asks for a rank above the width {widest}; choose a smaller one")
-        gone = [group for group in there if pattern.kept(kind, group.count) < group.count]
-        if kind == LOWRANK and gone and not any(pays(graph, group, pattern.kept(kind, group.count)) for group in gone):
-            raise UserError(f"{pattern} makes nothing smaller: directions have weights of their own; choose fewer")
+
+
+def _check_pays(graph: Graph, pattern: Structured, chosen: Sequence[Group]) -> None:
+    """Refuse a rank of tokens that leaves everything chosen whole: a basis would cost more than it saves."""
+    there = [group for group in chosen if group.kind == LOWRANK and pattern.kept(LOWRANK, group.count) < group.count]
+    if there and not any(pays(graph, group, pattern.kept(LOWRANK, group.count)) for group in there):
+        raise UserError(f"{pattern} makes nothing smaller: directions have weights of their own; choose fewer")
 
 
 def _own(graph: Graph, pattern: Pattern, group: Group | None) -> Pattern:
@@ -297,35 +312,6 @@ def check_fit(graph: Graph, plan: Plan) -> None:
                 f"pattern {single} does not fit layer {name}: its {inputs[name]} inputs are not a multiple of "
                 f"{single.m}; choose another M or exclude the layer"
             )
-
-
-def remarks(graph: Graph, plan: Plan) -> list[str]:
-    """For people: what cannot be done to this denoiser."""
-    return [*_left_whole(graph, plan), *_left_dense(graph, plan)]
-
-
-def _left_dense(graph: Graph, plan: Plan) -> list[str]:
-    """Layers whose single weights stay once their inputs are cut, or are directions."""
-    if not isinstance(plan.pattern, Hybrid):
-        return []
-    then, odd = plan.pattern.then, [layer for layer, pattern in plan.weights.items() if pattern.sparsity == 0]
-    left = {"they read directions of their inputs": sorted(_reading_directions(graph, plan))}
-    if isinstance(then, NM):
-        left[f"the inputs that are left are no multiple of {then.m}"] = odd
-    return [f"{len(n)} layers such as {n[0]} keep all their weights: {why}" for why, n in left.items() if n]
-
-
-def _left_whole(graph: Graph, plan: Plan) -> list[str]:
-    kind = graph.family.denoiser
-    if not graph.family.known:
-        return [
-            f"{kind} is known by tracing alone: unstructured and N:M patterns on its {len(graph.layers)} layers, no "
-            "structured ones (docs/adding-a-family.md)"
-        ]
-    reasons: dict[str, list[str]] = {}
-    for name, reason in (refusals(graph.denoiser, graph.family) if plan.structured else {}).items():
-        reasons.setdefault(reason, []).append(name)
-    return [f"left whole: {len(names)} such as {names[0]}, {reason}" for reason, names in reasons.items()]
 
 
 def kept_units(group: Group, pattern: Structured) -> int:

@@ -12,7 +12,7 @@ from obsdiff.models.content import model_hash
 from obsdiff.models.graph import Graph
 from obsdiff.models.subject import refusals
 from obsdiff.obs.pattern import NM, Hybrid, Structured, of_layers, of_units, parse_pattern, parse_request
-from obsdiff.pruning.plan import WEIGHT, Plan, check_fit, likely, parted
+from obsdiff.pruning.plan import WEIGHT, Plan, check_fit, likely, parted, reading_directions
 from obsdiff.yamlfiles import read_yaml
 
 FILE = "plan.yaml"
@@ -150,10 +150,15 @@ def fitted_plan(plan: Plan, graph: Graph, what: str = "the plan") -> Plan:
         if pattern != Structured(0.0, 0.0) and set(pattern.directions) != own:
             use = f"{group.kind}:RANK" if own else "structured:RATIO"
             raise UserError(f"{what}: {pattern} does not go with {group.name}; use {use} there")
+        units = of_units(plan.pattern)
+        if units is not None and group.kind not in units.kinds and pattern != Structured(0.0, 0.0):
+            raise UserError(f"{what} has {pattern} for {group.name}, and its pattern {units} names no {group.kind}")
         if own:
             if pattern.directions.get(group.kind, 0) > group.count or pattern.width not in (None, group.count):
                 raise UserError(f"{what}: {pattern} does not fit {group.name}, which has {group.count} directions")
             entries[group.name] = pattern.of(group.kind, group.count)
+    if both := reading_directions(graph, plan) & plan.weights.keys():
+        raise UserError(f"{what} takes single weights of {min(both)}, which is to read directions; leave one out")
     ordered = replace(plan, entries=entries)
     check_fit(graph, ordered)
     return ordered

@@ -287,7 +287,8 @@ def _choose(
     def of_units(s: Slices, tensor: Tensor) -> Tensor:
         return tensor.flatten(1)[s.entries(everything)].view(len(s.starts), group.count, s.size, -1)
 
-    own = [graph.weight(s.layer).detach() for s in group.producers]
+    read = _read_weight if slopes is None else Graph.weight  # gradients are of weights as they are
+    own = [read(graph, s.layer).detach() for s in group.producers]
     found = _slopes(slopes, [s.layer for s in group.producers], own)
     gradients = None if found is None else [of_units(s, g) for s, g in zip(group.producers, found, strict=True)]
     assert len(sizes) == 1, f"{group.name} has units of {sizes} channels"
@@ -306,6 +307,12 @@ def _choose(
             _gates(gates, group),
         ),
     )
+
+
+def _read_weight(graph: Graph, name: str) -> Tensor:
+    """A layer's weight on what it reads, whatever directions of that it sees."""
+    basis = getattr(graph.layer(name), "projection", None)
+    return graph.weight(name) if basis is None else graph.weight(name) @ basis[0].weight
 
 
 def _gates(gates: Mapping[str, Tensor] | None, group: Group) -> Tensor | None:
