@@ -31,25 +31,21 @@ def test_the_gradient_by_what_reads_a_projected_input():
 
 @pytest.mark.parametrize("method", ["taylor", "diff-pruning"])
 def test_channels_and_ranks_at_once(method):
-    """Units are scored by the weights that are left of projected layers, and the gradients by these."""
+    """Units are scored by whole weights and their gradients, as where nothing is projected: directions go after."""
     need = {"taylor": "loss_gradient", "diff-pruning": "large_loss_gradient"}[method]
     pipe = made()
     statistics = obsdiff.calibrate(pipe, [""] * 2, needs={"gram", need})
     slopes = {name: value.clone() for name, value in statistics.gradients.by_layer.items()}
-    ranks = made()
-    obsdiff.prune(ranks, "rank:4", method=method, statistics=statistics)
+    dense = made()
     report = obsdiff.prune(pipe, "structured:channels=0.5+rank:4", method=method, statistics=statistics)
-    graph = subject_of(made()).graph
+    graph = subject_of(dense).graph
     groups = [group for group in graph.groups if group.kind == "channels"]
     assert {group.name for group in groups} <= report.masks.keys()
     for group in groups:
         scores = torch.zeros(group.count)
         for s, axis in [*((s, 1) for s in group.consumers), *((s, 0) for s in group.producers)]:
-            layer = ranks.unet.get_submodule(s.layer)
-            slope = slopes[s.layer]
-            if hasattr(layer, "basis"):
-                slope = slope @ ranks.unet.get_submodule(layer.basis).weight.detach().T
-            products = (layer.weight.detach() * slope).transpose(0, axis).flatten(1)
+            layer = dense.unet.get_submodule(s.layer)
+            products = (layer.weight.detach() * slopes[s.layer]).transpose(0, axis).flatten(1)
             products = (products if method == "taylor" else products.abs()).sum(1)
             for start in s.starts:
                 scores += products[start : start + group.count * s.size].view(group.count, -1).sum(1)
