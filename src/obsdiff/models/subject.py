@@ -185,7 +185,7 @@ def _ranks(
     denoiser: nn.Module, family: Family, stages: tuple[str, ...], traced: Trace
 ) -> tuple[tuple[Site, ...], tuple[Group, ...]]:
     """Vectors that layers inside stages, or modulations in front of them, read, and for each the group of its
-    directions, one for the text stream and one for the rest: what modulates the text needs far fewer. Without layers
+    directions, one for the text stream and one for the rest, since what they give counts differently. Without layers
     that run twice (the head of DiT asks block 0's embedder again) and those that have a basis already."""
     sites: list[Site] = []
     groups: list[Group] = []
