@@ -201,7 +201,7 @@ def _asked(graph: Graph, options: PruningOptions) -> tuple[Budget, Plan, Plan | 
     if isinstance(pattern, Unstructured) and budget.kind == "sparsity":
         pattern = Unstructured(budget.share)
     if rule_of(options) == "measured" and spared is None:
-        spared = ()
+        spared = []
     if isinstance(pattern, Hybrid):
         return budget, *parts_of_hybrid(graph, pattern, *chosen, spared)
     return budget, make_plan(graph, pattern, *chosen, spared), None

@@ -55,8 +55,8 @@ def plan_of(
         overall = Unstructured(round(gone / weights, 6))
     elif isinstance(overall, Structured):
         shares: Any = {kind: _share_gone(graph, entries, kind) for kind in KINDS}
-        gone = {kind: _share_gone(graph, entries, kind) for kind in overall.directions}
-        kept: Any = {kind: round(1 - share, 4) for kind, share in gone.items() if share > 0}
+        lost = {kind: _share_gone(graph, entries, kind) for kind in overall.directions}
+        kept: Any = {kind: round(1 - share, 4) for kind, share in lost.items() if share > 0}
         overall = Structured(**shares, multiple_of=overall.multiple_of, **kept)
     return Plan(overall, entries, rule, str(budget))
 

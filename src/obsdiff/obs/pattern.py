@@ -87,9 +87,10 @@ class Structured:
         for kind, kept in self.directions.items():
             if not (0 < kept < 1 or (kept >= 1 and float(kept).is_integer())):
                 raise UserError(f"{kind} is {kept:g}; it must be a whole number, or a share of the width below 1")
-        if self.width is not None and not any(kept <= self.width for kept in self.directions.values()):
-            kind, kept = next(iter(self.directions.items()), (RANK, None))
-            raise UserError(f"{kind} is {kept} of {self.width}; it cannot be above the width")
+            if self.width is not None and kept > self.width:
+                raise UserError(f"{kind} is {kept:g} of {self.width}; it cannot be above the width")
+        if self.width is not None and not self.directions:
+            raise UserError(f"a width of {self.width} is of directions, and there is no rank")
 
     @property
     def directions(self) -> dict[str, float]:
