@@ -116,7 +116,7 @@ def test_a_scan_beside_ranks_is_told_from_one_without(setting, tmp_path):
     solver = Solver(graph, statistics, SolveOptions("magnitude"))
     scan(solver, units_of(graph, "structured:0.5")[:1], probe, "", store=tmp_path)
     with pytest.raises(obsdiff.UserError, match=r"kind \("):
-        scan(solver, units_of(graph, "structured:0.5+rank:8")[:2], probe, "", store=tmp_path)
+        scan(solver, units_of(graph, "structured:0.5+rank:8")[:3], probe, "", store=tmp_path)
 
 
 def test_a_structured_candidate_is_the_shrunk_module(setting):

@@ -42,10 +42,10 @@ def few_vectors(monkeypatch):
     monkeypatch.setattr(effort, "PRODUCTS_STRUCTURED", 24)
 
 
-def moved(restart, candidate):
+def moved(restart, candidate, size=STEP):
     """What a change does to the guided outputs to first order, by batch: a central difference of the denoiser."""
     graph, ends = restart.graph, []
-    for step in (STEP, -STEP):
+    for step in (size, -size):
         part = {}
         for name, (weight, shift) in candidate.layers.items():
             dense = graph.weight(name).detach()
@@ -55,13 +55,13 @@ def moved(restart, candidate):
         with torch.no_grad():
             ends.append([output for output, _ in restart.outputs()])
         edits.undo()
-    return [(up - down) / (2 * STEP) for up, down in zip(*ends, strict=True)]
+    return [(up - down) / (2 * size) for up, down in zip(*ends, strict=True)]
 
 
-def reference(restart, candidate, vectors, seed):
+def reference(restart, candidate, vectors, seed, size=STEP):
     """The estimate with the same random signs, and what it estimates."""
     estimate = truth = 0.0
-    for batch, (change, weights) in enumerate(zip(moved(restart, candidate), restart.weights, strict=True)):
+    for batch, (change, weights) in enumerate(zip(moved(restart, candidate, size), restart.weights, strict=True)):
         truth += float((weights * change.flatten(1).square().sum(1)).sum())
         for number in range(vectors):
             signs = torch.randint(0, 2, change.shape, generator=keyed_generator(seed, batch, number)) * 2.0 - 1
@@ -85,7 +85,8 @@ def test_a_prediction_is_the_first_order_change_along_its_vectors(setting, patte
     assert found.keys() == units.keys()
     for name, candidates in list(units.items())[::4] + list(units.items())[-1:]:
         for error, candidate in zip(found[name], candidates, strict=True):
-            assert error == pytest.approx(reference(restart, candidate, 2, 5)[0], rel=0.02, abs=1e-9)
+            size = STEP if error > 1e-6 else 10 * STEP  # of a tiny change rounding takes more than curvature
+            assert error == pytest.approx(reference(restart, candidate, 2, 5, size)[0], rel=0.02, abs=1e-9)
     assert all(torch.equal(before[name], tensor) for name, tensor in graph.denoiser.state_dict().items())
     assert not any(layer._forward_hooks for layer in graph.denoiser.modules())
     assert all(parameter.grad is None for parameter in graph.denoiser.parameters())

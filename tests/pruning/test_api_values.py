@@ -128,7 +128,7 @@ def test_a_calibration_that_was_cut_off_is_not_continued_with_more_layers(pipe, 
             obsdiff.calibrate(
                 pipe, prompts, steps=1, batch_size=2, store=tmp_path, sites={"transformer_blocks.0.attn.to_q"}
             )
-    with pytest.raises(obsdiff.UserError, match="begun without 21 of the layers"):
+    with pytest.raises(obsdiff.UserError, match="begun without 22 of the layers"):
         obsdiff.calibrate(pipe, prompts, steps=1, batch_size=2, store=tmp_path)
 
 

@@ -115,14 +115,10 @@ def check(case, method, pattern, store=True):
         for name, mask in report.masks.items():
             assert int(mask.sum()) == kept_units(graph.group_of[name], asked[name]) < len(mask)
         kinds = {graph.group_of[name].kind for name in report.masks}
-        named = (
-            {"rank"}
-            if pattern.startswith("rank")
-            else {kind for kind in ("heads", "ffn", "channels") if kind in pattern}
-        )
-        assert kinds == named | ({"rank"} if "rank" in pattern else set())
+        named = {part.partition(":")[0] for part in pattern.split("+")} & {"rank", "lowrank"}
+        assert kinds == named | {kind for kind in ("heads", "ffn", "channels") if kind in pattern}
     assert report.parameters["pruned"] == sum(p.numel() for p in denoiser.parameters())
-    shrinks = any(part.startswith(("structured", "rank", "depth")) for part in pattern.split("+"))
+    shrinks = any(part.startswith(("structured", "rank", "lowrank", "depth")) for part in pattern.split("+"))
     smaller = report.parameters["pruned"] < sum(p.numel() for p in case.dense.parameters())
     assert smaller == shrinks
     conditioning = obsdiff.models.conditioning.encode_prompts(
@@ -157,7 +153,15 @@ DEPTH = ["depth:1", "depth:1+unstructured:0.5"]
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "pattern", ["2:4", "4:8", "rank:8", "structured:heads=0.5,ffn=0.25+rank:8", *DEPTH, "depth:1+structured:0.5"]
+    "pattern",
+    [
+        "2:4",
+        "4:8",
+        "rank:8",
+        "structured:heads=0.5,ffn=0.25+rank:8+lowrank:8",
+        *DEPTH,
+        "depth:1+structured:0.5+lowrank:8",
+    ],
 )
 def test_digits_sd3_more(sd3, method, pattern):
     check(sd3, method, pattern, store="depth" not in pattern)

@@ -38,7 +38,7 @@ def of_family(name, encoders=False):
     told = Conditioning({}, count=ROWS) if set(given) <= {"batch_size"} else Conditioning(given)
     pipe = row.build(encoders=encoders)
     attach_info(pipe, PipelineInfo(row.pipeline, {k: v for k, v in row.call.items() if k in CALL_ARGUMENTS}))
-    kinds = sorted({group.kind for group in subject_of(pipe, told).graph.groups} - {"rank"})
+    kinds = sorted({group.kind for group in subject_of(pipe, told).graph.groups} - {"rank", "lowrank"})
     return pipe, told, f"structured:{','.join(f'{kind}=0.5' for kind in kinds)},multiple_of=1"
 
 
