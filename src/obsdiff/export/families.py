@@ -20,9 +20,9 @@ What `obsdiff inspect --families` prints, with what a user of each should know. 
 
 """
 _NOTES = """
-*Other denoisers* of diffusers get unstructured and N:M patterns, and ranks where they have modulations, through tracing
-alone, and a note says so; structured patterns are refused. [adding-a-family.md](adding-a-family.md) says how to add
-one: a file of ten lines.
+*Other denoisers* of diffusers get unstructured and N:M patterns, low ranks, and ranks where they have modulations,
+through tracing alone, and a note says so; structured patterns are refused. [adding-a-family.md](adding-a-family.md)
+says how to add one: a file of ten lines.
 
 ## What holds for all
 
