@@ -10,7 +10,7 @@ installed. ``Shrunk<Class>`` exists for every model class of diffusers; its conf
 
 The attribute ``selected`` of a norm, ``[[0, 2, 5], 64]``, lets it give only the channels of these units of 64, after
 it has normalised all of them. The attribute ``basis`` of a linear layer, ``"bases.0"``, lets it read what that linear
-module of the model makes of its input; layers that read the same vector share one.
+module of the model makes of its input; layers that read the same input share one.
 """
 
 # mypy: ignore-errors

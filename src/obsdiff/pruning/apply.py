@@ -186,7 +186,6 @@ def _shrink_modules(
         Bool (count,) by group whose units are entries of tensors, True = kept.
     """
     graph, modules, report = job.graph, job.plan.modules, job.report
-    left = dict(slopes or {})  # gradients of the weights as they are now
     whole = [name for name, pattern in modules.items() if not loses(graph.group_of[name], pattern)]
     report.masks.update({name: torch.ones(graph.group_of[name].count, dtype=torch.bool) for name in whole})
     report.sparsity_per_layer |= dict.fromkeys(whole, 0.0)
@@ -199,7 +198,7 @@ def _shrink_modules(
             sites = {graph.site_of[layer].name: graph.weight(layer).device for layer in consumers}
             known = {site: read(site, device) for site, device in sites.items()}  # each once: it is let go
             found = {layer: known[graph.site_of[layer].name] for layer in consumers}
-        kept, results = solve_groups(graph, patterns, found, job.options, left or None, gates)
+        kept, results = solve_groups(graph, patterns, found, job.options, slopes or None, gates)
         return {name: units.cpu() for name, units in kept.items()}, results
 
     def solved() -> Iterator[tuple[list[Group], Results]]:
@@ -219,8 +218,6 @@ def _shrink_modules(
                 basis = results[group.layers[0]].basis
                 assert basis is not None
                 project(job.edits, graph, group, basis)
-                for layer in set(group.layers) & left.keys():
-                    left[layer] = left[layer] @ basis.to(left[layer]).T  # dL/dW' where the layer is W' E x
         cut(job.edits, graph, kept, {name: (result.weight, result.bias_shift) for name, result in results.items()})
         cut_units |= {name: units for name, units in kept.items() if graph.group_of[name].basis is None}
         report.masks.update(kept)
