@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from obsdiff.errors import UserError
     from obsdiff.evaluation.sampling import sample
     from obsdiff.export.evaluate import evaluate
+    from obsdiff.models.offload import offload
     from obsdiff.obs.pattern import NM, Structured, Unstructured, parse_pattern
     from obsdiff.pruning.calibrate import calibrate
     from obsdiff.pruning.folder import load_pipeline, save_pipeline
@@ -42,6 +43,7 @@ _HOME = {
     "load_lora": "obsdiff.pruning.lora",
     "load_pipeline": "obsdiff.pruning.folder",
     "load_prompts": "obsdiff.data.prompts",
+    "offload": "obsdiff.models.offload",
     "parse_pattern": "obsdiff.obs.pattern",
     "prune": "obsdiff.pruning.oneshot",
     "sample": "obsdiff.evaluation.sampling",
@@ -62,6 +64,7 @@ __all__ = [
     "load_lora",
     "load_pipeline",
     "load_prompts",
+    "offload",
     "parse_pattern",
     "prune",
     "sample",

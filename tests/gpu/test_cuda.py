@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.allocation.fitting import plan_loaded
+from obsdiff.allocation.fitting import plan_from_configs, plan_loaded
 from obsdiff.cli.main import main
 from obsdiff.memory import is_out_of_memory, peak_memory_bytes
 from obsdiff.models.subject import subject_of
@@ -69,16 +69,26 @@ def test_a_measured_prune_and_a_recovery_by_the_command_line(pipe_folder, tmp_pa
     assert (tmp_path / "run" / "recovered" / "report.json").exists()
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_the_device_holds_what_was_planned(streamed):
+def test_blocks_that_take_turns_are_solved_on_the_device(prompts):
+    there, pipe = make_pipe().to("cuda"), obsdiff.offload(make_pipe(), "cuda")
+    wanted = obsdiff.prune(there, "unstructured:0.5", statistics=obsdiff.stream(there, prompts))
+    found = obsdiff.prune(pipe, "unstructured:0.5", statistics=obsdiff.stream(pipe, prompts))
+    assert all(torch.equal(found.masks[name], mask) for name, mask in wanted.masks.items())
+    blocks = pipe.transformer.transformer_blocks
+    assert sum(next(block.parameters()).is_cuda for block in blocks) <= 1
+
+
+@pytest.mark.parametrize(("streamed", "offload"), [(False, False), (True, False), (True, True)])
+def test_the_device_holds_what_was_planned(streamed, offload):
     """On a model whose weights and Hessians outweigh what CUDA itself takes."""
-    pipe = obsdiff.load_pipeline("emoji-sd3", device="cuda")
+    pipe = obsdiff.load_pipeline("emoji-sd3", device="cpu" if offload else "cuda")
+    pipe = obsdiff.offload(pipe, "cuda") if offload else pipe
     calibration = CalibrationOptions(num_prompts=32, batch_size=32, streamed=streamed)
     asked = PruneOptions(
         pipeline="emoji-sd3", output="-", pattern="unstructured:0.5", allocation="uniform", calibration=calibration,
-        evaluation=EvaluationOptions(num_images=0),
+        evaluation=EvaluationOptions(num_images=0), offload=offload,
     )  # fmt: skip
-    planned = plan_loaded(subject_of(pipe), asked).memory
+    planned = (plan_from_configs(asked, "cuda") if offload else plan_loaded(subject_of(pipe), asked)).memory
     torch.cuda.reset_peak_memory_stats()
     prompts = obsdiff.load_prompts("emoji-train", num=32)
     found = (obsdiff.stream if streamed else obsdiff.calibrate)(pipe, prompts, batch_size=32)

@@ -99,10 +99,10 @@ def test_what_cannot_be_put_back_is_said_and_the_rest_is(tmp_path, monkeypatch):
     bias = second.bias.detach().clone()
     take = Spill.take
 
-    def short(self, spilled):
+    def short(self, spilled, device):
         if spilled.offset == 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return take(self, spilled)
+        return take(self, spilled, device)
 
     monkeypatch.setattr(Spill, "take", short)
     with (

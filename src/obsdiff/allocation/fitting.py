@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from obsdiff.allocation.planning import allocates, calibrates_once, check_options, first_plan, needs_for, packages_for
-from obsdiff.allocation.shapes import component_bytes, scan_of, shapes_of, sites_of, solving_of
+from obsdiff.allocation.shapes import bytes_at_hand, component_bytes, scan_of, shapes_of, sites_of, solving_of
 from obsdiff.errors import UserError
 from obsdiff.evaluation.call_memory import call_shapes
 from obsdiff.evaluation.flops import denoiser_flops
@@ -186,6 +186,8 @@ def _planned(
     calls = call_shapes(subject, call, sites_of(graph, plan, stored), observer, drawn)
     imports = resident_memory_bytes() if imports is None else imports
     shapes = shapes_of(subject, plan, calls, stored, max(imports, 0) + RUN_BYTES)
+    if options.offload:
+        shapes = replace(shapes, at_hand=bytes_at_hand(subject.pipe))
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics))
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
     each = 2 if asks_twice(subject, call) else 1
@@ -205,6 +207,8 @@ def _planned(
         amount = Amount(settings.num_prompts, steps, images, scanned, levels)
         spent = time_plan(shapes, solving, memory.batches, speed, amount, started_processes())
     notes = [calls.note] if calls.note else []
+    if options.offload:
+        notes.append("the time that it takes to move blocks to the device and back is not counted")
     if options.reconstruction.steps:
         notes.append("the reconstruction of stages is not counted")
     if plan.removed or parse_request(options.pattern) != of_layers(parse_request(options.pattern)):
@@ -274,6 +278,10 @@ def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:
     if options.dtype in (None, "float32"):
         ways.append(("--dtype bfloat16", replace(options, dtype="bfloat16")))
         ways.append(("--dtype bfloat16 --allocation uniform", replace(uniform, dtype="bfloat16")))
+    if torch.device(device).type != "cpu" and not options.offload:
+        streamed = replace(calibration, streamed=True, packages=None)
+        away = replace(uniform, offload=True, calibration=streamed)
+        ways.append(("--allocation uniform --calibration.streamed true --offload true", away))
     if options.evaluation.num_images:
         none = replace(options.evaluation, num_images=0)
         ways.append(("--evaluation.num_images 0", replace(options, evaluation=none)))

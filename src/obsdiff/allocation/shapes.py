@@ -16,6 +16,7 @@ from obsdiff.criteria import METHODS
 from obsdiff.evaluation.call_memory import CallShapes
 from obsdiff.models.denoisers import dtype_of
 from obsdiff.models.graph import Graph, Group, Site
+from obsdiff.models.offload import turns_of
 from obsdiff.models.subject import Subject
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.observers import PASSES
@@ -33,8 +34,18 @@ def sites_of(graph: Graph, plan: Plan, stored: bool) -> list[Site]:
 
 def component_bytes(pipe: Any) -> dict[str, int]:
     """Bytes of each model's parameters and buffers, by component."""
-    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    return {name: sum(t.nbytes for t in (*model.parameters(), *model.buffers())) for name, model in models.items()}
+    return {name: _bytes(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def bytes_at_hand(pipe: Any) -> int:
+    """Bytes of a pipeline's weights that a device holds at most while they rest on the host
+    (:func:`obsdiff.models.offload.offload`)."""
+    taking = list(map(_bytes, turns_of(pipe)))
+    return sum(component_bytes(pipe).values()) - sum(taking) + max(taking)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def shapes_of(subject: Subject, plan: Plan, calls: CallShapes, stored: bool, imports: int) -> Shapes:

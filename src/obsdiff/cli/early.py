@@ -36,6 +36,10 @@ def checked_prune(options: PruneOptions) -> PruneOptions:
             parse_bytes(name, size)
     check_evaluation(options.evaluation)
     calibration, evaluation = options.calibration, options.evaluation
+    if options.offload and not calibration.streamed:
+        raise UserError("--offload has one block at a time on the device; add --calibration.streamed true")
+    if options.offload and options.reconstruction.steps:
+        raise UserError("--reconstruction.steps trains beside the dense pipeline; leave it out, or --offload")
     return replace(
         options,
         pipeline=check_source(options.pipeline),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from obsdiff.cli.early import checked_prune, kept
 from obsdiff.cli.parse import clear_errors, parse_options
+from obsdiff.errors import UserError
 from obsdiff.paths import unfinished_stages
 from obsdiff.pruning.options import PruneOptions
 
@@ -26,11 +27,14 @@ def main(args: Sequence[str] | None = None) -> None:
         from obsdiff.devices import choose_device
 
         device = options.device if options.dry_run and options.device else choose_device(options.device)
+        if options.offload and device.startswith("cpu"):
+            raise UserError("--offload spares the memory of a device, and this run is on the cpu; leave it out")
 
         from obsdiff.allocation.planning import check_options
         from obsdiff.export.places import check_places
         from obsdiff.export.run import prune_run
         from obsdiff.export.summary import prune_summary
+        from obsdiff.models.offload import offload
         from obsdiff.pruning.folder import load_pipeline
         from obsdiff.ranks import joined_processes, rank
 
@@ -54,8 +58,14 @@ def main(args: Sequence[str] | None = None) -> None:
             options = planned.options
         with joined_processes(device) as device:
             pipe = load_pipeline(
-                options.pipeline, dtype=options.dtype, device=device, variant=options.variant, denoiser=options.denoiser
+                options.pipeline,
+                dtype=options.dtype,
+                device="cpu" if options.offload else device,
+                variant=options.variant,
+                denoiser=options.denoiser,
             )
+            if options.offload:
+                offload(pipe, device)
             report = prune_run(pipe, options)
             if rank() == 0:
                 print(prune_summary(report, options.output))

@@ -17,7 +17,7 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.sampling import as_images
 from obsdiff.models.calls import remembered_call
 from obsdiff.models.conditioning import Conditioning, asked_for, encode_prompts
-from obsdiff.models.denoisers import parts_of
+from obsdiff.models.denoisers import device_of, parts_of
 from obsdiff.models.graph import Site
 from obsdiff.models.live import Live, live_in
 from obsdiff.models.modes import eval_mode
@@ -86,7 +86,7 @@ def call_shapes(
     named = remembered_call(pipe, call)
     tokens: dict[str, int] = {}
     answered: dict[str, int] = {}
-    device = next(subject.denoiser.parameters()).device
+    device = device_of(subject.denoiser)
     seen = _observers(subject, sites, observer, device)
 
     def see(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

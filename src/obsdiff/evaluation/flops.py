@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from obsdiff.errors import UserError
 from obsdiff.models.calling import call_denoiser, one_image
 from obsdiff.models.calls import moved
-from obsdiff.models.denoisers import dtype_of
+from obsdiff.models.denoisers import device_of, dtype_of
 from obsdiff.models.subject import Subject
 
 META = torch.device("meta")
@@ -121,4 +121,4 @@ class FlopCounts:
             ValueError,
             TypeError,
         ):  # what it does depends on values, such as the lengths of prompts
-            return call(counted_in_full, self._denoiser, next(self._denoiser.parameters()).device)
+            return call(counted_in_full, self._denoiser, device_of(self._denoiser))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from obsdiff.allocation.announce import announce
-from obsdiff.allocation.fitting import plan_loaded
+from obsdiff.allocation.fitting import plan_from_configs, plan_loaded
 from obsdiff.allocation.planning import check_options
 from obsdiff.allocation.stage import Folders, calibration_prompts, keeps_solves, prepare, prune_stage
 from obsdiff.evaluation.evaluate import Images, evaluation_of
@@ -94,7 +94,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     flops_dense = denoiser_flops(subject, call_arguments(pipe))
     if not quiet:
         print(_memory(subject, options, flops_dense), file=sys.stderr)
-    suite = load_suite(info_of(pipe).alignment, options.evaluation, pipe.device) if evaluated else Suite({})
+    suite = load_suite(info_of(pipe).alignment, options.evaluation, pipe._execution_device) if evaluated else Suite({})
 
     def draw(allow_nonfinite: bool) -> Tensor | None:
         if not evaluated:
@@ -121,7 +121,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     images = None if dense is None or pruned is None else Samples(dense, pruned, evaluated, seeds, suite)
     report = _report(subject, done, options, len(prompts), reused, flops_dense, images)
     report["time_s"]["total"] = time.perf_counter() - started
-    report["peak_memory_bytes"] = peak_memory_bytes(pipe.device)
+    report["peak_memory_bytes"] = peak_memory_bytes(pipe._execution_device)
     if rank() == 0:
         write_or_rescue(
             Path(options.output),
@@ -145,6 +145,8 @@ def _kept_meanwhile(subject: Subject, plan: Plan) -> int:
 def _memory(subject: Subject, options: PruneOptions, flops: int) -> str:
     """For people: what the run will take."""
     try:
+        if options.offload:  # counting a call would count the blocks that move
+            return short_plan(plan_from_configs(options, str(subject.pipe._execution_device)))
         return short_plan(plan_loaded(subject, options, flops))
     except Exception as error:  # whatever a model does to counting its call: a run needs no plan
         return f"memory is not planned: {' '.join(str(error).split())[:200]}"
@@ -203,7 +205,8 @@ def _report(
         "budget": done.plan.budget,
         "refit": done.refit,
         "seed": done.seed,
-        "device": str(subject.pipe.device),
+        "device": str(subject.pipe._execution_device),
+        "offload": options.offload,
         "versions": versions(),
         "calibration": None
         if measured is None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, encode_prompts
-from obsdiff.models.denoisers import denoisers_of, dtype_of
+from obsdiff.models.denoisers import denoisers_of, device_of, dtype_of
 from obsdiff.models.families import Family, find_family
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
@@ -114,7 +114,7 @@ def remembered_call(
     """
     components = denoisers_of(pipe)
     model = next(iter(components.values()))
-    device, dtype = next(model.parameters()).device, dtype_of(model)
+    device, dtype = device_of(model), dtype_of(model)
     kept = vars(pipe).setdefault(_KEPT, {})
     if conditioning is not None:
         kept.setdefault("conditioning", conditioning[:1])

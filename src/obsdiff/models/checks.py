@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import UserError
+from obsdiff.models.offload import Turn
 
 PLAIN = (nn.Linear, nn.Conv2d)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -83,7 +84,7 @@ def check_plain(denoiser: nn.Module, names: Iterable[str]) -> None:
             )
         if module._compiled_call_impl is not None:
             raise UserError(f"{where} is compiled, which hides its layers; prune before compiling")
-        if hasattr(module, "_hf_hook"):
+        if not isinstance(getattr(module, "_hf_hook", None), Turn | None):
             raise UserError(f"{where} is offloaded by accelerate; {_OFFLOADED}")
         if getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
             hooks = ", ".join(module._diffusers_hook.hooks)

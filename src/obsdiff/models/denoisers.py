@@ -63,6 +63,13 @@ def shrunk_of(denoiser: nn.Module) -> dict[str, Any] | None:
     return found
 
 
+def device_of(denoiser: nn.Module) -> torch.device:
+    """Where a denoiser runs; its weights may rest elsewhere (:mod:`obsdiff.models.offload`)."""
+    model = next(iter(parts_of(denoiser).values()))
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return next(model.parameters()).device if device is None else torch.device(device)
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype of a model's floating-point parameters."""
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obsdiff.models.denoisers import parts_of
+from obsdiff.models.denoisers import device_of, parts_of
 from obsdiff.models.nested import copied_to, each_tensor, tensors_in
 
 
@@ -68,7 +68,7 @@ class Replay:
         """The denoiser's answer, or None if a hook has seen enough."""
         self._call = call
         try:
-            return call.model(**copied_to(call.arguments, next(call.model.parameters()).device))
+            return call.model(**copied_to(call.arguments, device_of(call.model)))
         except Reached:
             return None
         finally:
@@ -84,7 +84,7 @@ class Replay:
             if self._passing:
                 call.forget(self._stages, self._passing)
             return found
-        device = next(call.model.parameters()).device
+        device = device_of(call.model)
         return each_tensor(call.answers[name], lambda tensor: self._placed(tensor, device))
 
     def _placed(self, tensor: Tensor, device: torch.device) -> Tensor:

@@ -47,7 +47,7 @@ def named_weighting(
     few = prompts[:PROMPTS]
     told = few if isinstance(few, Conditioning) else encode_prompts(subject.pipe, few, call)
     alphas = measured_alphas(subject, told, call, seed)
-    return listed_weights(broadcast_numbers(alphas, subject.pipe.device))
+    return listed_weights(broadcast_numbers(alphas, subject.pipe._execution_device))
 
 
 def calls_for(steps: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
+from obsdiff.models.denoisers import device_of
 from obsdiff.models.families.base import TEXT
 from obsdiff.models.graph import Site
 from obsdiff.models.rows import CallRows
@@ -148,11 +149,10 @@ def collecting(
 ) -> Iterator[Collector]:
     """Hooks on the denoiser and on the first layer of each site, gone afterwards whatever happens."""
     graph = subject.graph
+    device = device_of(subject.denoiser)
     for site in sites:  # an entry for each, so that one never reached is noticed
         groups, _, columns = weight_matrices(graph.layer(site.name)).shape
-        device = graph.weight(site.name).device
         statistics.sites.setdefault(site.name, OBSERVERS[statistics.observer].empty(columns, groups, device))
-    device = next(subject.denoiser.parameters()).device
     rows = CallRows(subject.pipe, subject.family, conditioning)
     collector = Collector(statistics, settings, counter, rows, device)
     models = subject.components.values()

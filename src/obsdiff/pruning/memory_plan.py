@@ -126,6 +126,7 @@ class Shapes:
         prompt: Bytes of one encoded prompt.
         image: Bytes of one image, float32.
         imports: What the process holds before anything is loaded.
+        at_hand: Of the weights, what the device holds at most while all rest on the host; None: it holds all.
     """
 
     weights: Mapping[str, int]
@@ -139,6 +140,7 @@ class Shapes:
     prompt: int
     image: int
     imports: int = 0
+    at_hand: int | None = None
 
 
 @dataclass(frozen=True)
@@ -315,10 +317,12 @@ def memory_plan(
 def _moments(
     shapes: Shapes, solving: Solving, batches: Batches, prompts: int, images: int, on_host: bool, scan: Scan | None
 ) -> Iterator[Moment]:
-    weights = {"weights": sum(shapes.weights.values())}
+    whole, offloaded = {"weights": sum(shapes.weights.values())}, shapes.at_hand is not None
+    weights = {"weights": shapes.at_hand} if shapes.at_hand is not None else whole
     process = {"process": shapes.imports}
     drawn = images * shapes.image
-    yield Moment("loading", weights, process if on_host else process | weights)  # all is read by the host
+    yield Moment("loading", weights, process if on_host else process | whole)  # all is read by the host
+    process |= whole if offloaded else {}
     batch = min(batches.images, images)
     drawing = batch * max(shapes.text, shapes.call, shapes.decode)
     if images:
@@ -361,7 +365,8 @@ def _moments(
     if images:
         after = process | {"masks": masks, "images": (1 + COPIES) * drawn}
         yield Moment("drawing pruned images", weights | {"activations": drawing}, after)
-    fetched = {} if on_host else {"weights": max(shapes.weights.values(), default=0)}  # one component at a time
+    one = {"weights": max(shapes.weights.values(), default=0)}  # a component at a time comes back from the device
+    fetched = {} if on_host or offloaded else one
     yield Moment("writing", weights, process | {"masks": masks, "images": 2 * drawn} | fetched)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from obsdiff.criteria import METHODS, find_method
@@ -15,6 +16,7 @@ from obsdiff.models.content import model_hash
 from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import info_of
+from obsdiff.models.offload import is_offloaded
 from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.linalg import DAMPING
@@ -149,7 +151,7 @@ def prune(
         if kept is None or not all(map(kept.holds, passes)):
             statistics.record()  # before anything is pruned
     seen = streamed
-    with undone_on_error(solved) as edits:
+    with undone_on_error(solved or _aside(graph)) as edits:
         job = Job(edits, graph, plan, options, report, quiet, kept)
         for package in passes:
             there = kept is not None and streamed and kept.holds(package)
@@ -188,6 +190,11 @@ def _kept(
     measured = statistics.fingerprint if isinstance(statistics, Stream) else statistics.described()
     check_solved(folder)
     return Solved(folder, graph, plan, options, measured, isinstance(statistics, Stream))
+
+
+def _aside(graph: Graph) -> Path | None:
+    """Where replaced weights of an offloaded denoiser wait if nobody named a folder: a device has no place for them."""
+    return Path(gettempdir()) if is_offloaded(graph.denoiser) else None
 
 
 def refuse_pruned(graph: Graph, manifest: Mapping[str, Any] | None = None) -> None:

@@ -222,6 +222,8 @@ class PruneOptions(PruningOptions):
         device_memory: What a cuda device may hold, such as 24GB, 24GiB or bytes: batch sizes (up to those that are
             given) and calibration.packages (where nobody says) are chosen to fit, and what cannot fit is refused.
         host_memory: The same for the host's memory, and for runs on the cpu.
+        offload: Let weights rest in host memory, and have on the device one block at a time, for pipelines that are
+            larger than it; needs calibration.streamed.
         dry_run: Say what the run would take of memory and time, from the pipeline's configs alone, and end; nothing is
             loaded, measured or written.
         evaluation: How the result is measured.
@@ -239,6 +241,7 @@ class PruneOptions(PruningOptions):
     prune_again: bool = False
     device_memory: str | int | None = None
     host_memory: str | int | None = None
+    offload: bool = False
     dry_run: bool = False
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 

@@ -62,8 +62,9 @@ def solve_layers(
     """Like :func:`solve_site`, in a list: a layer may stand in ``layers`` several times, with different patterns."""
     method = METHODS[options.method]
     assert method.solve is not None, f"{options.method} removes whole units"
-    dense = [weight_matrices(graph.layer(name)).detach().float() for name in layers]
-    biases = [_biases(graph.layer(name), len(dense[0])) for name in layers]
+    device = graph.weight(layers[0]).device  # of an offloaded model, layers of later blocks rest elsewhere
+    dense = [weight_matrices(graph.layer(name)).detach().to(device).float() for name in layers]
+    biases = [_biases(graph.layer(name), matrix) for name, matrix in zip(layers, dense, strict=True)]
     gradients = _slopes(slopes, layers, dense)
     centred = options.refits and method.centred and all(bias is not None for bias in biases)
     found: list[list[_Part]] = [[] for _ in layers]
@@ -118,10 +119,10 @@ class _Part:
     refit_steps: int | None = None
 
 
-def _biases(layer: nn.Module, groups: int) -> Tensor | None:
-    """A layer's bias, (groups, rows)."""
+def _biases(layer: nn.Module, matrices: Tensor) -> Tensor | None:
+    """A layer's bias, (groups, rows), where its weight's ``matrices`` (groups, rows, columns) are."""
     bias = layer.bias
-    return bias.detach().view(groups, -1) if isinstance(bias, Tensor) else None
+    return bias.detach().to(matrices.device).view(len(matrices), -1) if isinstance(bias, Tensor) else None
 
 
 def _finished(
@@ -370,6 +371,6 @@ def _cut(
     new = torch.zeros_like(dense)
     solved = options.compensates
     new[:, columns] = compensate(dense, hessian, columns, options.damping) if solved else dense[:, columns]
-    biases = _biases(layer, 1) if options.refits else None
+    biases = _biases(layer, dense[None]) if options.refits else None
     part = _measured(new, None, dense, None if biases is None else biases[0], moments, weight.dtype)
     return LayerResult(part.weight[:, columns].view(shape), None, _relative([part]), part.bias_shift)

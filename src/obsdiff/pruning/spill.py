@@ -19,12 +19,10 @@ class Spilled:
     Attributes:
         offset: Of its first byte in the file.
         like: It without its data, on the meta device.
-        device: Where it was.
     """
 
     offset: int
     like: Tensor
-    device: torch.device
 
 
 class Spill:
@@ -47,7 +45,7 @@ class Spill:
         Raises:
             UserError: It cannot be written.
         """
-        there = Spilled(self._end, torch.empty_like(parameter, device="meta"), parameter.device)
+        there = Spilled(self._end, torch.empty_like(parameter, device="meta"))
         there.like.requires_grad_(parameter.requires_grad)
         content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with clear_failures(self._folder):
@@ -57,8 +55,8 @@ class Spill:
         self._end += content.nbytes
         return there
 
-    def take(self, spilled: Spilled) -> nn.Parameter:
-        """Read one again: another object with the same values, on its device.
+    def take(self, spilled: Spilled, device: torch.device | str = "cpu") -> nn.Parameter:
+        """Read one again: another object with the same values, on ``device``.
 
         Raises:
             OSError: It cannot be read whole.
@@ -68,7 +66,7 @@ class Spill:
         if (count := self._file.readinto(data)) != len(data):
             raise OSError(f"{count} of {len(data)} bytes could be read")
         value = torch.frombuffer(data, dtype=spilled.like.dtype) if data else torch.empty(0, dtype=spilled.like.dtype)
-        return nn.Parameter(value.view(spilled.like.shape).to(spilled.device), spilled.like.requires_grad)
+        return nn.Parameter(value.view(spilled.like.shape).to(device), spilled.like.requires_grad)
 
     def close(self) -> None:
         """Let the file go."""

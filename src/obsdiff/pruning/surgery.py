@@ -81,9 +81,10 @@ class Edits:
                 continue
             if isinstance(value, Spilled):
                 assert self._spill is not None
+                device = getattr(owner, name).device  # which offloading may have changed
                 setattr(owner, name, None)  # what replaced it leaves first
                 try:
-                    value = self._spill.take(value)
+                    value = self._spill.take(value, device)
                 except (RuntimeError, OSError, ValueError) as error:  # no memory, or no such bytes
                     lost[name] = brief(str(error))
                     continue
