@@ -51,9 +51,17 @@ class StructuralSimilarity(Measure):
 
 
 class PatchSimilarity(Measure):
-    """LPIPS with the AlexNet trunk (1801.03924), by torchmetrics."""
+    """LPIPS with the AlexNet trunk (1801.03924), by torchmetrics.
+
+    Args:
+        distance: Two batches of images (n, c, h, w) in [0, 1] to their distances (n,).
+    """
 
     columns = ("lpips",)
+
+    def __init__(self, distance: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._distance = distance
 
     @classmethod
     def loaded(cls) -> PatchSimilarity:
@@ -62,21 +70,26 @@ class PatchSimilarity(Measure):
         Raises:
             UserError: They can be neither found nor fetched.
         """
-        measure, small = cls(), torch.zeros(1, 3, SMALLEST, SMALLEST)
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
         try:
-            measure.rows_of(Batch(torch.zeros(1), small, [""], small))
+            network = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True)
         except OSError as error:  # of urllib
             place = Path(torch.hub.get_dir()) / "checkpoints"
             raise UserError(
                 f"lpips needs torchvision's weights of AlexNet (alexnet-owt-7be5be79.pth) in {place}"
             ) from error
-        return measure
+
+        def distance(images: Tensor, others: Tensor) -> Tensor:
+            found: Tensor = network(images, others)
+            network.reset()  # it would keep them all
+            return found
+
+        return cls(distance)
 
     def rows_of(self, batch: Batch) -> Tensor:
-        from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as lpips
-
         assert batch.dense is not None
-        return lpips(*map(_large, (batch.images, batch.dense)), "alex", reduction="none", normalize=True).reshape(-1, 1)
+        return self._distance(*map(_large, (batch.images, batch.dense))).reshape(-1, 1)
 
 
 class FeatureDistance(Measure):
