@@ -1,11 +1,13 @@
 """The formulas of a memory plan, against what real solves and calls make."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from obsdiff.allocation.fitting import plan_from_configs
 from obsdiff.criteria import METHODS
 from obsdiff.criteria.base import GroupProblem
 from obsdiff.criteria.structured import RULES
@@ -28,6 +30,7 @@ from obsdiff.pruning.memory_plan import (
     solve_bytes,
     statistics_bytes,
 )
+from obsdiff.pruning.options import EvaluationOptions, PruneOptions
 from obsdiff.pruning.solve import solve_layers
 
 
@@ -167,6 +170,21 @@ def test_a_scan_holds_all_levels_of_a_stage():
     held = moment(planned, "scanning").device["scan"]
     assert held == scan_bytes(scan, SHAPES, Solving("obs", True, True, centred=True, once=False))
     assert held > 12 * 10_000 * 5 + 800
+
+
+def test_ranks_are_tried_beside_the_statistics_that_chose_them(pipe_folder):
+    asked = PruneOptions(
+        pipeline=str(pipe_folder), output="-", pattern="rank:8", allocation="uniform",
+        evaluation=EvaluationOptions(num_images=0),
+    )  # fmt: skip
+    planned = plan_from_configs(asked, "cpu")
+    moments = {moment.name: moment for moment in planned.memory.moments}
+    ranked = [site for site in planned.shapes.sites if site.ranked]
+    own = sum(statistics_bytes(site, True) for site in ranked)
+    assert ranked and moments["calibrating, pass 1 of 1"].device["Hessians"] == own
+    assert moments["trying ranks"].device["Hessians"] == 2 * own
+    plain = plan_from_configs(replace(asked, pattern="structured:0.5"), "cpu")
+    assert "trying ranks" not in {moment.name for moment in plain.memory.moments}
 
 
 def test_what_is_alive_is_counted_and_views_are_not():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import obsdiff
+from obsdiff.allocation import rank_check
 from obsdiff.allocation.request import check_values
 from obsdiff.allocation.stage import prune_stage
 from obsdiff.data.digits import DigitsDataModule
@@ -115,6 +116,16 @@ def test_the_stage_tries_other_prompts_and_says_so(tmp_path):
     for found in report.ranks.values():
         assert found["rank"] == 4 and found["width"] == 16
         assert 0 < found["input_left_out"] < 1 and 0 < found["error"] < found["error_held_out"]
+
+
+def test_other_prompts_are_weighed_as_those_of_the_calibration(monkeypatch):
+    seen = []
+    calibrate = rank_check.calibrate
+    monkeypatch.setattr(rank_check, "calibrate", lambda *a, **given: seen.append(given) or calibrate(*a, **given))
+    settings = CalibrationOptions(num_prompts=3, weighting="linear_increase", tokens=2, steps=2)
+    prune_stage(make_pipe(), PruningOptions(pattern="rank:4", calibration=settings), PROMPTS)
+    (given,) = seen
+    assert (given["weighting"], given["tokens"], given["steps"]) == ("linear_increase", 2, 2)
 
 
 def test_plans_keep_ranks(statistics, tmp_path):

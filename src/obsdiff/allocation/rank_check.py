@@ -33,10 +33,10 @@ def checked_ranks(
     own = found if isinstance(found, Statistics) else found(sites)
     others = None
     if source is not None and (unseen := [text for text in load_prompts(source) if text not in set(prompts)]):
-        steps, scale = settings.steps, settings.guidance_scale
         some = unseen[:: max(1, len(unseen) // HELD_OUT)][:HELD_OUT]
-        given: Any = {"steps": steps, "guidance_scale": scale, "batch_size": settings.batch_size}
-        others = calibrate(subject, some, **given, seed=options.seed + 1, sites=sites, quiet=quiet)
+        given: Any = {name: getattr(settings, name) for name in ("steps", "guidance_scale", "tokens", "batch_size")}
+        given |= {"weighting": own.fingerprint["weighting"], "seed": options.seed + 1}
+        others = calibrate(subject, some, **given, sites=sites, quiet=quiet)
     checked = {}
     for group in groups:
         rank, device = kept_units(group, plan.modules[group.name]), graph.weight(group.name).device

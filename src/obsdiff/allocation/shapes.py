@@ -105,6 +105,7 @@ def _site(
         producers,
         f"bundle {min(number for _, number in cut.values())}" if cut else "",
         tokens.get(site.name, 0),
+        any(group.basis is not None for group, _ in cut.values()),
     )
 
 

@@ -37,6 +37,7 @@ class SiteShape:
         producers: Entries that are left of weights that lose rows, where units go.
         together: The same for sites whose layers are cut in one go; "" where it is alone.
         tokens: Rows of it that a call with one prompt gives.
+        ranked: Whether directions of it go, which are tried on other prompts then.
     """
 
     name: str
@@ -50,6 +51,7 @@ class SiteShape:
     producers: int = 0
     together: str = ""
     tokens: int = 0
+    ranked: bool = False
 
     @property
     def weights(self) -> int:
@@ -352,6 +354,10 @@ def _moments(
             kept = 0 if solving.stored else held
             scanning = scan_bytes(scan, shapes, solving)
             yield Moment("scanning", so_far | {"Hessians": kept, "scan": scanning}, masked)
+        if again := sum(statistics_bytes(site, solving.gram) for site in sites if site.ranked):
+            there = again + (0 if solving.stored else held)
+            calling = shapes.observed * min(batches.prompts, prompts)
+            yield Moment("trying ranks", so_far | {"Hessians": there, "activations": calling}, masked)
         for together in _together(sites):
             own = sum(statistics_bytes(site, solving.gram) for site in together) if solving.measured else 0
             work = _work(together, solving, shapes.element)
