@@ -16,7 +16,7 @@ from obsdiff.pruning.plan import kept_units
 from obsdiff.pruning.solve import kept_columns, solve_groups, solve_layers
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.surgery import Edits
-from obsdiff.pruning.vectors import Vector, rank_result, vector_of
+from obsdiff.pruning.vectors import Vector, basis_of, rank_result, vector_of
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,8 @@ class Solver:
     def _rank(self, group: Group, rank: int, vector: Vector) -> Candidate:
         """The layers that read a vector, on so many of its directions."""
         _, results = rank_result(self.graph, group, rank, vector)
-        changes = {}
-        for layer, result in results.items():
-            assert result.basis is not None
-            changes[layer] = (result.weight @ result.basis, result.bias_shift)
+        basis = basis_of(group, results)
+        changes = {layer: (result.weight @ basis, result.bias_shift) for layer, result in results.items()}
         return Candidate(changes, sum(map(_error, results.values())) / len(results))
 
     def bundle(self, patterns: Mapping[str, Structured]) -> Candidate:

@@ -20,6 +20,7 @@ from obsdiff.pruning.solve import kept_columns, solve_groups, solve_site, unfold
 from obsdiff.pruning.solved import Results, Solved
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.surgery import Edits, cut, lost_rows, project
+from obsdiff.pruning.vectors import basis_of
 from obsdiff.ranks import solved_in_turn
 
 Read = Callable[[str, torch.device], Observer]  # statistics of a site
@@ -215,9 +216,7 @@ def _shrink_modules(
                 spent(graph.site_of[consumer].name)
         for group in (graph.group_of[name] for name in kept):
             if group.basis is not None:
-                basis = results[group.layers[0]].basis
-                assert basis is not None
-                project(job.edits, graph, group, basis)
+                project(job.edits, graph, group, basis_of(group, results))
         cut(job.edits, graph, kept, {name: (result.weight, result.bias_shift) for name, result in results.items()})
         cut_units |= {name: units for name, units in kept.items() if graph.group_of[name].basis is None}
         report.masks.update(kept)

@@ -64,7 +64,8 @@ class LayerResult:
         error: Output error over the variance of the dense output; None if nothing measured it.
         bias_shift: What the refit adds to the bias, float32 (rows,); None if it leaves it.
         refit_steps: Conjugate-gradient steps that were taken (of the groups of a convolution, the most); None without.
-        basis: What the layer's input is projected with first, float32 (rank, inputs); None where it reads it as it is.
+        basis: What the layer's input is projected with first, float32 (rank, inputs); held by the first layer of
+            those that read it so (:func:`obsdiff.pruning.vectors.basis_of`).
     """
 
     weight: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +59,12 @@ def rank_result(
     """
     kept = torch.arange(group.count) < rank
     encode, decode = vector.directions.first(rank)
-    results = {}
+    results: dict[str, LayerResult] = {}
+    basis = encode.to(graph.weight(group.layers[0]).dtype)  # as it will be held
     for layer in group.layers:
         old = graph.weight(layer)
         dense = old.detach().double()
-        basis, weight = encode.to(old.dtype), (dense @ decode).to(old.dtype)  # as they will be held
+        weight = (dense @ decode).to(old.dtype)
         delta = weight.double() @ basis.double() - dense
         moved, shift = vector.moments.through(delta), None
         if vector.biased:
@@ -73,8 +75,15 @@ def rank_result(
             moved = moved + held
         error = vector.moments.spread(delta.float()) + float(moved.square().sum())
         relative = relative_error(error, *vector.moments.output(dense.float()))
-        results[layer] = LayerResult(weight.float(), None, relative, shift, basis=basis.float())
+        results[layer] = LayerResult(weight.float(), None, relative, shift, basis=None if results else basis.float())
     return {group.name: kept}, results
+
+
+def basis_of(group: Group, results: Mapping[str, LayerResult]) -> Tensor:
+    """What all of a group's layers read their input through, float32 (rank, inputs)."""
+    basis = results[group.layers[0]].basis
+    assert basis is not None
+    return basis
 
 
 @torch.no_grad()
@@ -101,20 +110,20 @@ def checked_rank(graph: Graph, group: Group, rank: int, seen: Observer, others: 
         "rank": rank,
         "width": group.count,
         "input_left_out": float((rest @ covariance * rest).sum() / covariance.diagonal().sum()),
-        "error": _output_error(graph, results, vector.moments),
+        "error": _output_error(graph, group, results, vector.moments),
     }
     if others is not None:
-        found["error_held_out"] = _output_error(graph, results, vector_of(graph, group, others).moments)
+        found["error_held_out"] = _output_error(graph, group, results, vector_of(graph, group, others).moments)
     return found
 
 
-def _output_error(graph: Graph, results: dict[str, LayerResult], moments: Moments) -> float:
+def _output_error(graph: Graph, group: Group, results: Mapping[str, LayerResult], moments: Moments) -> float:
     """``Σ_l E‖Δ_l x + δb_l‖² / Σ_l E‖W_l (x − μ)‖²`` under the moments of x."""
     error = variance = square = 0.0
+    basis = basis_of(group, results).double()
     for layer, result in results.items():
         dense = graph.weight(layer).detach().float()
-        assert result.basis is not None
-        delta = (result.weight.double() @ result.basis.double() - dense.double()).float()
+        delta = (result.weight.double() @ basis - dense.double()).float()
         moved = moments.through(delta)
         if result.bias_shift is not None:
             moved = moved + result.bias_shift.to(moved)
