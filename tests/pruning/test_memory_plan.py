@@ -17,19 +17,8 @@ from obsdiff.obs.hessian import Gram
 from obsdiff.obs.pattern import parse_pattern
 from obsdiff.obs.structured import Consumer, compensate
 from obsdiff.pruning.layers import SolveOptions
-from obsdiff.pruning.memory_plan import (
-    Batches,
-    Scan,
-    Shapes,
-    SiteShape,
-    Solving,
-    changed_bytes,
-    cut_bytes,
-    memory_plan,
-    scan_bytes,
-    solve_bytes,
-    statistics_bytes,
-)
+from obsdiff.pruning.memory_plan import changed_bytes, cut_bytes, memory_plan, scan_bytes, solve_bytes, statistics_bytes
+from obsdiff.pruning.memory_shapes import Batches, Scan, Shapes, SiteShape, Solving
 from obsdiff.pruning.options import EvaluationOptions, PruneOptions
 from obsdiff.pruning.solve import solve_layers
 

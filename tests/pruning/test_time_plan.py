@@ -3,7 +3,7 @@
 import pytest
 
 from obsdiff import ranks
-from obsdiff.pruning.memory_plan import Batches, Shapes, SiteShape, Solving
+from obsdiff.pruning.memory_shapes import Batches, Shapes, SiteShape, Solving
 from obsdiff.pruning.time_plan import Amount, Speed, in_rounds, largest_share, time_plan
 
 SITES = tuple(SiteShape(name, columns, (50,), tokens=7) for name, columns in (("a", 100), ("b", 400), ("c", 100)))

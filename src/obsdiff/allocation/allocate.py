@@ -28,6 +28,7 @@ from obsdiff.allocation.units import Unit, make_units, removed
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.graph import Graph, more_with
+from obsdiff.models.offload import refuse_offloaded
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Depth, Hybrid, Pattern, Structured, Unstructured, of_layers, parse_request
 from obsdiff.pruning.fingerprint import Settings, conditioning_hash
@@ -101,6 +102,7 @@ def allocate(
         raise UserError(f"the plan {options.plan} has a pattern for each layer; leave it out to allocate")
     check_prompts(prompts)
     subject, rule, folder = subject_of(pipe, prompts), rule_of(options), None if store is None else Path(store)
+    refuse_offloaded(subject.denoiser, "an allocation")
     graph = subject.graph
     budget, base, weights = _asked(graph, options)
     subject.check([*base.layers(graph), *([] if weights is None else weights.layers(graph))])

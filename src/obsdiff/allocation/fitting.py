@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from obsdiff.allocation.planning import allocates, calibrates_once, check_options, first_plan, needs_for, packages_for
+from obsdiff.allocation.request import check_offload
 from obsdiff.allocation.shapes import bytes_at_hand, component_bytes, scan_of, shapes_of, sites_of, solving_of
 from obsdiff.errors import UserError
 from obsdiff.evaluation.call_memory import call_shapes
@@ -26,7 +27,8 @@ from obsdiff.obs.pattern import of_layers, parse_request
 from obsdiff.peaks import Moment, Peaks
 from obsdiff.pruning.folder import PIPELINE, run_folder
 from obsdiff.pruning.manifest import read_manifest
-from obsdiff.pruning.memory_plan import Batches, MemoryPlan, Scan, Shapes, Solving, memory_plan
+from obsdiff.pruning.memory_plan import MemoryPlan, memory_plan
+from obsdiff.pruning.memory_shapes import Batches, Scan, Shapes, Solving
 from obsdiff.pruning.options import PruneOptions
 from obsdiff.pruning.plan import Plan, packages_of, stage_packages
 from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, largest_share, products_per_s, time_plan
@@ -148,9 +150,11 @@ def plan_loaded(subject: Subject, options: PruneOptions, flops: int | None = Non
         subject, options: What is pruned, and how.
         flops: Of one call with one image without guidance, if they are known.
     """
-    weights = sum(component_bytes(subject.pipe).values()) if subject.pipe.device.type == "cpu" else 0
-    imports = resident_memory_bytes() - weights
-    return _planned(subject, options, str(subject.pipe.device), Room(), imports, flops)[0]
+    device, on_host = str(subject.pipe._execution_device), options.offload or subject.pipe.device.type == "cpu"
+    imports = resident_memory_bytes() - (sum(component_bytes(subject.pipe).values()) if on_host else 0)
+    if options.offload:  # counting a call of its own would count the blocks that move
+        subject = open_unloaded(options.pipeline, options.dtype)
+    return _planned(subject, options, device, Room(), imports, flops)[0]
 
 
 def plan_unloaded(subject: Subject, options: PruneOptions, device: str) -> Planned:
@@ -175,6 +179,7 @@ def _planned(
     flops: int | None = None,
 ) -> tuple[Planned, _Work]:
     settings, statistics = options.calibration, None if options.statistics is None else Path(options.statistics)
+    check_offload(options)
     check_options(options, statistics, None if options.sensitivity is None else Path(options.sensitivity))
     graph = subject.graph
     plan = first_plan(graph, options)
@@ -187,7 +192,7 @@ def _planned(
     imports = resident_memory_bytes() if imports is None else imports
     shapes = shapes_of(subject, plan, calls, stored, max(imports, 0) + RUN_BYTES)
     if options.offload:
-        shapes = replace(shapes, at_hand=bytes_at_hand(subject.pipe))
+        shapes = replace(shapes, at_hand=bytes_at_hand(subject))
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics))
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
     each = 2 if asks_twice(subject, call) else 1
@@ -278,10 +283,11 @@ def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:
     if options.dtype in (None, "float32"):
         ways.append(("--dtype bfloat16", replace(options, dtype="bfloat16")))
         ways.append(("--dtype bfloat16 --allocation uniform", replace(uniform, dtype="bfloat16")))
-    if torch.device(device).type != "cpu" and not options.offload:
+    if torch.device(device).type != "cpu" and not (options.offload or options.reconstruction.steps):
         streamed = replace(calibration, streamed=True, packages=None)
         away = replace(uniform, offload=True, calibration=streamed)
-        ways.append(("--allocation uniform --calibration.streamed true --offload true", away))
+        instead = " in place of --calibration.packages" if calibration.packages else ""
+        ways.append((f"--allocation uniform --calibration.streamed true --offload true{instead}", away))
     if options.evaluation.num_images:
         none = replace(options.evaluation, num_images=0)
         ways.append(("--evaluation.num_images 0", replace(options, evaluation=none)))
@@ -292,6 +298,8 @@ def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:
             continue  # this way is none with these options
         if room.holds(planned.memory):
             chosen = planned.options.calibration.packages
-            more = f" --calibration.packages {chosen}" if chosen != calibration.packages else ""
-            return f"{text}{more} ({bytes_text(planned.memory.host_bytes or planned.memory.device_bytes)})"
+            more = f" --calibration.packages {chosen}" if chosen not in (None, calibration.packages) else ""
+            on_device = room.device is not None and not planned.memory.on_host
+            taken = planned.memory.device_bytes if on_device else planned.memory.host_bytes
+            return f"{text}{more} ({bytes_text(taken)})"
     return f"{bytes_text(most)} or more of it, or a smaller pipeline"

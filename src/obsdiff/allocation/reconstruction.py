@@ -18,6 +18,7 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.info import call_arguments
+from obsdiff.models.offload import refuse_offloaded
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.finished import check_finished
@@ -108,6 +109,7 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         quiet: No progress bar.
     """
     asked, subject = options.reconstruction, subject_of(pipe)
+    refuse_offloaded(subject.denoiser, "a reconstruction")
     masks = weight_masks(report.masks, report.shrunk is not None)
     for layer in zeroed_layers(subject.graph).keys() - masks.keys():  # of an earlier prune: they stay zero too
         masks[layer] = subject.graph.weight(layer).detach().ne(0)

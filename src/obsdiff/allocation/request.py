@@ -27,6 +27,7 @@ from obsdiff.pruning.options import (
     CalibrationOptions,
     EvaluationOptions,
     Limits,
+    PruneOptions,
     PruningOptions,
     ReconstructionOptions,
     ScanOptions,
@@ -243,6 +244,18 @@ def _check_calibration(calibration: CalibrationOptions) -> None:
     if calibration.weighting is not None:
         check_weighting(calibration.weighting)
     check_number("calibration.damping", calibration.damping, 0.0)
+
+
+def check_offload(options: PruneOptions) -> None:
+    """Refuse to offload what needs the denoiser whole.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    if options.offload and not options.calibration.streamed:
+        raise UserError("--offload has one block at a time on the device; add --calibration.streamed true")
+    if options.offload and options.reconstruction.steps:
+        raise UserError("--reconstruction.steps trains beside the dense pipeline; leave it out, or --offload")
 
 
 def _check_reconstruction(reconstruction: ReconstructionOptions) -> None:

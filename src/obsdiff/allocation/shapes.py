@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from obsdiff.allocation.probe import BATCH_ROWS
 from obsdiff.allocation.units import make_units
 from obsdiff.criteria import METHODS
 from obsdiff.evaluation.call_memory import CallShapes
+from obsdiff.models.content import TEXT
 from obsdiff.models.denoisers import dtype_of
 from obsdiff.models.graph import Graph, Group, Site
-from obsdiff.models.offload import turns_of
+from obsdiff.models.offload import blocks_of
 from obsdiff.models.subject import Subject
 from obsdiff.obs.hessian import weight_matrices
 from obsdiff.obs.observers import PASSES
-from obsdiff.pruning.memory_plan import Scan, Shapes, SiteShape, Solving
+from obsdiff.pruning.memory_shapes import Scan, Shapes, SiteShape, Solving
 from obsdiff.pruning.options import BACKWARD, Limits, PruningOptions
 from obsdiff.pruning.plan import Plan, kept_units, parted
 from obsdiff.pruning.statistics import INDEX
@@ -37,11 +39,16 @@ def component_bytes(pipe: Any) -> dict[str, int]:
     return {name: _bytes(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def bytes_at_hand(pipe: Any) -> int:
+def bytes_at_hand(subject: Subject) -> dict[str, int]:
     """Bytes of a pipeline's weights that a device holds at most while they rest on the host
-    (:func:`obsdiff.models.offload.offload`)."""
-    taking = list(map(_bytes, turns_of(pipe)))
-    return sum(component_bytes(pipe).values()) - sum(taking) + max(taking)
+    (:func:`obsdiff.models.offload.offload`): while its denoiser runs, text is encoded, and latents are decoded."""
+    sizes, models = component_bytes(subject.pipe), subject.components
+    blocks = [_bytes(block) for model in models.values() for block in blocks_of(model)]
+    texts = {name for name in sizes if any(fnmatchcase(name, kind) for kind in TEXT)}
+    others = [size for name, size in sizes.items() if name not in texts and name not in models]
+    outside = sum(sizes[name] for name in models) - sum(blocks)
+    largest = {"denoiser": blocks, "text": [sizes[name] for name in texts], "decode": others}
+    return {what: outside + max(found, default=0) for what, found in largest.items()}
 
 
 def _bytes(model: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from obsdiff.allocation.request import check_evaluation, check_values
+from obsdiff.allocation.request import check_evaluation, check_offload, check_values
 from obsdiff.cli.options import BenchOptions, BenchScanOptions, EvaluateOptions, InspectOptions, SampleOptions
 from obsdiff.compare.cells import check
 from obsdiff.compare.options import CompareOptions
@@ -36,10 +36,7 @@ def checked_prune(options: PruneOptions) -> PruneOptions:
             parse_bytes(name, size)
     check_evaluation(options.evaluation)
     calibration, evaluation = options.calibration, options.evaluation
-    if options.offload and not calibration.streamed:
-        raise UserError("--offload has one block at a time on the device; add --calibration.streamed true")
-    if options.offload and options.reconstruction.steps:
-        raise UserError("--reconstruction.steps trains beside the dense pipeline; leave it out, or --offload")
+    check_offload(options)
     return replace(
         options,
         pipeline=check_source(options.pipeline),

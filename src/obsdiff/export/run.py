@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from obsdiff.allocation.announce import announce
-from obsdiff.allocation.fitting import plan_from_configs, plan_loaded
+from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.allocation.planning import check_options
 from obsdiff.allocation.stage import Folders, calibration_prompts, keeps_solves, prepare, prune_stage
 from obsdiff.evaluation.evaluate import Images, evaluation_of
@@ -29,6 +29,7 @@ from obsdiff.files import check_space, write_json, write_text
 from obsdiff.memory import peak_memory_bytes, within_memory
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
+from obsdiff.models.offload import is_offloaded
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Depth
 from obsdiff.paths import unfinished_solves, unfinished_stages
@@ -145,8 +146,6 @@ def _kept_meanwhile(subject: Subject, plan: Plan) -> int:
 def _memory(subject: Subject, options: PruneOptions, flops: int) -> str:
     """For people: what the run will take."""
     try:
-        if options.offload:  # counting a call would count the blocks that move
-            return short_plan(plan_from_configs(options, str(subject.pipe._execution_device)))
         return short_plan(plan_loaded(subject, options, flops))
     except Exception as error:  # whatever a model does to counting its call: a run needs no plan
         return f"memory is not planned: {' '.join(str(error).split())[:200]}"
@@ -206,7 +205,7 @@ def _report(
         "refit": done.refit,
         "seed": done.seed,
         "device": str(subject.pipe._execution_device),
-        "offload": options.offload,
+        "offload": is_offloaded(subject.denoiser),
         "versions": versions(),
         "calibration": None
         if measured is None

@@ -6,6 +6,8 @@ another one runs, since a streamed calibration asks the same block call after ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,27 +15,28 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import nn
 
+from obsdiff.errors import UserError
 from obsdiff.models.denoisers import denoisers_of, parts_of
+from obsdiff.models.families import find_family
 from obsdiff.models.graph import stages_of
 
 
 class Turn(ModelHook):
-    """Before a module runs, all it is given is on the device; and where it takes turns, its weights are there, and
-    those of whichever ran before are not.
+    """Before a module runs: its weights are brought to the device, and all it is given.
 
     Attributes:
         execution_device: Where it runs; pipelines ask for this name.
+        bring: Brings it there.
     """
 
-    def __init__(self, turns: Turns, takes: bool) -> None:
-        self.execution_device, self._turns, self._takes = turns.device, turns, takes
+    def __init__(self, device: torch.device, bring: Callable[[nn.Module], object]) -> None:
+        self.execution_device, self.bring = device, bring
 
     def __deepcopy__(self, _: Any) -> ModelHook:
         return ModelHook()  # copies are made without weights, to count what they do
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._takes:
-            self._turns.give(module)
+        self.bring(module)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
 
@@ -51,31 +54,68 @@ class Turns:
         if self._there is not None:
             self._there.to("cpu")
             self._there = None
-        module.to(self.device)
+        try:
+            module.to(self.device)
+        except RuntimeError:  # no memory: none of it stays
+            module.to("cpu")
+            raise
         self._there = module
+
+    def lend(self, part: nn.Module) -> None:
+        """Bring a part of one of them, beside whichever is there; it goes with its module."""
+        part.to(self.device)
 
 
 def offload(pipe: Any, device: torch.device | str) -> Any:
-    """Let a pipeline in host memory run on a device that need not hold it.
+    """Let a pipeline run on a device that need not hold it.
 
     Text encoders, autoencoder and the denoiser's blocks are on the device one at a time, the rest of the denoiser
-    always. Every call moves all blocks once, so that large batches are worth their memory.
+    always. Every call moves all blocks once, so that large batches are worth their memory. Its calibration is
+    :func:`obsdiff.stream`.
 
     Args:
-        pipe: In host memory; changed in place. ``pipe.remove_all_hooks()`` undoes it.
+        pipe: Changed in place; all of it goes to host memory. ``pipe.remove_all_hooks()`` and ``pipe.to(...)`` undo it.
         device: Where to run.
+
+    Raises:
+        UserError: It is offloaded already.
     """
+    models = denoisers_of(pipe)
+    if any(hasattr(module, "_hf_hook") for model in models.values() for module in model.modules()):
+        raise UserError("this pipeline is offloaded already; call pipe.remove_all_hooks() first")
+    pipe.to("cpu")
     turns = Turns(torch.device(device))
     taking = turns_of(pipe)
     for module in taking:
-        add_hook_to_module(module, Turn(turns, takes=True))
+        add_hook_to_module(module, Turn(turns.device, turns.give))
     inside = {id(part) for module in taking for part in module.modules()}
-    for model in denoisers_of(pipe).values():
-        for part in model.modules():
+    for model in models.values():
+        for name, part in model.named_modules():
             if id(part) not in inside:
                 part._apply(lambda tensor: tensor.to(turns.device), recurse=False)
-        add_hook_to_module(model, Turn(turns, takes=False))
+            elif any(fnmatchcase(name, rule) for rule in find_family(model).shared):
+                add_hook_to_module(part, Turn(turns.device, turns.lend))
+        add_hook_to_module(model, Turn(turns.device, lambda _: None))  # the pipeline asks it where to run
     return pipe
+
+
+def turns_of(pipe: Any) -> list[nn.Module]:
+    """The modules of a pipeline that take turns: blocks of its denoisers, and all other models."""
+    own = denoisers_of(pipe)
+    others = [part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name not in own]
+    return others + [block for model in own.values() for block in blocks_of(model)]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a denoiser."""
+    apart = find_family(model).apart
+    return [model.get_submodule(s) for s in stages_of(model) if not any(fnmatchcase(s, rule) for rule in apart)]
+
+
+def bring(module: nn.Module) -> None:
+    """Give a block its turn, as running it would; of a model that is not offloaded, nothing."""
+    if isinstance(hook := getattr(module, "_hf_hook", None), Turn):
+        hook.bring(module)
 
 
 def is_offloaded(denoiser: nn.Module) -> bool:
@@ -83,8 +123,14 @@ def is_offloaded(denoiser: nn.Module) -> bool:
     return any(isinstance(getattr(model, "_hf_hook", None), Turn) for model in parts_of(denoiser).values())
 
 
-def turns_of(pipe: Any) -> list[nn.Module]:
-    """The modules of a pipeline that take turns: blocks of its denoisers, and all other models."""
-    own = denoisers_of(pipe)
-    others = [part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name not in own]
-    return others + [model.get_submodule(stage) for model in own.values() for stage in stages_of(model)]
+def refuse_offloaded(denoiser: nn.Module, what: str) -> None:
+    """Refuse to do what needs all weights in one place.
+
+    Raises:
+        UserError: The denoiser is offloaded.
+    """
+    if is_offloaded(denoiser):
+        raise UserError(
+            f"{what} needs the denoiser whole, and its blocks take turns on the device; calibrate with "
+            "obsdiff.stream (--calibration.streamed true), or call pipe.remove_all_hooks() and pipe.to(...)"
+        )

@@ -16,6 +16,7 @@ from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prom
 from obsdiff.models.graph import Site
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
+from obsdiff.models.offload import refuse_offloaded
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.numbers import check_seed, check_whole
 from obsdiff.obs.observers import GATES, PASSES, gradient_for, observer_for
@@ -88,6 +89,7 @@ def calibrate(
             that cannot be had.
     """
     subject = subject_of(pipe, prompts)
+    refuse_offloaded(subject.denoiser, "a calibration of all layers at once")
     call = call_arguments(subject.pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     settings = Settings(call, seed, weighting, tokens, batch_size)
     check_settings(settings, prompts)

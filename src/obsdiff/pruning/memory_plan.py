@@ -6,12 +6,13 @@ Nothing here looks at values or runs anything. Activations come as they were cou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from obsdiff.criteria import METHODS
 from obsdiff.obs.observers import PASSES
 from obsdiff.peaks import Moment, Peaks
+from obsdiff.pruning.memory_shapes import Batches, Scan, Shapes, SiteShape, Solving
 
 FLOAT, BOOL = 4, 1  # bytes of statistics and solves, and of an entry of a mask as it is solved
 SWEEPS = ("obs", "obs-diff", "sparsegpt")  # methods that factorise H and go through its columns
@@ -19,147 +20,6 @@ SCORED = {"wanda": 7.0, "dsnot": 11.5}  # times a layer's weights that scoring a
 BLOCK = 128  # columns that a sweep holds three more copies of
 ENCODED = 32  # prompts that text encoders get at once
 COPIES = 2  # of all images, while those of the batches are joined
-
-
-@dataclass(frozen=True)
-class SiteShape:
-    """An input whose statistics are kept, and the layers that are pruned by them.
-
-    Attributes:
-        name: Its first layer.
-        columns: Entries of a row of it (n); of a convolution, of an unrolled field.
-        rows: Outputs of each layer that is pruned by it, in one of the groups.
-        groups: Of a convolution.
-        biased: Whether biases take up the mean, so that a solve goes by centred inputs.
-        masked: Whether single weights go.
-        cut: Whether units go.
-        kept: Share of the layers' weights that are stored afterwards: those of cut layers become smaller.
-        producers: Entries that are left of weights that lose rows, where units go.
-        together: The same for sites whose layers are cut in one go; "" where it is alone.
-        tokens: Rows of it that a call with one prompt gives.
-        ranked: Whether directions of it go, which are tried on other prompts then.
-    """
-
-    name: str
-    columns: int
-    rows: tuple[int, ...] = ()
-    groups: int = 1
-    biased: bool = True
-    masked: bool = True
-    cut: bool = False
-    kept: float = 1.0
-    producers: int = 0
-    together: str = ""
-    tokens: int = 0
-    ranked: bool = False
-
-    @property
-    def weights(self) -> int:
-        """Entries of all weights that are pruned by it."""
-        return self.groups * self.columns * sum(self.rows)
-
-
-@dataclass(frozen=True)
-class Solving:
-    """How sites are solved.
-
-    Attributes:
-        method: A name of :data:`obsdiff.criteria.METHODS`.
-        refits: Whether least squares on the kept weights follows.
-        gram: Whether whole Hessians are kept; else their diagonals, or nothing.
-        measured: Whether anything of layer inputs is kept.
-        centred: Whether the method itself selects on centred inputs where biases take up the mean.
-        once: Whether a site's statistics are let go when it is solved (they serve this prune alone).
-        stored: Whether they lie on disk, and memory holds one site's at a time once they are measured.
-        reused: Whether they lie there already.
-        passes: Whether gradients or gates are measured, by backward passes.
-    """
-
-    method: str
-    refits: bool
-    gram: bool
-    measured: bool = True
-    centred: bool = False
-    once: bool = True
-    stored: bool = False
-    reused: bool = False
-    passes: bool = False
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A sensitivity scan.
-
-    Attributes:
-        triples: Recorded calls.
-        levels: Shares at which every layer is solved.
-        rows: Prompts' worth of rows in one of its calls.
-        stages: Entries of the weights that are pruned in each stage.
-        probe: Bytes of the recorded calls and of what is kept between stages.
-        cut: Whether units go, not single weights.
-        backward: Bytes of candidates that one backward pass serves; 0 where there is none.
-        calls: What it runs, in calls of the denoiser with one prompt.
-    """
-
-    triples: int
-    levels: int
-    rows: int
-    stages: tuple[int, ...]
-    probe: int
-    cut: bool = False
-    backward: int = 0
-    calls: float = 0.0
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a prune is about.
-
-    Attributes:
-        weights: Bytes by component of the pipeline, in its dtype.
-        element: Bytes of one weight of the denoiser.
-        sites: Whose statistics are measured, in the order of a forward pass; those that are measured for a store
-            alone have no rows.
-        call: Activations of a call of the denoiser, for each prompt in it.
-        observed: The same while statistics are measured, with what adding to them takes.
-        made: All that such a call makes, for each prompt: what a backward pass keeps, or somewhat more.
-        text: The text encoders' activations, for each prompt.
-        decode: The autoencoder's, for each image.
-        prompt: Bytes of one encoded prompt.
-        image: Bytes of one image, float32.
-        imports: What the process holds before anything is loaded.
-        at_hand: Of the weights, what the device holds at most while all rest on the host; None: it holds all.
-    """
-
-    weights: Mapping[str, int]
-    element: int
-    sites: tuple[SiteShape, ...]
-    call: int
-    observed: int
-    made: int
-    text: int
-    decode: int
-    prompt: int
-    image: int
-    imports: int = 0
-    at_hand: int | None = None
-
-
-@dataclass(frozen=True)
-class Batches:
-    """What can be chosen without changing what is asked for (packages: but a little).
-
-    Attributes:
-        prompts: Per call of a calibration.
-        images: Per call of an evaluation.
-        packages: The sites of each calibration pass, or of each stage of a streamed one, by name.
-        recorded: Bytes of the calls that a streamed calibration holds, with what a stage has answered; 0: it is none.
-    """
-
-    prompts: int
-    images: int
-    packages: tuple[tuple[str, ...], ...]
-    recorded: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,16 +179,15 @@ def memory_plan(
 def _moments(
     shapes: Shapes, solving: Solving, batches: Batches, prompts: int, images: int, on_host: bool, scan: Scan | None
 ) -> Iterator[Moment]:
-    whole, offloaded = {"weights": sum(shapes.weights.values())}, shapes.at_hand is not None
-    weights = {"weights": shapes.at_hand} if shapes.at_hand is not None else whole
-    process = {"process": shapes.imports}
+    whole, offloaded = {"weights": sum(shapes.weights.values())}, bool(shapes.at_hand)
+    weights, encoding = shapes.weights_while("denoiser"), shapes.weights_while("text")
     drawn = images * shapes.image
-    yield Moment("loading", weights, process if on_host else process | whole)  # all is read by the host
-    process |= whole if offloaded else {}
-    batch = min(batches.images, images)
-    drawing = batch * max(shapes.text, shapes.call, shapes.decode)
+    at_first = {"process": shapes.imports}
+    yield Moment("loading", {} if offloaded else whole, at_first if on_host else at_first | whole)  # the host reads all
+    process = at_first | (whole if offloaded else {})
+    drawing = _drawing(shapes, min(batches.images, images))
     if images:
-        yield Moment("drawing", weights | {"activations": drawing}, process | {"images": COPIES * drawn})
+        yield Moment("drawing", drawing, process | {"images": COPIES * drawn})
     host = process | {"images": drawn, "prompts": prompts * shapes.prompt if solving.measured else 0}
     host |= {"recorded calls": batches.recorded} if batches.recorded else {}
     by_name = {site.name: site for site in shapes.sites}
@@ -345,11 +204,12 @@ def _moments(
             saving = max(statistics_bytes(site, solving.gram) for site in sites) if solving.stored else 0
             writing = {"file": saving} if saving else {}
             yield Moment(what, so_far | {"Hessians": held, "activations": calling}, masked | writing)
-            yield Moment("encoding prompts", so_far | {"activations": shapes.text * min(ENCODED, prompts)}, masked)
+            text = encoding | {"changed weights": changed, "activations": shapes.text * min(ENCODED, prompts)}
+            yield Moment("encoding prompts", text, masked)
         if solving.passes:
-            whole = {"activations": shapes.made * min(batches.prompts, prompts)}
-            whole["gradients"] = FLOAT * sum(site.weights for site in sites)
-            yield Moment("backward passes", so_far | {"Hessians": held} | whole, masked)
+            back = {"activations": shapes.made * min(batches.prompts, prompts)}
+            back["gradients"] = FLOAT * sum(site.weights for site in sites)
+            yield Moment("backward passes", so_far | {"Hessians": held} | back, masked)
         if scan is not None:
             kept = 0 if solving.stored else held
             scanning = scan_bytes(scan, shapes, solving)
@@ -370,10 +230,17 @@ def _moments(
                 changed, masks = changed + (0 if spilled else new), masks + mask
     if images:
         after = process | {"masks": masks, "images": (1 + COPIES) * drawn}
-        yield Moment("drawing pruned images", weights | {"activations": drawing}, after)
+        yield Moment("drawing pruned images", drawing, after)
     one = {"weights": max(shapes.weights.values(), default=0)}  # a component at a time comes back from the device
     fetched = {} if on_host or offloaded else one
     yield Moment("writing", weights, process | {"masks": masks, "images": 2 * drawn} | fetched)
+
+
+def _drawing(shapes: Shapes, batch: int) -> dict[str, int]:
+    """The largest of encoding prompts, running the denoiser and decoding."""
+    sizes = {"text": shapes.text, "denoiser": shapes.call, "decode": shapes.decode}
+    found = [shapes.weights_while(part) | {"activations": batch * size} for part, size in sizes.items()]
+    return max(found, key=lambda parts: sum(parts.values()))
 
 
 def _together(sites: Sequence[SiteShape]) -> Iterator[list[SiteShape]]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 from obsdiff.criteria import METHODS, find_method
@@ -16,7 +15,7 @@ from obsdiff.models.content import model_hash
 from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import info_of
-from obsdiff.models.offload import is_offloaded
+from obsdiff.models.offload import bring, is_offloaded, refuse_offloaded
 from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.linalg import DAMPING
@@ -138,20 +137,22 @@ def prune(
     if not prune_again:
         refuse_pruned(graph, info_of(subject.pipe).manifest)
     if isinstance(statistics, Statistics):
+        refuse_offloaded(graph.denoiser, "a solve from statistics of all layers")
         check_measured_on(statistics, graph.denoiser)
         check_serves(statistics, needed(pattern, options), f"method {options.method}")
     report = PruneReport(
         pattern, options.method, options.refits, options.seed, plan, packages=packages, streamed=streamed
     )
     report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
-    passes = stage_packages(graph, plan) if streamed else packages_of(graph, plan, packages)
+    by_stage = streamed or is_offloaded(graph.denoiser)
+    passes = stage_packages(graph, plan) if by_stage else packages_of(graph, plan, packages)
     kept = None if solved is None else _kept(solved, graph, plan, options, statistics)
     if isinstance(statistics, Stream):
         report.model, report.fingerprint = statistics.fingerprint["model"], statistics.fingerprint
         if kept is None or not all(map(kept.holds, passes)):
             statistics.record()  # before anything is pruned
     seen = streamed
-    with undone_on_error(solved or _aside(graph)) as edits:
+    with undone_on_error(solved, is_offloaded(graph.denoiser)) as edits:
         job = Job(edits, graph, plan, options, report, quiet, kept)
         for package in passes:
             there = kept is not None and streamed and kept.holds(package)
@@ -165,6 +166,7 @@ def prune(
                 _add(report.time_s, found.time_s)
             seen = seen or (found is not None and found.inputs)
             solve_started = time.perf_counter()
+            bring(graph.layer(graph.stages[max(graph.site_of[name].stage for name in package)]))
             apply_package(job, package, found, once=callable(statistics))
             _add(report.time_s, {"solve": time.perf_counter() - solve_started})
             found = None
@@ -190,11 +192,6 @@ def _kept(
     measured = statistics.fingerprint if isinstance(statistics, Stream) else statistics.described()
     check_solved(folder)
     return Solved(folder, graph, plan, options, measured, isinstance(statistics, Stream))
-
-
-def _aside(graph: Graph) -> Path | None:
-    """Where replaced weights of an offloaded denoiser wait if nobody named a folder: a device has no place for them."""
-    return Path(gettempdir()) if is_offloaded(graph.denoiser) else None
 
 
 def refuse_pruned(graph: Graph, manifest: Mapping[str, Any] | None = None) -> None:

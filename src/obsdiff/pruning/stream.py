@@ -24,6 +24,7 @@ from obsdiff.models.denoisers import parts_of
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.nested import kept_once
+from obsdiff.models.offload import is_offloaded
 from obsdiff.models.replay import MadeCall, answering, passing_stages, stopping
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.observers import PASSES, observer_for
@@ -149,6 +150,8 @@ class Stream:
         with eval_mode(self.subject.pipe):
             first, last = (of(site.stage for site in chosen) for of in (min, max))
             asked = graph.stages[first : last + 1]
+            if is_offloaded(graph.denoiser):
+                self._go_on(graph.stages[:first])
             with (
                 collecting(self.subject, chosen, self._told, self._settings, statistics, counter) as collector,
                 answering(graph.denoiser, graph.stages[:first]) as replay,
@@ -166,6 +169,17 @@ class Stream:
         add_up_processes(statistics, chosen)
         check_measured(chosen, statistics)
         return statistics
+
+    def _go_on(self, stages: Sequence[str]) -> None:
+        """Let stages answer the calls one after the other, so that each moves to the device once, not in every call."""
+        assert self._calls is not None
+        graph = self.subject.graph
+        for at, stage in enumerate(stages):
+            waiting = [c for c in self._calls if c.passes([stage]) and stage not in c.answers]
+            with answering(graph.denoiser, stages[: at + 1]) as replay, stopping(graph.layer(stage)):
+                for call in waiting:
+                    replay.run(call)
+                    call.forget(graph.stages, self._passing)
 
     def _recorded(self) -> list[_Call]:
         """The denoiser's calls on the dense pipeline's way."""

@@ -26,11 +26,12 @@ class Edits:
 
     Args:
         spill: Where old parameters are put away; None: they stay in memory.
+        on_host: Whether that has to be the host's.
     """
 
-    def __init__(self, spill: Spill | None = None) -> None:
+    def __init__(self, spill: Spill | None = None, on_host: bool = False) -> None:
         self._old: dict[tuple[int, str], tuple[Any, Any]] = {}  # by attribute its owner and value
-        self._spill = spill
+        self._spill, self._on_host = spill, on_host
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, remembered."""
@@ -38,6 +39,8 @@ class Edits:
             old = getattr(owner, name)
             if self._spill is not None and isinstance(old, nn.Parameter):
                 old = self._spill.put(old)
+            elif self._on_host and isinstance(old, nn.Parameter):
+                old = nn.Parameter(old.detach().cpu(), old.requires_grad)
             self._old[id(owner), name] = owner, old
         setattr(owner, name, value)
 
@@ -88,6 +91,8 @@ class Edits:
                 except (RuntimeError, OSError, ValueError) as error:  # no memory, or no such bytes
                     lost[name] = brief(str(error))
                     continue
+            elif self._on_host and isinstance(value, nn.Parameter):
+                value.data = value.data.to(getattr(owner, name).device)
             setattr(owner, name, value)
         if lost:
             raise UserError(
@@ -96,14 +101,15 @@ class Edits:
 
 
 @contextmanager
-def undone_on_error(folder: Path | None = None) -> Iterator[Edits]:
+def undone_on_error(folder: Path | None = None, on_host: bool = False) -> Iterator[Edits]:
     """Edits that are taken back if the block fails or is interrupted: no weight changes by halves.
 
     Args:
         folder: On whose disk replaced parameters wait, so that memory need not hold them; None: in memory.
+        on_host: Whether that has to be the host's, whatever device they were on.
     """
     with nullcontext() if folder is None else closing(Spill(folder)) as spill:
-        edits = Edits(spill)
+        edits = Edits(spill, on_host)
         try:
             yield edits
         except BaseException as error:

@@ -10,7 +10,8 @@ import torch
 
 from obsdiff.costs import STREAMED
 from obsdiff.obs.refit import STEPS
-from obsdiff.pruning.memory_plan import SWEEPS, Batches, Shapes, Solving
+from obsdiff.pruning.memory_plan import SWEEPS
+from obsdiff.pruning.memory_shapes import Batches, Shapes, Solving
 
 # Shares of the speed of a large float32 product, measured on the preset of ``obsdiff bench prune``
 FORWARD, STATISTICS, SWEEP, REFIT, FACTOR = 0.5, 0.7, 0.075, 0.45, 0.11

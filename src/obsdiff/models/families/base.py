@@ -55,6 +55,7 @@ class Family:
         distilled: Models of the title that are recovered by distillation alone, not on images as well.
         refused: Groups that cannot be cut, by shell-style name pattern, with the reason.
         apart: What looks like blocks and is none, by shell-style name pattern: left alone.
+        shared: Parts of a block that something outside the block asks too, by shell-style name pattern.
         video: Whether its autoencoder is one of videos (n, c, frames, h, w).
         packed: Gives an autoencoder's normalised latents the layout that the denoiser is given, if it is another one;
             called with the pipeline and the latents.
@@ -91,6 +92,7 @@ class Family:
     distilled: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     apart: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     video: bool = False
     packed: Callable[[Any, Any], Any] | None = None
     latents: bool = True

@@ -10,6 +10,7 @@ DIT = Family(
     notes="Every block holds embedders of time and class of its own. Prompts are class numbers or names.",
     learned_sigma=True,
     guidance="last",
+    shared=("transformer_blocks.0.norm1.emb",),  # its head asks it
     input="class_labels",
     latents=False,
 )
