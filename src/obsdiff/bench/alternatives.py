@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -249,11 +250,20 @@ def run(denoiser: nn.Module, calls: Sequence[Mapping[str, Any]], last: nn.Module
 
 def errors(pipe: Any, seed: int) -> Tensor:
     """Mean squared errors of a pipeline's images to those of the dense one, on held-out prompts, (n,)."""
-    dense, first = obsdiff.load_pipeline(PIPELINE), FIRST_SEED * (seed + 1)
-    prompts = evaluation_prompts(dense, EvaluationOptions(num_images=IMAGES, seed=first), CalibrationOptions())
-    seeds = list(range(first, first + IMAGES))
-    drawn, wanted = (sample(p, prompts, seeds, batch_size=BATCH).double() for p in (pipe, dense))
-    return (drawn - wanted).square().flatten(1).mean(1)
+    return (drawn(pipe, seed) - dense_images(seed)).square().flatten(1).mean(1)
+
+
+def drawn(pipe: Any, seed: int) -> Tensor:
+    """A pipeline's images, float64."""
+    first = FIRST_SEED * (seed + 1)
+    prompts = evaluation_prompts(pipe, EvaluationOptions(num_images=IMAGES, seed=first), CalibrationOptions())
+    return sample(pipe, prompts, list(range(first, first + IMAGES)), batch_size=BATCH).double()
+
+
+@cache
+def dense_images(seed: int) -> Tensor:
+    """Those of the dense pipeline."""
+    return drawn(obsdiff.load_pipeline(PIPELINE), seed)
 
 
 def told(found: Errors) -> list[dict[str, Any]]:
