@@ -39,7 +39,7 @@ IMAGES, FIRST_SEED = 100, 1000  # noise seeds 1000, 2000, ... of the seeds 0, 1,
 RIDGE = 1e-6  # of maps, on the mean of the diagonal
 RANK, KEPT = 4, (0.5, 0.3, 0.2)  # of residuals, and of the weights that they are added to
 PATTERNS = ("unstructured:0.5", "unstructured:0.8", "structured:0.5")  # that refits follow
-CALLS = 16  # that refits go by, of 2 * BATCH rows each
+CALLS = 6  # that refits go by, of 2 * BATCH rows each
 ROWS = 64  # solved for at once
 Errors = dict[tuple[str, str], list[Tensor]]  # squared errors of the images (n,) by seed; by size, and by way: the
 # first way of each size is what the others are compared with
