@@ -25,7 +25,7 @@ from obsdiff.evaluation.measures.distribution import (
     PrecisionRecall,
     Real,
 )
-from obsdiff.evaluation.suite import KINDS, load_suite
+from obsdiff.evaluation.suite import KINDS, PART, load_suite
 from obsdiff.export.figures import TITLES, evaluation_table
 from obsdiff.pruning.options import EvaluationOptions
 
@@ -78,7 +78,8 @@ def test_a_pipeline_with_a_reader_has_its_measures(scans):
     found = suite("digits").measure(dense, prompts, dense)
     assert found["alignment"] >= 0.95 and {"frechet", "kid", "precision", "recall"} <= found.keys()
     reader = READERS["digits"]
-    assert found["frechet"] == pytest.approx(frechet_distance(reader.features(dense), reader.real()), rel=1e-9)
+    features = torch.cat([reader.features(part) for part in dense.split(PART)])  # rounding may depend on the batch
+    assert found["frechet"] == pytest.approx(frechet_distance(features, reader.real()), rel=1e-9)
     assert "mse" not in suite("digits").measure(dense, prompts) and "alignment" not in suite("digits").measure(
         dense, [""] * 40
     )
