@@ -8,6 +8,8 @@ from torch import nn
 
 from obsdiff.bench import alternatives
 from obsdiff.bench.alternatives import Map, fitted, inputs, joined, main, refitted, residual, streams, told
+from obsdiff.models.replay import MadeCall
+from obsdiff.models.subject import subject_of
 from obsdiff.obs.linalg import DAMPING
 from tests.conftest import make_pipe
 
@@ -72,10 +74,8 @@ def test_blocks_and_layers_are_seen_in_replayed_calls():
 
 
 def call_of(pipe):
-    from obsdiff.models.subject import subject_of
-
     (call,) = subject_of(pipe).call.values()
-    return {**call, "return_dict": False}
+    return MadeCall(pipe.transformer, "", {**call, "return_dict": False})
 
 
 def test_the_command_compares_each_way_with_the_first_of_its_size(monkeypatch, tmp_path):

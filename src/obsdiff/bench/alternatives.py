@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from obsdiff.evaluation.prompts import evaluation_prompts
 from obsdiff.evaluation.sampling import sample
 from obsdiff.files import check_writable, write_json
 from obsdiff.models.modes import eval_mode
-from obsdiff.models.nested import copied_to
-from obsdiff.models.replay import Reached, stopping
+from obsdiff.models.replay import MadeCall, answering, stopping
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.hessian import Gram
 from obsdiff.obs.linalg import DAMPING
@@ -77,7 +76,7 @@ def maps(seed: int) -> Errors:
     for count in (1, 2, 3):
         dropped = obsdiff.load_pipeline(PIPELINE)
         asked = PruningOptions(pattern=f"depth:{count}", seed=seed)
-        removed = prune_stage(dropped, asked, obsdiff.load_prompts("digits-train", num=PROMPTS, seed=seed)).plan.removed
+        removed = prune_stage(dropped, asked, told_to_calibrate(seed)).plan.removed
         found[f"{count} of 6 blocks", "dropped"] = [errors(dropped, seed)]
         dense = obsdiff.load_pipeline(PIPELINE).transformer
         wanted = {name: streams(dense, name, calls) for name in removed}
@@ -93,7 +92,7 @@ def maps(seed: int) -> Errors:
     return found
 
 
-def streams(denoiser: nn.Module, name: str, calls: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+def streams(denoiser: nn.Module, name: str, calls: Sequence[MadeCall]) -> tuple[list[Tensor], list[Tensor]]:
     """What a block is given in all calls, and what it makes of it: image and text tokens, (n, width) each."""
     given: list[list[Tensor]] = [[], []]
     made: list[list[Tensor]] = [[], []]
@@ -208,7 +207,7 @@ def joined(layer: Any) -> Tensor:
     return torch.cat([layer.weight, layer.bias[:, None]], dim=1).double()
 
 
-def inputs(denoiser: nn.Module, layer: str, calls: Sequence[Mapping[str, Any]]) -> Tensor:
+def inputs(denoiser: nn.Module, layer: str, calls: Sequence[MadeCall]) -> Tensor:
     """What a layer reads in all calls, with a constant behind it, float64 (n, c + 1)."""
     seen: list[Tensor] = []
     module = denoiser.get_submodule(layer)
@@ -224,28 +223,27 @@ def inputs(denoiser: nn.Module, layer: str, calls: Sequence[Mapping[str, Any]]) 
 # ---- what all of them need
 
 
-def recorded(seed: int) -> list[dict[str, Any]]:
-    """Arguments of the dense denoiser's calls along the calibration's way."""
-    prompts = obsdiff.load_prompts("digits-train", num=PROMPTS, seed=seed)
-    calls = stream(obsdiff.load_pipeline(PIPELINE), prompts, batch_size=BATCH, seed=seed).record()
-    return [call.arguments for call in calls]
+def told_to_calibrate(seed: int) -> list[str]:
+    """The calibration's prompts."""
+    return obsdiff.load_prompts("digits-train", num=PROMPTS, seed=seed)
+
+
+def recorded(seed: int) -> Sequence[MadeCall]:
+    """The dense denoiser's calls along the calibration's way."""
+    return stream(obsdiff.load_pipeline(PIPELINE), told_to_calibrate(seed), batch_size=BATCH, seed=seed).record()
 
 
 def calibrated(seed: int) -> Statistics:
     """The statistics that patterns are solved with."""
-    prompts = obsdiff.load_prompts("digits-train", num=PROMPTS, seed=seed)
-    return obsdiff.calibrate(obsdiff.load_pipeline(PIPELINE), prompts, batch_size=BATCH, seed=seed)
+    return obsdiff.calibrate(obsdiff.load_pipeline(PIPELINE), told_to_calibrate(seed), batch_size=BATCH, seed=seed)
 
 
 @torch.no_grad()
-def run(denoiser: nn.Module, calls: Sequence[Mapping[str, Any]], last: nn.Module) -> None:
-    """Make calls again, each until ``last`` has run."""
-    with eval_mode(denoiser), stopping(last):
+def run(denoiser: nn.Module, calls: Sequence[MadeCall], last: nn.Module) -> None:
+    """Make calls again by another denoiser, each until ``last`` has run."""
+    with eval_mode(denoiser), answering(denoiser, ()) as replay, stopping(last):
         for call in calls:
-            try:
-                denoiser(**copied_to(dict(call), "cpu"))
-            except Reached:
-                continue
+            replay.run(replace(call, model=denoiser))
 
 
 def errors(pipe: Any, seed: int) -> Tensor:
