@@ -1,7 +1,8 @@
 """SD3 results stay what they were before every denoiser had its graph traced: masks everywhere, weights to the bit.
 
-``tests/recorded/sd3.json`` was written by the code before that (``python tests/test_same_results.py`` writes it anew).
-Bits depend on processor and torch as well; where those differ from the recording's, weights are compared by their sums.
+The files of ``tests/recorded`` were written by the code before that, commit 6ecd523, one for each kind of processor: bits
+depend on it, and on torch. Where neither is a recording's, weights are compared by their sums, and layer errors with
+what either processor found: a rounding decides which of two equal units goes, and with it 7 % of one layer's error.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import obsdiff
 from obsdiff.pruning.options import PruningOptions, ScanOptions
 from tests.conftest import make_pipe
 
-RECORDED = Path(__file__).parent / "recorded" / "sd3.json"
+RECORDED = Path(__file__).parent / "recorded"
 PROMPTS = ["the digit two", "a seven", "a handwritten four", "a photo of the number nine"]
 CASES: dict[str, dict[str, Any]] = {
     "unstructured": {"pattern": "unstructured:0.5"},
@@ -95,20 +96,23 @@ def one_thread():
     ],
 )
 def test_results_are_those_of_before(pipeline, case):
-    recorded = json.loads(RECORDED.read_text())
-    wanted, found = recorded[pipeline][case], result(pipeline, **CASES[case])
-    if machine() == recorded["machine"]:
-        assert found == wanted
-        return
-    assert found["plan"].keys() == wanted["plan"].keys()
-    assert found["kept"] == pytest.approx(wanted["kept"], rel=1e-3)
-    assert found["sum"] == pytest.approx(wanted["sum"], rel=1e-3)
-    assert found["errors"] == pytest.approx(wanted["errors"], rel=0.05)
+    recordings = [json.loads(file.read_text()) for file in sorted(RECORDED.glob("sd3-*.json"))]
+    found = result(pipeline, **CASES[case])
+    for recorded in recordings:
+        if recorded["machine"] == machine():
+            assert found == recorded[pipeline][case]
+            return
+    wanted = [recorded[pipeline][case] for recorded in recordings]
+    assert found["plan"].keys() == wanted[0]["plan"].keys()
+    assert found["kept"] == pytest.approx(wanted[0]["kept"], rel=1e-3)
+    assert found["sum"] == pytest.approx(wanted[0]["sum"], rel=1e-3)
+    assert found["errors"].keys() == wanted[0]["errors"].keys()
+    for layer, error in found["errors"].items():
+        assert any(error == pytest.approx(other["errors"][layer], rel=0.05) for other in wanted), layer
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     content = {"machine": machine()}
     content |= {name: {case: result(name, **CASES[case]) for case in CASES} for name in PIPELINES}
-    RECORDED.parent.mkdir(exist_ok=True)
-    RECORDED.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content, indent=1))
