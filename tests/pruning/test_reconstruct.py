@@ -70,7 +70,7 @@ def test_a_stage_reads_the_pruned_prefix_and_aims_at_the_dense_one():
         model(**call.arguments)
         handle.remove()
     stages = {stage: stage for stage in subject_of(pipe).graph.stages}
-    [(args, kwargs, wanted)] = _Way(Pair(pipe.transformer, dense, stages, {}), [call]).examples(
+    [(args, kwargs, wanted, _)] = _Way(Pair(pipe.transformer, dense, stages, {}), [call]).examples(
         *["transformer_blocks.1"] * 2
     )
     assert not args and torch.equal(kwargs["hidden_states"], seen["pruned"][0]["hidden_states"])
@@ -93,7 +93,7 @@ def test_errors_fall_zeros_stay_and_what_is_said_is_what_is():
     assert all(p.grad is None for p in pipe.transformer.parameters())
     last = graph.stages[-1]  # its inputs did not change after it was trained
     losses = []
-    for args, kwargs, wanted in _Way(Pair(pipe.transformer, dense, stages, {}), calls[::5]).examples(last, last):
+    for args, kwargs, wanted, _ in _Way(Pair(pipe.transformer, dense, stages, {}), calls[::5]).examples(last, last):
         stage = pipe.transformer.get_submodule(last)
         with torch.no_grad():
             answer = stage(*args, **kwargs)

@@ -214,7 +214,7 @@ def _planned(
     notes = [calls.note] if calls.note else []
     if options.offload:
         notes.append("the time that it takes to move blocks to the device and back is not counted")
-    if options.reconstruction.steps:
+    if options.reconstruction.asked:
         notes.append("the reconstruction of stages is not counted")
     if plan.removed or parse_request(options.pattern) != of_layers(parse_request(options.pattern)):
         notes.append("stages that go are counted as if they stayed, and what choosing them takes is not counted")
@@ -283,7 +283,7 @@ def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:
     if options.dtype in (None, "float32"):
         ways.append(("--dtype bfloat16", replace(options, dtype="bfloat16")))
         ways.append(("--dtype bfloat16 --allocation uniform", replace(uniform, dtype="bfloat16")))
-    if torch.device(device).type != "cpu" and not (options.offload or options.reconstruction.steps):
+    if torch.device(device).type != "cpu" and not (options.offload or options.reconstruction.asked):
         streamed = replace(calibration, streamed=True, packages=None)
         away = replace(uniform, offload=True, calibration=streamed)
         instead = " in place of --calibration.packages" if calibration.packages else ""

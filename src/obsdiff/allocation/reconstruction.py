@@ -1,15 +1,15 @@
-"""Training a pruned denoiser stage by stage, as options ask for it (:mod:`obsdiff.pruning.reconstruct`)."""
+"""Bringing a pruned denoiser to the dense one stage by stage, as options ask (:mod:`obsdiff.pruning.reconstruct`)."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from obsdiff.allocation.probe import record_probe
 from obsdiff.costs import BACKWARD
@@ -17,16 +17,18 @@ from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.conditioning import encode_prompts
+from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments
 from obsdiff.models.offload import refuse_offloaded
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.pruning.fingerprint import Settings
-from obsdiff.pruning.finished import check_finished
+from obsdiff.pruning.finished import StageError, check_finished
 from obsdiff.pruning.masks import weight_masks
 from obsdiff.pruning.oneshot import zeroed_layers
 from obsdiff.pruning.options import PruningOptions
 from obsdiff.pruning.reconstruct import HELD_OUT, Call, Pair, reconstruct
 from obsdiff.pruning.report import PruneReport, count_parameters
+from obsdiff.pruning.surgery import lost_rows
 from obsdiff.ranks import rank
 
 
@@ -36,8 +38,7 @@ class Whole:
 
     Attributes:
         denoiser: A copy.
-        stages: In the order of execution.
-        chains: Lists of them in which each reads of the others only the one before it.
+        graph: What it was, by names and sizes; the weights are those of the pruned one.
         calls: Recorded on its way.
         recorded: Rows through the denoiser that recording took.
         flops: Of one row.
@@ -46,8 +47,7 @@ class Whole:
     """
 
     denoiser: nn.Module
-    stages: tuple[str, ...]
-    chains: frozenset[str]
+    graph: Graph
     calls: list[Call]
     recorded: int
     flops: int
@@ -88,8 +88,7 @@ def before_reconstruction(
     spent = time.perf_counter() - started
     return Whole(
         copy.deepcopy(subject.denoiser),
-        subject.graph.stages,
-        subject.graph.chains,
+        subject.graph,
         calls,
         probe.recorded * rows,
         flops,
@@ -99,7 +98,7 @@ def before_reconstruction(
 
 
 def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, whole: Whole, quiet: bool) -> None:
-    """Train the stages of the pruned pipeline, and say so in its report.
+    """Solve and train the stages of the pruned pipeline, and say so in its report.
 
     Args:
         pipe: Pruned; changed in place.
@@ -114,10 +113,19 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
     for layer in zeroed_layers(subject.graph).keys() - masks.keys():  # of an earlier prune: they stay zero too
         masks[layer] = subject.graph.weight(layer).detach().ne(0)
     removed = set((report.depth or {}).get("removed", ()))
-    before = [stage for stage in whole.stages if stage not in removed]
+    before = [stage for stage in whole.graph.stages if stage not in removed]
     stages = dict(zip(subject.graph.stages, before, strict=True))
+    now = {was: name for name, was in stages.items()}
     errors = reconstruct(
-        Pair(subject.denoiser, whole.denoiser, stages, masks, whole.chains),
+        Pair(
+            subject.denoiser,
+            whole.denoiser,
+            stages,
+            masks,
+            frozenset(whole.graph.chains),
+            [list(_called(site.layers, now).values()) for site in whole.graph.sites],
+            _lost(report, stages, whole.graph) if asked.closed_form else {},
+        ),
         whole.calls,
         asked,
         seed=options.seed,
@@ -125,26 +133,47 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
         quiet=quiet or rank() > 0,
     )
     report.reconstruction = {
+        "closed_form": asked.closed_form,
         "steps": asked.steps,
         "lr": asked.lr,
         "calls": len(whole.calls),
         "stages": {name: [error.before, error.after] for name, error in errors.items()},
-        "denoiser_flops": _flops(whole, denoiser_flops(subject, call_arguments(pipe)), asked.steps),
+        "denoiser_flops": _flops(whole, denoiser_flops(subject, call_arguments(pipe)), asked.steps, errors),
     }
     count_parameters(subject.denoiser, report)
     report.time_s["reconstruct"] = whole.time_s + sum(error.time_s for error in errors.values())
 
 
-def _flops(whole: Whole, pruned: int, steps: int) -> float:
+def _called(names: Iterable[str], stages: Mapping[str, str]) -> dict[str, str]:
+    """What is called so inside stages, and its name in another model, which has these stages by the names given."""
+    found = {}
+    for name in names:
+        for stage, there in stages.items():
+            if f"{name}.".startswith(f"{stage}."):
+                found[name] = there + name.removeprefix(stage)
+    return found
+
+
+def _lost(report: PruneReport, stages: Mapping[str, str], before: Graph) -> dict[str, Tensor]:
+    """By layer of the dense denoiser, the outputs that went with units."""
+    units = {name for name, group in before.group_of.items() if group.basis is None}
+    called = _called(report.masks, stages)
+    return lost_rows(before, {was: report.masks[name] for name, was in called.items() if was in units})
+
+
+def _flops(whole: Whole, pruned: int, steps: int, errors: Mapping[str, StageError]) -> float:
     """Recording; going through the stages of both models, and a call of each to see what has to be held meanwhile; the
-    stages' steps; their errors.
+    stages' steps; their errors; and what solving them again took, each pass counted whole, as if stages were equal.
 
     Args:
         whole: The dense denoiser and its calls.
         pruned: FLOPs of one row through the pruned one.
         steps: Of each stage.
+        errors: What was done.
     """
     rows, held = (sum(call.rows for call in calls) for calls in (whole.calls, whole.calls[::HELD_OUT]))
     each = rows / len(whole.calls)
     trained = (1 + BACKWARD) * steps * each
-    return whole.flops * (whole.recorded + rows + each) + pruned * (rows + each + trained + 2 * held)
+    solved = (rows - held) * sum(error.passes for error in errors.values()) / max(1, len(errors))
+    of_dense, of_pruned = whole.recorded + rows + each + solved, rows + each + trained + solved + 2 * held
+    return whole.flops * of_dense + pruned * of_pruned

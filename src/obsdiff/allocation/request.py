@@ -254,8 +254,8 @@ def check_offload(options: PruneOptions) -> None:
     """
     if options.offload and not options.calibration.streamed:
         raise UserError("--offload has one block at a time on the device; add --calibration.streamed true")
-    if options.offload and options.reconstruction.steps:
-        raise UserError("--reconstruction.steps trains beside the dense pipeline; leave it out, or --offload")
+    if options.offload and options.reconstruction.asked:
+        raise UserError("a reconstruction goes by the dense pipeline beside the pruned one; leave it out, or --offload")
 
 
 def _check_reconstruction(reconstruction: ReconstructionOptions) -> None:
@@ -263,8 +263,12 @@ def _check_reconstruction(reconstruction: ReconstructionOptions) -> None:
     check_number("reconstruction.lr", reconstruction.lr, 0.0)
     check_whole("reconstruction.batch_size", reconstruction.batch_size)
     check_whole("reconstruction.triples", reconstruction.triples, 2)
-    if not reconstruction.steps and reconstruction != ReconstructionOptions():
-        raise UserError("options of the reconstruction need --reconstruction.steps, which is 0")
+    if not reconstruction.asked and reconstruction != ReconstructionOptions():
+        raise UserError(
+            "options of the reconstruction need --reconstruction.steps, which is 0, or --reconstruction.closed_form"
+        )
+    if not reconstruction.steps and reconstruction.lr != ReconstructionOptions.lr:
+        raise UserError("reconstruction.lr is for --reconstruction.steps, which is 0; leave it out")
 
 
 def _check_limits(limits: Limits) -> None:

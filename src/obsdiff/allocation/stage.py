@@ -89,7 +89,7 @@ def measures(options: PruningOptions, statistics: Path | None) -> bool:
 
 def needs_prompts(options: PruningOptions, statistics: Path | None) -> bool:
     """Whether the stage runs the pipeline: to calibrate, to choose stages, or to train them."""
-    return measures(options, statistics) or depth_of(options) is not None or options.reconstruction.steps > 0
+    return measures(options, statistics) or depth_of(options) is not None or options.reconstruction.asked
 
 
 def keeps_solves(options: PruningOptions, statistics: Path | None) -> bool:
@@ -164,7 +164,7 @@ def _stage(pipe: Any, options: PruningOptions, prompts: Sequence[str], way: _Way
             return _prune_layers(shorter, fitted, own, prompts, way)
         return _prune_layers(*prepare(shorter, own, prune_again=True), own, prompts, way)
 
-    whole = before_reconstruction(subject, options, prompts, reconstruction) if options.reconstruction.steps else None
+    whole = before_reconstruction(subject, options, prompts, reconstruction) if options.reconstruction.asked else None
     if depth is not None and options.budget is not None:
         report = _prune_numbered(subject, depth, options, prompts, way)
     elif plan.removed or depth is not None:

@@ -110,14 +110,16 @@ def _rank_figures(name: str, found: Mapping[str, Any]) -> str:
 
 
 def reconstruction_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What training stage by stage did, of a report or a manifest."""
+    """What was done stage by stage, of a report or a manifest."""
     found = report.get("reconstruction")
     if found is None or not found["stages"]:
         return []
     errors = list(found["stages"].values())
     before, after = (sum(error[at] for error in errors) / len(errors) for at in (0, 1))
     worked = sum(error[1] < error[0] for error in errors)
-    text = f"{found['steps']:,} steps each of {len(errors)} stages, mean output error {before:.2g} -> {after:.2g}"
+    how = ["solved again"] if found.get("closed_form") else []
+    how += [f"{found['steps']:,} steps each"] if found["steps"] else []
+    text = f"{', then '.join(how)} of {len(errors)} stages, mean output error {before:.2g} -> {after:.2g}"
     return [("reconstruction", text + ("" if worked == len(errors) else f"; {len(errors) - worked} left as they were"))]
 
 

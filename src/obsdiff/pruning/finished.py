@@ -22,11 +22,13 @@ class StageError:
     Attributes:
         before, after: The errors.
         time_s: Seconds that it took, in an earlier run where that finished it.
+        passes: How often each of the other calls was begun in both stages, to solve it again.
     """
 
     before: float
     after: float
     time_s: float = 0.0
+    passes: int = 0
 
 
 def check_finished(folder: Path) -> None:

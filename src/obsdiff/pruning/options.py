@@ -125,10 +125,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class ReconstructionOptions:
-    """How stages are trained, one after the other, to give what the dense ones give.
+    """How stages are brought, one after the other, to give what the dense ones give.
 
     Args:
-        steps: Of Adam for each stage, with a batch of recorded calls each; 0 for no reconstruction.
+        closed_form: First solve each layer again, on what was pruned in front of it, for the dense layer's outputs.
+        steps: Of Adam for each stage, with a batch of recorded calls each; 0 for none.
         lr: Peak learning rate; it falls to zero along a cosine.
         triples: Recorded (latent, step, prompt) triples; a fifth of them only tells whether it helped.
         batch_size: Triples of one step.
@@ -138,6 +139,12 @@ class ReconstructionOptions:
     lr: float = 1e-3
     triples: int = 640
     batch_size: int = 32
+    closed_form: bool = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is one."""
+        return self.closed_form or self.steps > 0
 
 
 @dataclass(kw_only=True)

@@ -3,8 +3,9 @@
 Stage s reads what the pruned stages before it make of a recorded call, x̂, and its kept weights are trained by Adam to
 minimise ``Σ_k ‖f̂_s(x̂)_k − f_s(x)_k‖² / ‖f_s(x)_k‖²`` over the tensors k that the stage gives, f_s(x) being the dense
 stage on dense inputs: errors of earlier stages are taken up where they can be (BRECQ, 2102.05426, and block-wise
-tuning of pruned language models, EBFT 2402.12419, with the pruned prefix as the source of inputs). What was pruned
-stays pruned.
+tuning of pruned language models, EBFT 2402.12419, with the pruned prefix as the source of inputs). Before that, or in
+its place, its layers are solved again in closed form (:mod:`obsdiff.pruning.closed_form`). What was pruned stays
+pruned.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,13 @@ from obsdiff.models.modes import eval_mode
 from obsdiff.models.nested import copied_to, each_tensor, tensors_in
 from obsdiff.models.replay import MadeCall, Reached, answering, passing_stages
 from obsdiff.progress import track
+from obsdiff.pruning.closed_form import Given, Stage, solve_again
 from obsdiff.pruning.finished import Finished, StageError
 from obsdiff.pruning.masks import apply_masks
 from obsdiff.pruning.options import ReconstructionOptions
 
 HELD_OUT = 5  # every so many-th call is not trained on: it says whether training helped
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Pair:
         masks: Bool by layer (True = kept) of weights that stay zero elsewhere.
         chains: Lists of stages in which each reads of the others only the one before it
             (:class:`obsdiff.models.tracing.Trace`).
+        sites: Names of layers that read tokens, in the order of execution; those of one tensor together.
+        lost: By layer of ``dense`` the outputs (int64) that the pruned layer has no more.
     """
 
     pruned: nn.Module
@@ -54,6 +59,20 @@ class Pair:
     stages: Mapping[str, str]
     masks: Mapping[str, Tensor]
     chains: frozenset[str] = frozenset()
+    sites: Sequence[Sequence[str]] = ()
+    lost: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def stage(self, name: str) -> Stage:
+        """One of its stages, and all that is said of layers inside, by their names there."""
+        sites = [list(_inside(name, dict.fromkeys(site))) for site in self.sites]
+        before = self.stages[name]
+        return Stage(
+            self.pruned.get_submodule(name),
+            self.dense.get_submodule(before),
+            [site for site in sites if site],
+            _inside(name, self.masks),
+            _inside(before, self.lost),
+        )
 
 
 @dataclass(frozen=True)
@@ -80,17 +99,17 @@ def reconstruct(
     store: Path | None = None,
     quiet: bool = True,
 ) -> dict[str, StageError]:
-    """Train the stages of a pruned denoiser in their order, in place.
+    """Solve the stages of a pruned denoiser again in their order, train them, or one after the other, in place.
 
     A stage whose error on held-out calls does not fall keeps its weights.
 
     Args:
         models: The pruned denoiser, and what it is to be like.
         calls: Recorded along the dense pipeline's way, at least two.
-        options: Steps of Adam for each stage, one call each, and their learning rate.
+        options: Whether to solve, steps of Adam for each stage, one call each, and their learning rate.
         seed: Of the order of the calls.
         store: Folder to keep finished stages in; those that it holds of the same models, calls and settings are not
-            trained again.
+            done again.
         quiet: No progress bar.
 
     Returns:
@@ -100,10 +119,10 @@ def reconstruct(
     finished = None if store is None else Finished(store, _key(models, calls, options, seed), list(stages))
     found = {}
     with eval_mode(denoiser), eval_mode(dense):
-        way = _Way(models, calls)
+        way = _Way(models, calls, options.closed_form)
         for name, before in track(stages.items(), len(stages), "reconstructing", quiet):
-            own = denoiser.get_submodule(name)
-            if finished is not None and (error := finished.load(name, own)) is not None:
+            stage = models.stage(name)
+            if finished is not None and (error := finished.load(name, stage.pruned)) is not None:
                 found[name] = error
                 continue
             started = time.perf_counter()
@@ -111,11 +130,10 @@ def reconstruct(
             checks = [example for example in seen[::HELD_OUT] if example is not None]
             examples = [example for at, example in enumerate(seen) if at % HELD_OUT and example is not None]
             if examples and checks:  # of two denoisers, a stage answers the calls of its own
-                inside = {layer: mask for layer, mask in models.masks.items() if f"{layer}.".startswith(f"{name}.")}
-                error = _train(denoiser, own, examples, checks, inside, options, seed)
+                error = _improve(stage, examples, checks, options, seed)
                 found[name] = replace(error, time_s=time.perf_counter() - started)
                 if finished is not None:
-                    finished.save(name, own, found[name])
+                    finished.save(name, stage.pruned, found[name])
     return found
 
 
@@ -137,14 +155,21 @@ def _key(models: Pair, calls: Sequence[Call], options: ReconstructionOptions, se
     return digest.hexdigest()
 
 
-Example = tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]
+class Example(NamedTuple):
+    """A call of a stage: what the pruned prefix gives it, what the dense stage answers on the dense way, and if it is
+    asked for what that is given."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    wanted: list[Tensor]
+    dense: Given | None = None
 
 
 class _Way:
     """What the stages of both models are given and answer in recorded calls, one stage after the other."""
 
-    def __init__(self, models: Pair, calls: Sequence[Call]) -> None:
-        self._models = models
+    def __init__(self, models: Pair, calls: Sequence[Call], both: bool = False) -> None:
+        self._models, self._both = models, both
         self._stages = {models.pruned: list(models.stages), models.dense: list(models.stages.values())}
         self._calls = {model: [_made(model, call) for call in calls] for model in self._stages}
         self._passing = {
@@ -155,47 +180,62 @@ class _Way:
     def examples(self, name: str, before: str) -> list[Example | None]:
         """Of each call: what a stage is given by the pruned prefix as it is now, and what the dense stage, which is
         called ``before``, answers on the dense way; None if the call does not pass it."""
-        given = self._seen(self._models.pruned, name, answers=False)
-        wanted = self._seen(self._models.dense, before, answers=True)
+        given = self._seen(self._models.pruned, name, given=True, answers=False)
+        wanted = self._seen(self._models.dense, before, given=self._both, answers=True)
         return [
-            None if own is None or like is None else (own[0], own[1], list(tensors_in(like[2])))
+            None
+            if own is None or like is None
+            else Example(*own.given, list(tensors_in(like.answer)), like.given if self._both else None)
             for own, like in zip(given, wanted, strict=True)
         ]
 
-    def _seen(self, model: nn.Module, stage: str, answers: bool) -> list[_Look | None]:
+    def _seen(self, model: nn.Module, stage: str, given: bool, answers: bool) -> list[_Look | None]:
         stages = self._stages[model]
         found: list[_Look | None] = []
         before = stages[: stages.index(stage)]
-        with torch.no_grad(), answering(model, before) as replay, _looking(model, stage, answers) as looks:
+        with torch.no_grad(), answering(model, before) as replay, _looking(model, stage, given, answers) as looks:
             for call in self._calls[model]:
                 looks.clear()
                 if call.passes([stage]):
                     replay.run(call)
-                    call.answers |= {stage: looks[0][2]} if looks and answers else {}  # it stays as it is
+                    call.answers |= {stage: looks[0].answer} if looks and answers else {}  # it stays as it is
                     call.forget(stages, self._passing[model])
                 found.append(looks[0] if looks else None)
         return found
 
 
-_Look = tuple[tuple[Any, ...], dict[str, Any], Any]
+class _Look(NamedTuple):
+    given: Given = ((), {})
+    answer: Any = None
 
 
 @contextmanager
-def _looking(model: nn.Module, stage: str, answers: bool) -> Iterator[list[_Look]]:
-    """What a stage is given, and what it answers unless that is not asked for; nothing runs after that."""
+def _looking(model: nn.Module, stage: str, given: bool, answers: bool) -> Iterator[list[_Look]]:
+    """What a stage is given, and what it answers, as far as that is asked for; nothing runs after that."""
     looks: list[_Look] = []
 
-    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any = None) -> None:
-        looks.append(copied_to((args, kwargs, answer), "cpu"))  # who reads them may write into them
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        looks.append(_Look(copied_to((args, kwargs), "cpu") if given else ((), {})))  # a stage may write into them
+        if not answers:
+            raise Reached
+
+    def leave(_: nn.Module, __: tuple[Any, ...], answer: Any) -> None:
+        looks[-1] = looks[-1]._replace(answer=copied_to(answer, "cpu"))
         raise Reached
 
     module = model.get_submodule(stage)
-    register = module.register_forward_hook if answers else module.register_forward_pre_hook
-    handle = register(look, with_kwargs=True)
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     try:
         yield looks
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _inside(stage: str, values: Mapping[str, T]) -> dict[str, T]:
+    """What is said of layers inside a stage, by their names there."""
+    start = f"{stage}."
+    return {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
 
 
 def _made(model: nn.Module, call: Call) -> MadeCall:
@@ -203,37 +243,49 @@ def _made(model: nn.Module, call: Call) -> MadeCall:
     return MadeCall(asked, prefix, dict(call.arguments))
 
 
-def _train(
-    denoiser: nn.Module,
-    stage: nn.Module,
+def _improve(
+    stage: Stage,
     examples: Sequence[Example],
     checks: Sequence[Example],
-    masks: Mapping[str, Tensor],
     options: ReconstructionOptions,
     seed: int,
 ) -> StageError:
-    before = _error(stage, checks)
-    state = copy.deepcopy(stage.state_dict())
-    trained = [parameter for parameter in stage.parameters() if parameter.is_floating_point()]
-    weights: list[Tensor] = [denoiser.get_parameter(f"{layer}.weight") for layer in masks]
-    factors = [mask.to(weight) for mask, weight in zip(masks.values(), weights, strict=True)]
+    """Solve and train one stage as asked, and take that back where it did not help."""
+    before = _error(stage.pruned, checks)
+    state, passes = copy.deepcopy(stage.pruned.state_dict()), 0
+    if options.closed_form:
+        passes = solve_again(stage, lambda: (_on_device(stage, example) for example in examples))
+    if options.steps:
+        _train(stage, examples, options, seed)
+    after = _error(stage.pruned, checks)
+    if not after < before:
+        stage.pruned.load_state_dict(state)
+        after = before
+    return StageError(before, after, passes=passes)
+
+
+def _on_device(stage: Stage, example: Example) -> tuple[Given, Given]:
+    assert example.dense is not None
+    given, dense = copied_to(((example.args, example.kwargs), example.dense), next(stage.pruned.parameters()).device)
+    return given, dense
+
+
+def _train(stage: Stage, examples: Sequence[Example], options: ReconstructionOptions, seed: int) -> None:
+    trained = [parameter for parameter in stage.pruned.parameters() if parameter.is_floating_point()]
+    weights: list[Tensor] = [stage.pruned.get_parameter(f"{layer}.weight") for layer in stage.masks]
+    factors = [mask.to(weight) for mask, weight in zip(stage.masks.values(), weights, strict=True)]
     optimizer = torch.optim.Adam(trained, options.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     generator = torch.Generator().manual_seed(seed)
     with _trainable(trained):
         for _ in range(options.steps):
-            loss = _loss(stage, examples[int(torch.randint(len(examples), (), generator=generator))])
+            loss = _loss(stage.pruned, examples[int(torch.randint(len(examples), (), generator=generator))])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
                 apply_masks(weights, factors)
-    after = _error(stage, checks)
-    if not after < before:
-        stage.load_state_dict(state)
-        after = before
-    return StageError(before, after)
 
 
 @contextmanager
@@ -254,7 +306,7 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def _loss(stage: nn.Module, example: Example) -> Tensor:
     """Of one call; examples wait in the host's memory."""
     device = next(stage.parameters()).device
-    args, kwargs, wanted = each_tensor(example, lambda tensor: tensor.to(device))
+    args, kwargs, wanted = each_tensor(tuple(example[:3]), lambda tensor: tensor.to(device))
     return feature_loss(list(tensors_in(stage(*args, **kwargs))), wanted, robust=False)
 
 
