@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from obsdiff.bench import alternatives
-from obsdiff.bench.alternatives import Map, fitted, inputs, joined, main, refitted, residual, streams, told
+from obsdiff.bench.alternatives import Map, fitted, main, residual, streams, told
 from obsdiff.models.replay import MadeCall
 from obsdiff.models.subject import subject_of
-from obsdiff.obs.linalg import DAMPING
 from tests.conftest import make_pipe
 
 
@@ -46,31 +45,10 @@ def test_a_residual_leaves_least_of_the_output():
         assert best <= left(other) + 1e-4
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_refit_minimises_what_it_says(masked):
-    torch.manual_seed(0)
-    x, y = torch.randn(200, 6).double(), torch.randn(200, 4).double()
-    current, support = torch.randn(4, 6).double(), torch.rand(4, 6) > 0.5
-    gram, target = x.T @ x / len(x), y.T @ x / len(x)
-    found = refitted(current, target, gram, support if masked else None)
-    weight = found.clone().requires_grad_()
-    aim = (y - x @ weight.T).square().sum() / len(x)
-    aim = aim + DAMPING * gram.diagonal().mean() * (weight - current).square().sum()
-    (slope,) = torch.autograd.grad(aim, weight)
-    if masked:
-        assert bool((found[~support] == 0).all())
-        slope = slope[support]
-    assert float(slope.abs().max()) < 1e-9
-
-
-def test_blocks_and_layers_are_seen_in_replayed_calls():
+def test_blocks_are_seen_in_replayed_calls():
     pipe = make_pipe()
     given, made = streams(pipe.transformer, "transformer_blocks.0", [call_of(pipe)])
     assert [x.shape for x in given] == [y.shape for y in made] and len(given) == 2
-    x = inputs(pipe.transformer, "transformer_blocks.0.attn.to_q", [call_of(pipe)])
-    assert x.shape[1] == 17 and bool((x[:, -1] == 1).all())
-    layer = pipe.transformer.transformer_blocks[0].attn.to_q
-    torch.testing.assert_close((x @ joined(layer).T).float(), layer(x[:, :-1].float()))
 
 
 def call_of(pipe):

@@ -15,8 +15,7 @@ from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.models.info import call_arguments
 from obsdiff.models.obsdiff_shrunk import project
 from obsdiff.models.subject import subject_of
-from obsdiff.obs.linalg import DAMPING
-from obsdiff.pruning.closed_form import Stage, solve_again
+from obsdiff.pruning.closed_form import RIDGE, Stage, solve_again
 from obsdiff.pruning.options import CalibrationOptions, PruningOptions, ReconstructionOptions
 from tests.conftest import make_pipe
 
@@ -82,7 +81,7 @@ def normal_equations(block, before, dense, name, calls, mask=None, rows=slice(No
     centre = x.mean(0) if biased else torch.zeros(x.shape[1], dtype=x.dtype)
     offset = y.mean(0) if biased else torch.zeros(y.shape[1], dtype=x.dtype)
     u = x - centre
-    ridge = DAMPING * (u.square().mean(0)).mean()
+    ridge = RIDGE * (u.square().mean(0)).mean()
     new = torch.zeros_like(old)
     for row in range(len(old)):
         kept = torch.ones(x.shape[1], dtype=torch.bool) if mask is None else mask.flatten(1)[row]
@@ -99,7 +98,7 @@ def objective(block, dense, name, calls, weight, bias, old):
     y = torch.cat([read_by(dense, name, given)[1] for _, given in calls])
     mean = x.mean(0) if bias is not None else 0
     left = y - x @ weight.double().flatten(1).T - (0 if bias is None else bias.double())
-    ridge = DAMPING * (x - mean).square().mean()
+    ridge = RIDGE * (x - mean).square().mean()
     return float(left.square().sum() / len(x) + ridge * (weight - old).double().square().sum())
 
 

@@ -1,5 +1,5 @@
 """What was tried in place of what is built, so that its figures can be had again (docs/results.md):
-``python -m obsdiff.bench.alternatives maps --output maps.json``, or ``residuals``, or ``refits``.
+``python -m obsdiff.bench.alternatives maps --output maps.json``, or ``residuals``.
 """
 
 from __future__ import annotations
@@ -26,20 +26,15 @@ from obsdiff.models.modes import eval_mode
 from obsdiff.models.replay import MadeCall, answering, stopping
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.hessian import Gram
-from obsdiff.obs.linalg import DAMPING
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.stream import stream
-from obsdiff.pruning.surgery import lost_rows
 from obsdiff.versions import versions
 
 PIPELINE, PROMPTS, BATCH = "digits-sd3", 100, 50
 IMAGES, FIRST_SEED = 100, 1000  # noise seeds 1000, 2000, ... of the seeds 0, 1, ...
 RIDGE = 1e-6  # of maps, on the mean of the diagonal
 RANK, KEPT = 4, (0.5, 0.3, 0.2)  # of residuals, and of the weights that they are added to
-PATTERNS = ("unstructured:0.5", "unstructured:0.8", "structured:0.5")  # that refits follow
-CALLS = 6  # that refits go by, of 2 * BATCH rows each
-ROWS = 64  # solved for at once
 Errors = dict[tuple[str, str], list[Tensor]]  # squared errors of the images (n,) by seed; by size, and by way: the
 # first way of each size is what the others are compared with
 
@@ -148,78 +143,6 @@ def residuals(seed: int) -> Errors:
     return found
 
 
-# ---- least squares on what the pruned layers in front make of a layer's input
-
-
-def refitted(current: Tensor, target: Tensor, gram: Tensor, support: Tensor | None) -> Tensor:
-    """The weights V (r, c) on their support that leave least of ``E‖y - V x‖² + λ ‖V - current‖²`` (the aim
-    of GPTAQ, 2504.02692, in closed form); λ is :data:`~obsdiff.obs.linalg.DAMPING` times the mean of the diagonal.
-
-    Args:
-        current: As they are, float64 (r, c).
-        target: ``E y xᵀ``, float64 (r, c).
-        gram: ``E x xᵀ``, float64 (c, c).
-        support: Bool (r, c), the entries that may be other than zero; None: all.
-    """
-    ridge = DAMPING * gram.diagonal().mean()
-    gram, target = gram + ridge * torch.eye(len(gram), dtype=gram.dtype), target + ridge * current
-    if support is None:
-        return torch.linalg.solve(gram, target.T).T
-    parts = []
-    for some, wanted in zip(support.to(gram.dtype).split(ROWS), target.split(ROWS), strict=True):
-        own = gram * some[:, :, None] * some[:, None] + torch.diag_embed(1 - some)
-        parts.append(torch.linalg.solve(own, (wanted * some)[..., None])[..., 0])
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def refits(seed: int) -> Errors:
-    """Images of pruned pipelines, and after refitting their layers one after the other."""
-    found: Errors = {}
-    statistics, calls = calibrated(seed), recorded(seed)
-    calls = calls[:: max(1, len(calls) // CALLS)][:CALLS]
-    for pattern in PATTERNS:
-        dense, pipe = subject_of(obsdiff.load_pipeline(PIPELINE)), obsdiff.load_pipeline(PIPELINE)
-        report = obsdiff.prune(pipe, pattern, statistics=statistics)
-        found[pattern, "as pruned"] = [errors(pipe, seed)]
-        gone = lost_rows(dense.graph, {name: m for name, m in report.masks.items() if name in dense.graph.group_of})
-        pruned = set(report.plan.layers(dense.graph))
-        for site in dense.graph.sites:
-            layers = [layer for layer in site.layers if layer in pruned]
-            if layers:
-                x, seen = (inputs(model, site.name, calls) for model in (dense.denoiser, pipe.transformer))
-                gram = seen.T @ seen / len(seen)
-                for layer in layers:
-                    rows = torch.ones(len(dense.graph.weight(layer)), dtype=torch.bool)
-                    rows[gone.get(layer, torch.empty(0, dtype=torch.int64))] = False
-                    target = x @ joined(dense.graph.layer(layer))[rows].T
-                    mine, mask = pipe.transformer.get_submodule(layer), report.masks.get(layer)
-                    ones = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                    new = refitted(joined(mine), target.T @ seen / len(seen), gram, ones)
-                    mine.weight.copy_(new[:, :-1])
-                    mine.bias.copy_(new[:, -1])
-        found[pattern, "refitted"] = [errors(pipe, seed)]
-    return found
-
-
-def joined(layer: Any) -> Tensor:
-    """A layer's weight with its bias as the last column, float64."""
-    return torch.cat([layer.weight, layer.bias[:, None]], dim=1).double()
-
-
-def inputs(denoiser: nn.Module, layer: str, calls: Sequence[MadeCall]) -> Tensor:
-    """What a layer reads in all calls, with a constant behind it, float64 (n, c + 1)."""
-    seen: list[Tensor] = []
-    module = denoiser.get_submodule(layer)
-    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, -2).double()))
-    try:
-        run(denoiser, calls, module)
-    finally:
-        handle.remove()
-    x = torch.cat(seen)
-    return torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-
-
 # ---- what all of them need
 
 
@@ -278,7 +201,7 @@ def told(found: Errors) -> list[dict[str, Any]]:
     return rows
 
 
-WAYS: dict[str, Callable[[int], Errors]] = {"maps": maps, "residuals": residuals, "refits": refits}
+WAYS: dict[str, Callable[[int], Errors]] = {"maps": maps, "residuals": residuals}
 
 
 def main(args: list[str] | None = None) -> None:
