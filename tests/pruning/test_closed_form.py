@@ -8,16 +8,21 @@ import pytest
 import torch
 from torch import nn
 
+from obsdiff.allocation.probe import record_probe
 from obsdiff.allocation.stage import calibration_prompts, prune_stage
 from obsdiff.costs import calibration_cost
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.info import call_arguments
 from obsdiff.models.obsdiff_shrunk import project
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.closed_form import RIDGE, Stage, solve_again
+from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.options import CalibrationOptions, PruningOptions, ReconstructionOptions
+from obsdiff.pruning.reconstruct import Call, Pair, reconstruct
 from tests.conftest import make_pipe
+from tests.families.pipelines import PIPELINES
 
 
 class Block(nn.Module):
@@ -226,10 +231,51 @@ def test_through_the_stage_with_what_it_cost(pattern, steps):
     begun = sum(len(set(bases)) for bases in behind)
     solved = (36 - 8) * begun / len(stages)
     through, held = 36 + 36 / 5, 8
-    wanted = dense * (36 + through + solved) + pruned * (through + 3 * steps * 36 / 5 + solved + 2 * held)
+    checks = 3 if steps else 2
+    wanted = dense * (36 + through + solved) + pruned * (through + 3 * steps * 36 / 5 + solved + checks * held)
     assert found["denoiser_flops"] == pytest.approx(wanted)
     counted = calibration_cost({"reconstruction": found, "time_s": report.time_s}, 1, 2)["reconstruction"]
     assert counted.denoiser_flops == found["denoiser_flops"]
+
+
+def test_training_that_makes_it_worse_is_taken_back_alone():
+    options = PruningOptions(
+        pattern="structured:0.5",
+        allocation="uniform",
+        spare_blocks=[],
+        calibration=CalibrationOptions(num_prompts=6),
+        reconstruction=HOW,
+    )
+    pipe, again = make_pipe(), make_pipe()
+    prompts = calibration_prompts(pipe, options)
+    wanted = prune_stage(pipe, options, prompts).reconstruction["stages"]
+    spoilt = replace(options, reconstruction=replace(HOW, steps=5, lr=1e3))
+    assert prune_stage(again, spoilt, prompts).reconstruction["stages"] == wanted
+    weights = zip(pipe.transformer.parameters(), again.transformer.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in weights)
+
+
+def test_layers_that_are_dead_stay_zero():
+    pipe = PIPELINES["qwen-image"].build()
+    conditioning = Conditioning(PIPELINES["qwen-image"].conditioning(2))
+    subject = subject_of(pipe, conditioning)
+    graph, dense = subject.graph, copy.deepcopy(subject.denoiser)
+    dead = [layer for layer in subject.dead if layer in graph.layers]
+    settings = Settings(call_arguments(pipe), 0, "uniform", batch_size=2)
+    probe = record_probe(subject, conditioning, settings, 6)
+    calls = [Call(of, given, len(weights)) for of, given, weights in probe.batches(probe.calls[0].rows)]
+    masks = {layer: torch.zeros_like(graph.weight(layer), dtype=torch.bool) for layer in dead}
+    with torch.no_grad():
+        for layer in dead:
+            graph.weight(layer).zero_()
+            graph.layer(layer).bias.zero_()
+        next(iter(graph.layer(name) for name in graph.layers if name not in dead)).weight.mul_(0.5)
+    before = {name: p.clone() for name, p in subject.denoiser.named_parameters()}
+    stages, sites = {stage: stage for stage in graph.stages}, [site.layers for site in graph.sites]
+    pair = Pair(subject.denoiser, dense, stages, masks, sites=sites, still=frozenset(dead))
+    reconstruct(pair, calls, replace(HOW, steps=5))
+    changed = {name.rpartition(".")[0] for name, p in subject.denoiser.named_parameters() if (p != before[name]).any()}
+    assert dead and changed and not changed & set(dead)
 
 
 @pytest.mark.parametrize(

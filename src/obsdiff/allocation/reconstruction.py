@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from obsdiff.costs import BACKWARD
 from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
+from obsdiff.memory import is_out_of_memory
 from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments
@@ -25,8 +27,8 @@ from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.finished import StageError, check_finished
 from obsdiff.pruning.masks import weight_masks
 from obsdiff.pruning.oneshot import zeroed_layers
-from obsdiff.pruning.options import PruningOptions
-from obsdiff.pruning.reconstruct import HELD_OUT, Call, Pair, reconstruct
+from obsdiff.pruning.options import PruningOptions, ReconstructionOptions
+from obsdiff.pruning.reconstruct import Call, Pair, divided, reconstruct
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.surgery import lost_rows
 from obsdiff.ranks import rank
@@ -39,6 +41,7 @@ class Whole:
     Attributes:
         denoiser: A copy.
         graph: What it was, by names and sizes; the weights are those of the pruned one.
+        sites: Layers with weights of their own that run once in a call and read tokens, those of one tensor together.
         calls: Recorded on its way.
         recorded: Rows through the denoiser that recording took.
         flops: Of one row.
@@ -48,6 +51,7 @@ class Whole:
 
     denoiser: nn.Module
     graph: Graph
+    sites: list[list[str]]
     calls: list[Call]
     recorded: int
     flops: int
@@ -79,16 +83,19 @@ def before_reconstruction(
     probe = record_probe(subject, encode_prompts(subject.pipe, prompts, call), how, asked.triples)
     rows = probe.calls[0].rows
     calls = [Call(name, given, len(weights) * rows) for name, given, weights in probe.batches(asked.batch_size * rows)]
-    if len(calls) < 2:
-        raise UserError(
-            f"a reconstruction needs two batches at least, and {len(probe)} recorded triples make {len(calls)}; use a "
-            "smaller --reconstruction.batch_size or more --reconstruction.triples"
-        )
+    for name, count in Counter(call.denoiser for call in calls).items():
+        if count < 2:
+            raise UserError(
+                f"a reconstruction needs two batches at least, and {len(probe)} recorded triples make {count}"
+                f"{f' of {name}' if name else ''}; use a smaller --reconstruction.batch_size or more "
+                "--reconstruction.triples"
+            )
     flops = denoiser_flops(subject, call_arguments(subject.pipe))
     spent = time.perf_counter() - started
     return Whole(
         copy.deepcopy(subject.denoiser),
         subject.graph,
+        own_sites(subject),
         calls,
         probe.recorded * rows,
         flops,
@@ -109,6 +116,30 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
     """
     asked, subject = options.reconstruction, subject_of(pipe)
     refuse_offloaded(subject.denoiser, "a reconstruction")
+    how: dict[str, Any] = {"seed": options.seed, "store": whole.store, "quiet": quiet or rank() > 0}
+    try:
+        errors = reconstruct(_pair(subject, report, whole), whole.calls, asked, **how)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # the pipeline is pruned already: whoever called may not begin again in smaller batches
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"out of memory in a reconstruction; use a smaller --reconstruction.batch_size ({said})"
+        ) from error
+    report.reconstruction = {
+        "closed_form": asked.closed_form,
+        "steps": asked.steps,
+        "lr": asked.lr,
+        "calls": len(whole.calls),
+        "stages": {name: [error.before, error.after] for name, error in errors.items()},
+        "denoiser_flops": _flops(whole, denoiser_flops(subject, call_arguments(pipe)), asked, errors),
+    }
+    count_parameters(subject.denoiser, report)
+    report.time_s["reconstruct"] = whole.time_s + sum(error.time_s for error in errors.values())
+
+
+def _pair(subject: Subject, report: PruneReport, whole: Whole) -> Pair:
     masks = weight_masks(report.masks, report.shrunk is not None)
     for layer in zeroed_layers(subject.graph).keys() - masks.keys():  # of an earlier prune: they stay zero too
         masks[layer] = subject.graph.weight(layer).detach().ne(0)
@@ -116,32 +147,24 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
     before = [stage for stage in whole.graph.stages if stage not in removed]
     stages = dict(zip(subject.graph.stages, before, strict=True))
     now = {was: name for name, was in stages.items()}
-    errors = reconstruct(
-        Pair(
-            subject.denoiser,
-            whole.denoiser,
-            stages,
-            masks,
-            frozenset(whole.graph.chains),
-            [list(_called(site.layers, now).values()) for site in whole.graph.sites],
-            _lost(report, stages, whole.graph) if asked.closed_form else {},
-        ),
-        whole.calls,
-        asked,
-        seed=options.seed,
-        store=whole.store,
-        quiet=quiet or rank() > 0,
+    return Pair(
+        subject.denoiser,
+        whole.denoiser,
+        stages,
+        masks,
+        frozenset(whole.graph.chains),
+        sites=[list(_called(site, now).values()) for site in whole.sites],
+        lost=_lost(report, stages, whole.graph),
+        still=frozenset(layer for layer, fate in report.dead.items() if fate == "zero"),
     )
-    report.reconstruction = {
-        "closed_form": asked.closed_form,
-        "steps": asked.steps,
-        "lr": asked.lr,
-        "calls": len(whole.calls),
-        "stages": {name: [error.before, error.after] for name, error in errors.items()},
-        "denoiser_flops": _flops(whole, denoiser_flops(subject, call_arguments(pipe)), asked.steps, errors),
-    }
-    count_parameters(subject.denoiser, report)
-    report.time_s["reconstruct"] = whole.time_s + sum(error.time_s for error in errors.values())
+
+
+def own_sites(subject: Subject) -> list[list[str]]:
+    """Layers with weights of their own that run once in a call and read tokens, those of one tensor together."""
+    graph, times = subject.graph, subject.trace.times
+    owners = Counter(id(graph.weight(layer)) for site in graph.sites for layer in site.layers)
+    alone = {layer for layer, count in times.items() if count == 1}
+    return [[n for n in site.layers if n in alone and owners[id(graph.weight(n))] == 1] for site in graph.sites]
 
 
 def _called(names: Iterable[str], stages: Mapping[str, str]) -> dict[str, str]:
@@ -161,19 +184,25 @@ def _lost(report: PruneReport, stages: Mapping[str, str], before: Graph) -> dict
     return lost_rows(before, {was: report.masks[name] for name, was in called.items() if was in units})
 
 
-def _flops(whole: Whole, pruned: int, steps: int, errors: Mapping[str, StageError]) -> float:
+def _flops(whole: Whole, pruned: int, asked: ReconstructionOptions, errors: Mapping[str, StageError]) -> float:
     """Recording; going through the stages of both models, and a call of each to see what has to be held meanwhile; the
-    stages' steps; their errors; and what solving them again took, each pass counted whole, as if stages were equal.
+    stages' steps; their errors, before and after each way; and what solving them again took, each pass counted whole,
+    as if stages were equal.
 
     Args:
         whole: The dense denoiser and its calls.
         pruned: FLOPs of one row through the pruned one.
-        steps: Of each stage.
+        asked: What of.
         errors: What was done.
     """
-    rows, held = (sum(call.rows for call in calls) for calls in (whole.calls, whole.calls[::HELD_OUT]))
+    by_denoiser = [
+        [call for call in whole.calls if call.denoiser == name] for name in {c.denoiser for c in whole.calls}
+    ]
+    rows = sum(call.rows for call in whole.calls)
+    held = sum(call.rows for calls in by_denoiser for call in divided(calls)[1])
     each = rows / len(whole.calls)
-    trained = (1 + BACKWARD) * steps * each
+    trained = (1 + BACKWARD) * asked.steps * each
+    checked = (1 + asked.closed_form + (asked.steps > 0)) * held
     solved = (rows - held) * sum(error.passes for error in errors.values()) / max(1, len(errors))
-    of_dense, of_pruned = whole.recorded + rows + each + solved, rows + each + trained + solved + 2 * held
+    of_dense, of_pruned = whole.recorded + rows + each + solved, rows + each + trained + solved + checked
     return whole.flops * of_dense + pruned * of_pruned

@@ -255,7 +255,10 @@ def check_offload(options: PruneOptions) -> None:
     if options.offload and not options.calibration.streamed:
         raise UserError("--offload has one block at a time on the device; add --calibration.streamed true")
     if options.offload and options.reconstruction.asked:
-        raise UserError("a reconstruction goes by the dense pipeline beside the pruned one; leave it out, or --offload")
+        raise UserError(
+            "a reconstruction (--reconstruction.steps, --reconstruction.closed_form) has the dense denoiser beside the "
+            "pruned one; leave it out, or --offload"
+        )
 
 
 def _check_reconstruction(reconstruction: ReconstructionOptions) -> None:

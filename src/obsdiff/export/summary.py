@@ -118,8 +118,8 @@ def reconstruction_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     before, after = (sum(error[at] for error in errors) / len(errors) for at in (0, 1))
     worked = sum(error[1] < error[0] for error in errors)
     how = ["solved again"] if found.get("closed_form") else []
-    how += [f"{found['steps']:,} steps each"] if found["steps"] else []
-    text = f"{', then '.join(how)} of {len(errors)} stages, mean output error {before:.2g} -> {after:.2g}"
+    how += [f"trained for {found['steps']:,} steps each"] if found["steps"] else []
+    text = f"{len(errors)} stages {', then '.join(how)}, mean output error {before:.2g} -> {after:.2g}"
     return [("reconstruction", text + ("" if worked == len(errors) else f"; {len(errors) - worked} left as they were"))]
 
 

@@ -13,7 +13,7 @@ up beside them, so that nothing cancels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obsdiff.errors import UserError
 from obsdiff.models.replay import Reached
 from obsdiff.obs.hessian import Gram, activation_matrices, weight_matrices
-from obsdiff.obs.linalg import SingularHessian, damped, inverse
+from obsdiff.obs.linalg import damped, inverse
 from obsdiff.obs.refit import refit
 
 RIDGE = 0.1  # λ over the mean of diag C: the calls are few; between 0.01 and 1 it changes little (docs/results.md)
 STEPS, TOLERANCE = 100, 1e-7  # of conjugate gradients, at most; they end where one gains less than that share
+ROWS = 8  # of a batch whose fields of a convolution are unrolled at once
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a stage is called with
 
 
@@ -41,6 +41,7 @@ class Stage:
         sites: Names of the layers inside that read tokens, in the order of execution; those of one tensor together.
         masks: Bool by layer (True = kept), of weights that stay zero elsewhere.
         lost: By layer the outputs of the dense one (int64) that the pruned one has no more.
+        still: Layers that nothing changes.
     """
 
     pruned: nn.Module
@@ -48,6 +49,7 @@ class Stage:
     sites: Sequence[Sequence[str]]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     lost: Mapping[str, Tensor] = field(default_factory=dict)
+    still: Collection[str] = ()
 
 
 @torch.no_grad()
@@ -60,9 +62,6 @@ def solve_again(stage: Stage, calls: Callable[[], Iterable[tuple[Given, Given]]]
 
     Returns:
         How often each call was begun in both.
-
-    Raises:
-        UserError: A layer's inputs cannot be solved for.
     """
     together = list(_together(stage))
     for names in together:
@@ -72,20 +71,15 @@ def solve_again(stage: Stage, calls: Callable[[], Iterable[tuple[Given, Given]]]
             mine, theirs = _seen(stage.pruned, names, given), _seen(stage.dense, names, dense)
             rest = {}
             for name in names:
-                wanted = _rows(theirs[name][1])
+                wanted = _rows(layers[name], theirs[name][1])
                 if name in stage.lost:
                     stays = torch.ones(wanted.shape[1], dtype=torch.bool, device=wanted.device)
                     stays[stage.lost[name].to(wanted.device)] = False
                     wanted = wanted[:, stays]
-                rest[name] = wanted - _rows(mine[name][1])
-            sums.add(activation_matrices(layers[names[0]], mine[names[0]][0]), rest)
+                rest[name] = wanted - _rows(layers[name], mine[name][1])
+            sums.add(layers[names[0]], mine[names[0]][0], rest)
         for name, layer in layers.items():
-            try:
-                sums.rewrite(name, layer, stage.masks.get(name))
-            except SingularHessian as error:
-                raise UserError(
-                    f"cannot solve layer {name} again: {error}; leave out --reconstruction.closed_form"
-                ) from error
+            sums.rewrite(name, layer, stage.masks.get(name))
     return len(together)
 
 
@@ -95,7 +89,7 @@ def _together(stage: Stage) -> Iterator[list[str]]:
         by_basis: dict[int | None, list[str]] = {}
         for name in site:
             layer = stage.pruned.get_submodule(name)
-            if getattr(layer, "groups", 1) == 1:
+            if name not in stage.still and getattr(layer, "groups", 1) == 1:
                 basis = getattr(layer, "projection", None)
                 by_basis.setdefault(None if basis is None else id(basis[0]), []).append(name)
         yield from by_basis.values()
@@ -105,13 +99,14 @@ def _seen(stage: nn.Module, names: Sequence[str], given: Given) -> dict[str, tup
     """What each layer's weight is multiplied with, and what the layer answers; nothing runs after the last of them."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def look(name: str, layer: nn.Module, args: tuple[Tensor, ...], answer: Tensor) -> None:
-        basis = getattr(layer, "projection", None)
-        found[name] = args[0] if basis is None else basis[0](args[0]), answer.clone()
+    def look(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], answer: Tensor) -> None:
+        x, basis = args[0] if args else next(iter(kwargs.values())), getattr(layer, "projection", None)
+        found[name] = x if basis is None else basis[0](x), answer.clone()
         if len(found) == len(names):
             raise Reached
 
-    handles = [stage.get_submodule(name).register_forward_hook(partial(look, name)) for name in names]
+    layers = [(name, stage.get_submodule(name)) for name in names]
+    handles = [layer.register_forward_hook(partial(look, name), with_kwargs=True) for name, layer in layers]
     try:
         stage(*given[0], **given[1])
     except Reached:
@@ -122,9 +117,9 @@ def _seen(stage: nn.Module, names: Sequence[str], given: Given) -> dict[str, tup
     return found
 
 
-def _rows(answer: Tensor) -> Tensor:
+def _rows(layer: nn.Module, answer: Tensor) -> Tensor:
     """A layer's answer, of a convolution (n, rows, height, width), as float32 (positions, rows)."""
-    tokens = answer.flatten(2).transpose(1, 2) if answer.dim() == 4 else answer
+    tokens = answer.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else answer
     return tokens.flatten(0, -2).float()
 
 
@@ -138,37 +133,43 @@ class _Sums:
         self._centre: Tensor | None = None  # near the mean
         self._cross = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
         self._rest = {name: weight.new_zeros(len(weight), dtype=torch.float32) for name, weight in weights.items()}
+        self._inverted: dict[bool, tuple[Tensor, Tensor]] = {}  # with a bias and without: the moments, and an inverse
 
-    def add(self, x: Tensor, rest: Mapping[str, Tensor]) -> None:
-        """Inputs (1, positions, columns), and by layer what its answers lack (positions, rows)."""
-        self._gram.add(x, 1.0)
-        seen = x[0].float()
-        self._centre = seen.mean(0) if self._centre is None else self._centre
-        for name, lacking in rest.items():
-            self._cross[name].addmm_(lacking.T, seen - self._centre)
-            self._rest[name] += lacking.sum(0)
+    def add(self, layer: nn.Module, x: Tensor, rest: Mapping[str, Tensor]) -> None:
+        """What the layers, of which ``layer`` is one, read in a call, and by layer what its answers lack (positions,
+        rows)."""
+        start = 0
+        for part in x.split(ROWS):
+            seen = activation_matrices(layer, part)
+            self._gram.add(seen, 1.0)
+            u = seen[0].float()
+            self._centre = u.mean(0) if self._centre is None else self._centre
+            u = u - self._centre
+            for name, lacking in rest.items():
+                some = lacking[start : start + len(u)]
+                self._cross[name].addmm_(some.T, u)
+                self._rest[name] += some.sum(0)
+            start += len(u)
 
     def rewrite(self, name: str, layer: nn.Module, mask: Tensor | None) -> None:
-        """Give a layer its weights and bias.
-
-        Raises:
-            SingularHessian: No dampening tried was enough.
-        """
+        """Give a layer its weights and bias."""
         assert self._centre is not None
         count, bias = self._gram.num_tokens, layer.bias
+        biased = isinstance(bias, Tensor)
         mean, rest = self._gram.mean().float(), self._rest[name] / count
-        if isinstance(bias, Tensor):
-            moments, about = self._gram.covariance(), mean - self._centre
-        else:
-            moments, about = self._gram.hessian(), -self._centre
+        about = mean - self._centre if biased else -self._centre
         weight = weight_matrices(layer)[0]
         old = weight.float().clone()
-        if float(moments.diagonal().mean()) > 0:  # else there is nothing but the mean
-            inverted, damping = inverse(moments, RIDGE)
+        seen = self._gram.variances() if biased else self._gram.power()
+        if bool(seen.any()):  # else there is nothing but the mean
+            if biased not in self._inverted:
+                moments = self._gram.covariance() if biased else self._gram.hessian()
+                inverted, damping = inverse(moments, RIDGE)
+                self._inverted[biased] = damped(moments, damping), inverted
+            moments, inverted = self._inverted[biased]
             new = old + (self._cross[name] / count - torch.outer(rest, about)) @ inverted
             if mask is not None:
-                kept = mask.view(weight.shape).to(weight.device)
-                new = refit(old, new, kept, damped(moments, damping), STEPS, TOLERANCE).weight
+                new = refit(old, new, mask.view(weight.shape).to(weight.device), moments, STEPS, TOLERANCE).weight
             weight.copy_(new)
         if isinstance(bias, Tensor):
             bias.copy_(bias.float() + rest - (weight.float() - old) @ mean)

@@ -185,7 +185,7 @@ class PruningOptions:
             report them, remove them (their weights become zero; structured: modules of nothing else are cut to the
             least), or ignore, which does not look for them.
         calibration: How layer inputs are measured.
-        reconstruction: How stages are trained before anything else is.
+        reconstruction: How stages are brought to the dense ones, before anything else is trained.
     """
 
     pattern: str = "unstructured:0.5"

@@ -14,7 +14,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from obsdiff.models.modes import eval_mode
 from obsdiff.models.nested import copied_to, each_tensor, tensors_in
 from obsdiff.models.replay import MadeCall, Reached, answering, passing_stages
 from obsdiff.progress import track
-from obsdiff.pruning.closed_form import Given, Stage, solve_again
+from obsdiff.pruning.closed_form import RIDGE, STEPS, TOLERANCE, Given, Stage, solve_again
 from obsdiff.pruning.finished import Finished, StageError
 from obsdiff.pruning.masks import apply_masks
 from obsdiff.pruning.options import ReconstructionOptions
@@ -52,6 +52,7 @@ class Pair:
             (:class:`obsdiff.models.tracing.Trace`).
         sites: Names of layers that read tokens, in the order of execution; those of one tensor together.
         lost: By layer of ``dense`` the outputs (int64) that the pruned layer has no more.
+        still: Layers that nothing changes.
     """
 
     pruned: nn.Module
@@ -61,6 +62,7 @@ class Pair:
     chains: frozenset[str] = frozenset()
     sites: Sequence[Sequence[str]] = ()
     lost: Mapping[str, Tensor] = field(default_factory=dict)
+    still: frozenset[str] = frozenset()
 
     def stage(self, name: str) -> Stage:
         """One of its stages, and all that is said of layers inside, by their names there."""
@@ -72,6 +74,7 @@ class Pair:
             [site for site in sites if site],
             _inside(name, self.masks),
             _inside(before, self.lost),
+            list(_inside(name, dict.fromkeys(self.still))),
         )
 
 
@@ -101,7 +104,7 @@ def reconstruct(
 ) -> dict[str, StageError]:
     """Solve the stages of a pruned denoiser again in their order, train them, or one after the other, in place.
 
-    A stage whose error on held-out calls does not fall keeps its weights.
+    What does not lower a stage's error on held-out calls is taken back.
 
     Args:
         models: The pruned denoiser, and what it is to be like.
@@ -126,9 +129,7 @@ def reconstruct(
                 found[name] = error
                 continue
             started = time.perf_counter()
-            seen = way.examples(name, before)
-            checks = [example for example in seen[::HELD_OUT] if example is not None]
-            examples = [example for at, example in enumerate(seen) if at % HELD_OUT and example is not None]
+            examples, checks = divided([example for example in way.examples(name, before) if example is not None])
             if examples and checks:  # of two denoisers, a stage answers the calls of its own
                 error = _improve(stage, examples, checks, options, seed)
                 found[name] = replace(error, time_s=time.perf_counter() - started)
@@ -137,19 +138,27 @@ def reconstruct(
     return found
 
 
+def divided(calls: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Those of one denoiser that are learned from, and those that are held out."""
+    return [call for at, call in enumerate(calls) if at % HELD_OUT], list(calls[::HELD_OUT])
+
+
 def _key(models: Pair, calls: Sequence[Call], options: ReconstructionOptions, seed: int) -> str:
     """SHA-256 of all that the stages' weights depend on."""
     hashes = [[component_hash(part) for part in parts_of(model).values()] for model in (models.pruned, models.dense)]
-    digest = hashlib.sha256(json.dumps([hashes, dict(models.stages), asdict(options), seed]).encode())
+    known = [hashes, dict(models.stages), asdict(options), seed, sorted(models.still)]
+    if options.closed_form:
+        known += [list(map(list, models.sites)), RIDGE, STEPS, TOLERANCE]
+    digest = hashlib.sha256(json.dumps(known).encode())
 
     def add(tensor: Tensor) -> str:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
         return ""
 
-    for name, mask in sorted(models.masks.items()):
+    for name, entries in (*sorted(models.masks.items()), *sorted(models.lost.items())):
         digest.update(name.encode())
-        add(mask)
+        add(entries)
     for call in calls:  # what is no tensor in the arguments, and the names of all
         digest.update(repr((call.denoiser, call.rows, each_tensor(dict(call.arguments), add))).encode())
     return digest.hexdigest()
@@ -250,18 +259,22 @@ def _improve(
     options: ReconstructionOptions,
     seed: int,
 ) -> StageError:
-    """Solve and train one stage as asked, and take that back where it did not help."""
-    before = _error(stage.pruned, checks)
-    state, passes = copy.deepcopy(stage.pruned.state_dict()), 0
+    """Solve and train one stage as asked, and take back of that what does not help."""
+    before = error = _error(stage.pruned, checks)
+    passes = 0
+    ways: list[Callable[[], int | None]] = []
     if options.closed_form:
-        passes = solve_again(stage, lambda: (_on_device(stage, example) for example in examples))
+        ways.append(lambda: solve_again(stage, lambda: (_on_device(stage, example) for example in examples)))
     if options.steps:
-        _train(stage, examples, options, seed)
-    after = _error(stage.pruned, checks)
-    if not after < before:
-        stage.pruned.load_state_dict(state)
-        after = before
-    return StageError(before, after, passes=passes)
+        ways.append(lambda: _train(stage, examples, options, seed))
+    for way in ways:
+        state = copy.deepcopy(stage.pruned.state_dict())
+        passes += way() or 0
+        if (after := _error(stage.pruned, checks)) < error:
+            error = after
+        else:
+            stage.pruned.load_state_dict(state)
+    return StageError(before, error, passes=passes)
 
 
 def _on_device(stage: Stage, example: Example) -> tuple[Given, Given]:
@@ -271,7 +284,8 @@ def _on_device(stage: Stage, example: Example) -> tuple[Given, Given]:
 
 
 def _train(stage: Stage, examples: Sequence[Example], options: ReconstructionOptions, seed: int) -> None:
-    trained = [parameter for parameter in stage.pruned.parameters() if parameter.is_floating_point()]
+    named = stage.pruned.named_parameters()
+    trained = [p for name, p in named if p.is_floating_point() and name.rpartition(".")[0] not in stage.still]
     weights: list[Tensor] = [stage.pruned.get_parameter(f"{layer}.weight") for layer in stage.masks]
     factors = [mask.to(weight) for mask, weight in zip(stage.masks.values(), weights, strict=True)]
     optimizer = torch.optim.Adam(trained, options.lr)

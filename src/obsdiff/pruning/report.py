@@ -41,7 +41,7 @@ class PruneReport:
         notes: For people: what cannot be done to this denoiser, where the calibration was another than the method asks
             for, and what it could not tell.
         ranks: By vector, or tokens, what its rank leaves out (:func:`obsdiff.pruning.vectors.checked_rank`).
-        reconstruction: What training stage by stage did (:mod:`obsdiff.pruning.reconstruct`), or None.
+        reconstruction: What was done stage by stage after that (:mod:`obsdiff.pruning.reconstruct`), or None.
         dead: Layers that reach no output of the denoiser, as far as they were looked for, and what became of them:
             "left", "zero" or "cut".
         depth: Which stages went (:func:`obsdiff.pruning.shorten.depth_record`), and what that did to the denoiser's
