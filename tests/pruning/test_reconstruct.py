@@ -309,3 +309,17 @@ def test_a_prune_run_keeps_its_stages_beside_the_output_until_it_is_written(pipe
         report = prune_run(load_pipeline(str(pipe_folder)), options, quiet=True)
     assert len(trained) == len(report["reconstruction"]["stages"]) and not stages.exists()
     assert (tmp_path / "run" / "pruning.json").exists()
+
+
+def test_without_memory_it_says_what_takes_less_and_prunes_no_second_time(monkeypatch):
+    pipe, tried = make_pipe(), []
+
+    def fail(*_, **__):
+        tried.append(1)
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr("obsdiff.allocation.reconstruction.reconstruct", fail)
+    options = PruningOptions(method="magnitude", calibration=CalibrationOptions(num_prompts=6), reconstruction=HOW)
+    with pytest.raises(UserError, match="use a smaller --reconstruction.batch_size"):
+        prune_stage(pipe, options, calibration_prompts(pipe, options), prune_again=True)
+    assert len(tried) == 1
