@@ -320,6 +320,6 @@ def test_without_memory_it_says_what_takes_less_and_prunes_no_second_time(monkey
 
     monkeypatch.setattr("obsdiff.allocation.reconstruction.reconstruct", fail)
     options = PruningOptions(method="magnitude", calibration=CalibrationOptions(num_prompts=6), reconstruction=HOW)
-    with pytest.raises(UserError, match="use a smaller --reconstruction.batch_size"):
+    with pytest.raises(UserError, match=r"use a smaller --reconstruction\.batch_size"):
         prune_stage(pipe, options, calibration_prompts(pipe, options), prune_again=True)
     assert len(tried) == 1

@@ -116,9 +116,9 @@ def reconstruct_stages(pipe: Any, report: PruneReport, options: PruningOptions, 
     """
     asked, subject = options.reconstruction, subject_of(pipe)
     refuse_offloaded(subject.denoiser, "a reconstruction")
-    how: dict[str, Any] = {"seed": options.seed, "store": whole.store, "quiet": quiet or rank() > 0}
+    pair, quiet = _pair(subject, report, whole), quiet or rank() > 0
     try:
-        errors = reconstruct(_pair(subject, report, whole), whole.calls, asked, **how)
+        errors = reconstruct(pair, whole.calls, asked, seed=options.seed, store=whole.store, quiet=quiet)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -195,11 +195,11 @@ def _flops(whole: Whole, pruned: int, asked: ReconstructionOptions, errors: Mapp
         asked: What of.
         errors: What was done.
     """
-    by_denoiser = [
-        [call for call in whole.calls if call.denoiser == name] for name in {c.denoiser for c in whole.calls}
-    ]
+    by_denoiser: dict[str, list[Call]] = {}
+    for call in whole.calls:
+        by_denoiser.setdefault(call.denoiser, []).append(call)
     rows = sum(call.rows for call in whole.calls)
-    held = sum(call.rows for calls in by_denoiser for call in divided(calls)[1])
+    held = sum(call.rows for calls in by_denoiser.values() for call in divided(calls)[1])
     each = rows / len(whole.calls)
     trained = (1 + BACKWARD) * asked.steps * each
     checked = (1 + asked.closed_form + (asked.steps > 0)) * held
