@@ -13,13 +13,13 @@ from obsdiff.models.subject import subject_of
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.options import PruningOptions, ReconstructionOptions
 from obsdiff.pruning.reconstruct import Call
-from tests.families.pipelines import PIPELINES
+from tests.families.pipelines import PIPELINES, each
 from tests.families.test_gradients import Measured
 
 OPTIONS = PruningOptions(reconstruction=ReconstructionOptions(closed_form=True))
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", each(PIPELINES))
 def test_every_family(name):
     case = Measured(name)
     pipe = case.traced()

@@ -7,12 +7,12 @@ import obsdiff
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning import gates
 from obsdiff.pruning.fingerprint import Settings
-from tests.families.pipelines import PIPELINES
+from tests.families.pipelines import PIPELINES, each
 from tests.families.test_gradients import Measured
 from tests.families.test_walk import close, masked_like
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", each(PIPELINES))
 def test_every_family(name, monkeypatch):
     monkeypatch.setattr(gates, "STEPS", 1)
     case = Measured(name)

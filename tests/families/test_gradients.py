@@ -6,7 +6,7 @@ import torch
 import obsdiff
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.subject import subject_of
-from tests.families.pipelines import PIPELINES
+from tests.families.pipelines import PIPELINES, each
 from tests.families.test_walk import SHARES, Case
 
 REFUSED = {
@@ -29,7 +29,7 @@ class Measured(Case):
         self.structured = f"structured:{','.join(shares)},multiple_of=1"
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", each(PIPELINES))
 def test_every_family(name):
     case = Measured(name)
     pipe = case.traced()

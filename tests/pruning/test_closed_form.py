@@ -13,7 +13,6 @@ from obsdiff.allocation.stage import calibration_prompts, prune_stage
 from obsdiff.costs import calibration_cost
 from obsdiff.errors import UserError
 from obsdiff.evaluation.flops import denoiser_flops
-from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.info import call_arguments
 from obsdiff.models.obsdiff_shrunk import project
 from obsdiff.models.subject import subject_of
@@ -22,7 +21,7 @@ from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.options import CalibrationOptions, PruningOptions, ReconstructionOptions
 from obsdiff.pruning.reconstruct import Call, Pair, reconstruct
 from tests.conftest import make_pipe
-from tests.families.pipelines import PIPELINES
+from tests.families.test_gradients import Measured
 
 
 class Block(nn.Module):
@@ -256,8 +255,8 @@ def test_training_that_makes_it_worse_is_taken_back_alone():
 
 
 def test_layers_that_are_dead_stay_zero():
-    pipe = PIPELINES["qwen-image"].build()
-    conditioning = Conditioning(PIPELINES["qwen-image"].conditioning(2))
+    case = Measured("qwen-image")
+    pipe, conditioning = case.traced(), case.conditioning
     subject = subject_of(pipe, conditioning)
     graph, dense = subject.graph, copy.deepcopy(subject.denoiser)
     dead = [layer for layer in subject.dead if layer in graph.layers]
