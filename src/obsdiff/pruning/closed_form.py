@@ -26,7 +26,7 @@ from obsdiff.obs.hessian import Gram, activation_matrices, weight_matrices
 from obsdiff.obs.linalg import damped, inverse
 from obsdiff.obs.refit import refit
 
-RIDGE = 0.1  # λ over the mean of diag C: the calls are few; between 0.01 and 1 it changes little (docs/results.md)
+RIDGE = 0.1  # λ over the mean of diag C: the calls are few; between 0.01 and 1 it changes little (docs/recovery.md)
 STEPS, TOLERANCE = 100, 1e-7  # of conjugate gradients, at most; they end where one gains less than that share
 ROWS = 8  # of a batch whose fields of a convolution are unrolled at once
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a stage is called with
