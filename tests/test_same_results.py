@@ -1,8 +1,8 @@
 """SD3 results stay what they were before every denoiser had its graph traced: masks everywhere, weights to the bit.
 
 The files of ``tests/recorded`` were written by the code before that, commit 6ecd523, one for each kind of processor:
-bits depend on it, and on torch. Where neither is a recording's, weights are compared by their sums. A rounding may decide
-which of two equal units goes, and with it 7 % of one layer's error: a new kind of processor gets a recording of its own.
+bits depend on it, and on torch. Where neither is a recording's, weights are compared by their sums. A rounding may
+decide which of two equal units goes, and with it 7 % of one layer's error: a new kind of processor needs a recording.
 """
 
 import hashlib
