@@ -12,13 +12,13 @@ from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.denoisers import denoisers_of
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info, call_arguments
 from obsdiff.models.subject import subject_of
-from tests.families.pipelines import PIPELINES
+from tests.families.pipelines import PIPELINES, USUAL, each
 
 # what its denoiser does depends on the values of a mask, so it does not run without weights
 WITH_VALUES = "lumina2"
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", each(PIPELINES, {*USUAL, WITH_VALUES}))
 def test_flops(name, monkeypatch):
     row = PIPELINES[name]
     pipe, given = row.build(encoders=False), row.conditioning(1)

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from tests.families.pipelines import PIPELINES, PROMPTS
+from tests.families.pipelines import PIPELINES, PROMPTS, each
 
 SEEDS = [3, 4, 5]
 TIMES = {
@@ -30,7 +30,7 @@ class Recorded:
     stepped: list[Any] = field(default_factory=list)
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=each(PIPELINES))
 def family(request):
     """(row, pipeline built once)."""
     row = PIPELINES[request.param]

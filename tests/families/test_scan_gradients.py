@@ -16,11 +16,11 @@ from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.options import Limits
 from obsdiff.pruning.plan import make_plan
 from obsdiff.ranks import keyed_generator
-from tests.families.pipelines import PIPELINES
+from tests.families.pipelines import PIPELINES, each
 from tests.families.test_walk import ROWS, Case
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=each(PIPELINES))
 def case(request):
     return Case(request.param)
 
