@@ -15,6 +15,7 @@ FUSIONS = ("reciprocal_rank", "relative_error")
 DEAD = ("report", "remove", "ignore")
 ALLOCATIONS = ("uniform", "measured", "owl")
 DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "tf32", "bfloat16")  # of the products that make Hessians
 EMBEDDED = ("digits-sd3", "digits-ddpm", "emoji-sd3")
 EMBEDDED_PROMPTS = ("digits-train", "digits-heldout", "emoji-train", "emoji-heldout")
 ALIGNMENTS = ("digits", "emoji")

@@ -10,6 +10,7 @@ from obsdiff.allocation.fitting import plan_from_configs, plan_loaded
 from obsdiff.cli.main import main
 from obsdiff.memory import is_out_of_memory, peak_memory_bytes
 from obsdiff.models.subject import subject_of
+from obsdiff.obs.precision import offers
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
 from tests.conftest import make_pipe
 
@@ -31,6 +32,21 @@ def test_half_precision_calibrates(prompts):
     pipe = make_pipe().to("cuda", torch.float16)
     report = obsdiff.prune(pipe, "unstructured:0.5", statistics=obsdiff.calibrate(pipe, prompts))
     assert report.mean_layer_error < 0.5
+
+
+def test_products_in_tf32(prompts):
+    if not offers("tf32", torch.device("cuda")):
+        pytest.skip("no tensor cores for it")
+    assert not offers("bfloat16", torch.device("cuda"))
+    exact, rounded = (obsdiff.calibrate(make_pipe().to("cuda"), prompts, needs=n) for n in (["gram"], ["gram", "tf32"]))
+    changed = 0
+    for name in exact:
+        one, other = (statistics.site(name).hessian() for statistics in (exact, rounded))
+        assert float((one - other).norm() / one.norm()) < 1e-3
+        changed += not torch.equal(one, other)
+    assert changed > 0
+    errors = [obsdiff.prune(make_pipe().to("cuda"), "2:4", statistics=s).mean_layer_error for s in (exact, rounded)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.5"])

@@ -64,7 +64,7 @@ def test_what_a_store_keeps_is_the_same_again(kind):
     found.add(inputs(1e3), 0.9)
     again = kind.of_tensors(found.tensors(), found.weight_sum, found.num_tokens)
     assert torch.equal(again.power(), found.power()) and again.num_tokens == 300
-    for other in set(OBSERVERS.values()) - {kind}:
+    for other in (other for other in OBSERVERS.values() if other.shape(2, 12) != kind.shape(2, 12)):
         with pytest.raises(ValueError, match="do not belong together"):
             other.of_tensors(found.tensors(), 1.0, 1)
 

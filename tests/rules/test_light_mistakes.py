@@ -73,6 +73,7 @@ def test_light_names_match_the_tables():
     from obsdiff.criteria.structured import RULES
     from obsdiff.evaluation.alignment import READERS
     from obsdiff.obs import sweep
+    from obsdiff.obs.precision import SWITCHES
     from obsdiff.obs.structured import FUSIONS
 
     assert tuple(METHODS) == names.METHODS
@@ -87,6 +88,7 @@ def test_light_names_match_the_tables():
     assert tuple(READERS) == names.ALIGNMENTS
     assert all(files("obsdiff.data.assets").joinpath(name, "model_index.json").is_file() for name in names.EMBEDDED)
     assert {preset.work.dtype for preset in PRESETS.values()} <= set(names.DTYPES)
+    assert ("float32", *SWITCHES) == names.PRECISIONS
     assert set(request.KINDS) == {"sparsity", "parameters", "bytes", "flops", "latency"}
 
 

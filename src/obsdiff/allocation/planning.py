@@ -93,7 +93,9 @@ def needs_for(options: PruningOptions, statistics: Path | None) -> frozenset[str
     if pattern is None:
         return frozenset()
     own = needed(pattern, solve_options(options))
-    return frozenset({"gram"}) | (own & PASSES) if kept or allocates(options) else own
+    found = frozenset({"gram"}) | (own & PASSES) if kept or allocates(options) else own
+    precision = options.calibration.precision
+    return found | {precision} if precision is not None and found - PASSES else found
 
 
 def check_options(options: PruningOptions, statistics: Path | None = None, sensitivity: Path | None = None) -> None:
@@ -117,6 +119,9 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
     if pattern is not None:
         check_solving(pattern, solve_options(options), packages, streamed)
     rule = rule_of(options)
+    precision = options.calibration.precision
+    if precision not in (None, "float32") and "gram" not in needs_for(options, statistics):
+        raise UserError(f"--calibration.precision {precision} is of whole Hessians, and {options.method} asks for none")
     if (packages > 1 or streamed) and statistics is not None:
         what = "a streamed calibration measures" if streamed else "several packages calibrate"
         other = "leave out --calibration.streamed" if streamed else "use --calibration.packages 1"

@@ -15,6 +15,7 @@ from obsdiff.names import (
     FUSIONS,
     MEASURES,
     METHODS,
+    PRECISIONS,
     STRUCTURED_METHODS,
     UNIT_METHODS,
 )
@@ -159,7 +160,7 @@ def _check_depth(depth: Depth, options: PruningOptions) -> None:
     told = [name for name in named if getattr(options, name) != getattr(default, name)]
     told += ["allocation"] if options.allocation not in (None, "uniform") else []
     given = options.calibration
-    inputs = ("tokens", "padding", "damping")
+    inputs = ("tokens", "padding", "precision", "damping")
     told += [f"calibration.{k}" for k in inputs if getattr(given, k) != getattr(calibration, k)]
     told += ["calibration.packages"] if (given.packages or 1) > 1 else []
     told += ["calibration.streamed"] if given.streamed else []
@@ -235,6 +236,16 @@ def check_evaluation(evaluation: EvaluationOptions) -> None:
         )
 
 
+def check_precision_name(name: str, precision: str | None) -> None:
+    """Refuse an unknown one.
+
+    Raises:
+        UserError: It is.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise UserError(f"unknown choice {name} {precision!r}; choose one of {', '.join(PRECISIONS)}")
+
+
 def _check_calibration(calibration: CalibrationOptions) -> None:
     for name in ("num_prompts", "steps", "batch_size", "packages", "tokens"):
         if (value := getattr(calibration, name)) is not None:
@@ -243,6 +254,7 @@ def _check_calibration(calibration: CalibrationOptions) -> None:
         check_number("calibration.guidance_scale", calibration.guidance_scale, 0.0)
     if calibration.weighting is not None:
         check_weighting(calibration.weighting)
+    check_precision_name("calibration.precision", calibration.precision)
     check_number("calibration.damping", calibration.damping, 0.0)
 
 

@@ -28,10 +28,12 @@ from obsdiff.errors import UserError
 from obsdiff.evaluation.alignment import in_known_words
 from obsdiff.memory import within_memory
 from obsdiff.models.conditioning import Conditioning, encode_prompts, told_nothing
+from obsdiff.models.denoisers import device_of
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.observers import PASSES
 from obsdiff.obs.pattern import Depth
+from obsdiff.obs.precision import check_precision
 from obsdiff.obs.timesteps import MEASURED
 from obsdiff.pruning.alphas import calls_for, named_weighting
 from obsdiff.pruning.calibrate import calibrate
@@ -153,6 +155,8 @@ def prune_stage(
 
 def _stage(pipe: Any, options: PruningOptions, prompts: Sequence[str], way: _Way) -> PruneReport:
     subject, plan = prepare(pipe, options, way.prune_again)
+    if (store := way.folders.statistics) is None or not (store / INDEX).exists():
+        check_precision(needs_for(options, store), device_of(subject.denoiser))
     options, weighing = _weighted(subject, options, prompts, way.folders.statistics)
     depth, quiet, reconstruction = depth_of(options), way.quiet, way.folders.reconstruction
 

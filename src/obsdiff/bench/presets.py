@@ -16,6 +16,7 @@ class Workload:
     Attributes:
         num_prompts, steps, batch_size, guidance_scale: As its options.
         device, dtype: Where and in what the model runs.
+        precision: Of the products that make Hessians; None: float32.
     """
 
     num_prompts: int
@@ -24,6 +25,7 @@ class Workload:
     guidance_scale: float | None
     device: str = "cuda"
     dtype: str = "bfloat16"
+    precision: str | None = None
 
 
 @dataclass(frozen=True)

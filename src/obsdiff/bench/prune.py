@@ -13,6 +13,7 @@ from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.bench.presets import Preset
 from obsdiff.bench.workloads import build, forward_only
 from obsdiff.criteria import find_method
+from obsdiff.errors import UserError
 from obsdiff.export.places import pipeline_bytes
 from obsdiff.memory import peak_memory_bytes, resident_memory_bytes
 from obsdiff.models.subject import Subject, subject_of
@@ -51,6 +52,10 @@ def bench_prune(
 
     settings: Any = {"steps": work.steps, "guidance_scale": work.guidance_scale, "batch_size": work.batch_size}
     needs = find_method(method).needs | (set() if store is None else {"gram"})
+    if work.precision is not None:
+        if "gram" not in needs:
+            raise UserError(f"precision is of whole Hessians, and {method} asks for none; leave it out")
+        needs |= {work.precision}
     reused = store is not None and (Path(store) / "statistics.json").exists()
 
     def measure(sites: set[str]) -> Statistics:
@@ -97,6 +102,7 @@ def bench_prune(
         "steps": work.steps,
         "batch_size": work.batch_size,
         "dtype": work.dtype,
+        "precision": work.precision,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -114,6 +120,7 @@ def _planned(
         batch_size=work.batch_size,
         packages=packages,
         streamed=packages is None,
+        precision=work.precision,
     )
     options = PruneOptions(
         pattern=pattern,

@@ -117,5 +117,5 @@ def _given(options: BenchOptions | BenchScanOptions) -> dict[str, Any]:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    keys = ("device", "dtype", "num_prompts", "steps", "batch_size")
-    return {key: value for key in keys if (value := getattr(options, key)) is not None}
+    keys = ("device", "dtype", "precision", "num_prompts", "steps", "batch_size")
+    return {key: value for key in keys if (value := getattr(options, key, None)) is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from obsdiff.allocation.request import check_evaluation, check_offload, check_values
+from obsdiff.allocation.request import check_evaluation, check_offload, check_precision_name, check_values
 from obsdiff.cli.options import BenchOptions, BenchScanOptions, EvaluateOptions, InspectOptions, SampleOptions
 from obsdiff.compare.cells import check
 from obsdiff.compare.options import CompareOptions
@@ -157,6 +157,7 @@ def check_bench(options: BenchOptions | BenchScanOptions) -> None:
         if (value := getattr(options, name, None)) is not None:
             check_whole(name, value, 1, 10**9)
     if isinstance(options, BenchOptions):
+        check_precision_name("precision", options.precision)
         if options.streamed and (options.packages > 1 or options.statistics is not None):
             raise UserError(
                 "a streamed calibration goes stage by stage and keeps nothing; leave out packages, statistics"

@@ -102,6 +102,7 @@ class BenchOptions:
         side: Pixels along a side of the images; default: the preset's.
         device: Such as cpu or cuda; default: the preset's.
         dtype: Default: the preset's.
+        precision: Of the products that make Hessians, as prune's calibration.precision.
         num_prompts: Default: the preset's.
         steps: Default: the preset's.
         batch_size: Default: the preset's.
@@ -118,6 +119,7 @@ class BenchOptions:
     side: int | None = None
     device: str | None = None
     dtype: str | None = None
+    precision: str | None = None
     num_prompts: int | None = None
     steps: int | None = None
     batch_size: int | None = None

@@ -218,6 +218,7 @@ def _report(
             "tokens": settings.tokens,
             "padding": settings.padding,
             "weighting": measured["weighting"],
+            "precision": measured.get("precision", "float32"),
             "damping": settings.damping,
             "reused": reused,
         },

@@ -15,6 +15,7 @@ from obsdiff.obs.linalg import all_finite
 from obsdiff.ranks import add_up, rank, world_size
 
 BASE = 128  # columns below which a full product is faster than its upper triangle
+LAUNCHED = 1024  # the same where each product is a launch
 
 
 def activation_matrices(layer: nn.Module, x: Tensor) -> Tensor:
@@ -51,17 +52,24 @@ def weight_matrices(layer: nn.Module) -> Tensor:
     return weight.view(groups, weight.shape[0] // groups, -1)
 
 
-def _add_upper_product(total: Tensor, x: Tensor, weight: float) -> None:
-    """``total += weight · xᵀ x`` in the upper triangle, by halves: 1/2 + 64/n of a full product's work."""
+def add_upper_product(total: Tensor, x: Tensor, weight: float, base: int = BASE) -> None:
+    """``total += weight · xᵀ x`` in the upper triangle, by halves: 1/2 + base/2n of a full product's work.
+
+    Args:
+        total: (n, n) float32.
+        x: (tokens, n).
+        weight: Of them.
+        base: Columns that are not halved any more; more of them on a GPU.
+    """
     n = x.shape[1]
-    if n <= BASE:
+    if n <= (LAUNCHED if x.is_cuda else base):
         total.addmm_(x.T, x, alpha=weight)
         return
     half = n // 2
     left, right = x[:, :half], x[:, half:]
     total[:half, half:].addmm_(left.T, right, alpha=weight)
-    _add_upper_product(total[:half, :half], left, weight)
-    _add_upper_product(total[half:, half:], right, weight)
+    add_upper_product(total[:half, :half], left, weight, base)
+    add_upper_product(total[half:, half:], right, weight, base)
 
 
 @dataclass
@@ -213,7 +221,7 @@ class Centred(ABC):
 class Gram(Centred):
     """All co-moments (groups, n, n), so H itself; only their upper triangle is kept up to date."""
 
-    gives = frozenset({"gram", "diagonal"})
+    gives = frozenset({"gram", "diagonal", "float32"})
 
     @classmethod
     def shape(cls, groups: int, columns: int) -> tuple[int, ...]:
@@ -221,7 +229,7 @@ class Gram(Centred):
 
     def accumulate(self, u: Tensor, weight: float) -> None:
         for total, inputs in zip(self.comoment, u, strict=True):
-            _add_upper_product(total, inputs, weight)
+            add_upper_product(total, inputs, weight)
 
     def about(self, centre: Tensor) -> Tensor:
         distance = (self.centre - centre).float()

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from obsdiff.errors import UserError
+from obsdiff.names import PRECISIONS
 from obsdiff.obs.diagonal import Diagonal
 from obsdiff.obs.hessian import Gram
+from obsdiff.obs.precision import BFloat16Gram, RoundedGram, TF32Gram
 
 
 class Observer(Protocol):
@@ -66,7 +68,14 @@ class Observer(Protocol):
         """Weighted mean square of each entry, float32 (groups, columns)."""
 
 
-OBSERVERS: dict[str, type[Observer]] = {"diagonal": Diagonal, "gram": Gram}  # the cheapest first
+OBSERVERS: dict[
+    str, type[Observer]
+] = {  # those that need nothing special of the device first, the cheapest of them first
+    "diagonal": Diagonal,
+    "gram": Gram,
+    "gram in tf32": TF32Gram,
+    "gram in bfloat16": BFloat16Gram,
+}
 GRADIENTS: dict[str, float] = {"loss_gradient": 0.0, "large_loss_gradient": 0.05}
 """Needs that are gradients of the denoising loss instead of layer inputs (:mod:`obsdiff.pruning.gradients`): the share
 of the largest loss that the loss at a time must exceed to count."""
@@ -85,8 +94,20 @@ def observer_for(needs: Collection[str]) -> str:
     for name, observer in OBSERVERS.items():
         if wanted <= observer.gives:
             return name
-    unknown = sorted(wanted - set(OBSERVERS))
-    raise UserError(f"nothing measures {', '.join(unknown)}; needs are of {', '.join((*OBSERVERS, *GRADIENTS, GATES))}")
+    known = ("diagonal", "gram", *PRECISIONS)
+    what = ", ".join(sorted(wanted - set(known))) or f"{' and '.join(sorted(wanted))} at once"
+    raise UserError(f"nothing measures {what}; needs are of {', '.join((*known, *GRADIENTS, GATES))}")
+
+
+def exact(observer: str) -> str:
+    """The name of the observer of the same that rounds nothing."""
+    return "gram" if issubclass(OBSERVERS[observer], RoundedGram) else observer
+
+
+def rounding(observer: str) -> dict[str, str]:
+    """What a fingerprint says of it; nothing where nothing is rounded, as stores of earlier versions do."""
+    kind = OBSERVERS[observer]
+    return {"precision": kind.precision} if issubclass(kind, RoundedGram) else {}
 
 
 def gradient_for(needs: Collection[str]) -> str | None:

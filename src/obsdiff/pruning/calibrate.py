@@ -13,13 +13,15 @@ import torch
 
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
+from obsdiff.models.denoisers import device_of
 from obsdiff.models.graph import Site
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.offload import refuse_offloaded
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.numbers import check_seed, check_whole
-from obsdiff.obs.observers import GATES, PASSES, gradient_for, observer_for
+from obsdiff.obs.observers import GATES, PASSES, gradient_for, observer_for, rounding
+from obsdiff.obs.precision import check_precision
 from obsdiff.obs.timesteps import check_weighting
 from obsdiff.progress import track
 from obsdiff.pruning.alphas import named_weighting
@@ -75,9 +77,11 @@ def calibrate(
         store: Folder to keep the statistics in. A finished store of the same settings is opened instead of measured
             again, an unfinished one (kept beside it, with ``.unfinished`` added to the name) is continued.
         sites: Only these sites (names of their first layers); None: all.
-        needs: What the statistics are for, names of :data:`obsdiff.obs.observers.OBSERVERS`: "gram" serves every
-            method that goes by layer inputs, "diagonal" (of H) only those that need no more (wanda, dsnot), at a
-            fraction of time and memory; and of :data:`obsdiff.obs.observers.PASSES`, each of which is a pass of its own
+        needs: What the statistics are for: "gram" serves every method that goes by layer inputs, "diagonal" (of H)
+            only those that need no more (wanda, dsnot), at a fraction of time and memory; beside "gram" one of
+            :data:`obsdiff.obs.precision.PRECISIONS`, where the device has it ("tf32", "bfloat16": layer inputs are
+            rounded in the products, but those that are one vector a call); and of
+            :data:`obsdiff.obs.observers.PASSES`, each of which is a pass of its own
             (:mod:`obsdiff.pruning.gradients`, :mod:`obsdiff.pruning.gates`) whose result no store keeps.
         quiet: No progress bar.
 
@@ -109,7 +113,7 @@ def calibrate(
     groups = gated_groups(graph, chosen) if GATES in wanted else []
     if GATES in wanted:
         check_gateable(subject, groups)
-    fingerprint = fingerprint_of(subject, prompts, settings)
+    fingerprint = fingerprint_of(subject, prompts, settings) | rounding(observer)
     statistics = Statistics(fingerprint, time_s={"calibrate": 0.0, "forward_only": 0.0}, observer=observer)
     if inputs or not wanted & PASSES or store is not None:
         request = _Request(subject, chosen, prompts, settings, None if store is None else Path(store), quiet)
@@ -153,6 +157,7 @@ def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -
         part = "" if world_size() == 1 else f"-{rank()}-of-{world_size()}"
         partial_store = store.with_name(store.name + UNFINISHED + part)
         statistics = _continue_partial(partial_store, statistics, chosen) or statistics
+    check_precision(needs, device_of(subject.denoiser))
     prompts, settings = request.prompts, request.settings
     told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, settings.call)
     _measure(subject, chosen, told, settings, statistics, partial_store, request.quiet or rank() > 0)

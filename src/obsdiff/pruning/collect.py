@@ -19,7 +19,7 @@ from obsdiff.models.graph import Site
 from obsdiff.models.rows import CallRows
 from obsdiff.models.subject import Subject
 from obsdiff.obs.hessian import activation_matrices, weight_matrices
-from obsdiff.obs.observers import OBSERVERS
+from obsdiff.obs.observers import OBSERVERS, exact
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.statistics import Statistics
@@ -152,7 +152,9 @@ def collecting(
     device = device_of(subject.denoiser)
     for site in sites:  # an entry for each, so that one never reached is noticed
         groups, _, columns = weight_matrices(graph.layer(site.name)).shape
-        statistics.sites.setdefault(site.name, OBSERVERS[statistics.observer].empty(columns, groups, device))
+        # few rows, and ranks go by their least eigenvalues
+        observer = exact(statistics.observer) if site in graph.vectors else statistics.observer
+        statistics.sites.setdefault(site.name, OBSERVERS[observer].empty(columns, groups, device))
     rows = CallRows(subject.pipe, subject.family, conditioning)
     collector = Collector(statistics, settings, counter, rows, device)
     models = subject.components.values()

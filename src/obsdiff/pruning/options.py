@@ -35,6 +35,9 @@ class CalibrationOptions:
             another range than 0.8-1.2 as log_decrease:0.2-1.8, a list of one for each step, or measured on the model.
             Default: that of the stored statistics, else the method's own (uniform for sparsegpt, log_decrease for
             the others).
+        precision: Of the products that make Hessians: float32, or layer inputs rounded to tf32 (CUDA) or bfloat16 (CPUs
+            with AMX) with sums in float32, where the device has such products; layers that read one vector a call stay
+            in float32. Default: that of the stored statistics, else float32.
         damping: Dampening relative to the mean of a Hessian's diagonal.
     """
 
@@ -49,6 +52,7 @@ class CalibrationOptions:
     tokens: int | None = None
     padding: bool = False
     weighting: str | None = None
+    precision: str | None = None
     damping: float = 0.01
 
 

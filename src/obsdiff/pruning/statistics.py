@@ -235,6 +235,7 @@ def save_statistics(statistics: Statistics, folder: Path) -> None:
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "weight_sum": site.weight_sum,
                 "num_tokens": site.num_tokens,
+                "observer": next(name for name, kind in OBSERVERS.items() if type(site) is kind),
             }
         write_json(
             temporary / INDEX,
@@ -318,7 +319,8 @@ def _read_site(store: Statistics, name: str, device: torch.device | str) -> Obse
         if digest != entry["sha256"]:
             raise UserError(damaged)
         numbers = float(entry["weight_sum"]), int(entry["num_tokens"])
-        return OBSERVERS[store.observer].of_tensors(load_file(path), *numbers).to(device)
+        kind = OBSERVERS[entry.get("observer", store.observer)]
+        return kind.of_tensors(load_file(path), *numbers).to(device)
     except (OSError, SafetensorError, *MALFORMED) as error:
         if isinstance(error, UserError):
             raise

@@ -20,14 +20,15 @@ from torch import nn
 from obsdiff.errors import UserError
 from obsdiff.models.calls import arguments_of
 from obsdiff.models.conditioning import Conditioning, encode_prompts
-from obsdiff.models.denoisers import parts_of
+from obsdiff.models.denoisers import device_of, parts_of
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.nested import kept_once
 from obsdiff.models.offload import is_offloaded
 from obsdiff.models.replay import MadeCall, answering, passing_stages, stopping
 from obsdiff.models.subject import Subject, subject_of
-from obsdiff.obs.observers import PASSES, observer_for
+from obsdiff.obs.observers import PASSES, observer_for, rounding
+from obsdiff.obs.precision import check_precision
 from obsdiff.progress import track
 from obsdiff.pruning.alphas import named_weighting
 from obsdiff.pruning.calibrate import add_up_processes, check_measured, check_settings
@@ -71,9 +72,11 @@ def stream(
     if subject.graph.repeats:
         raise UserError(f"this {subject.family.denoiser} runs a block more than once in a call; calibrate in packages")
     settings = replace(settings, weighting=named_weighting(subject, prompts, weighting, call, seed))
-    fingerprint = fingerprint_of(subject, prompts, settings)
+    observer = observer_for(wanted)
+    check_precision(wanted, device_of(subject.denoiser))
+    fingerprint = fingerprint_of(subject, prompts, settings) | rounding(observer)
     told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
-    return Stream(subject, told, settings, fingerprint, observer_for(wanted), quiet)
+    return Stream(subject, told, settings, fingerprint, observer, quiet)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,149 @@
+"""Calibrations in reduced precision: how little they change, what keeps them apart, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+import obsdiff
+from obsdiff.cli.main import main
+from obsdiff.obs import precision
+from obsdiff.obs.hessian import Gram
+from obsdiff.obs.linalg import quadratic_error
+from obsdiff.obs.observers import OBSERVERS
+from obsdiff.pruning.statistics import open_statistics
+from tests.conftest import make_pipe
+from tests.obs.rounding import round_everywhere
+
+PROMPTS = ["a seven", "a two", "a nine"]
+SMALL = ["--calibration.num_prompts", "3", "--evaluation.num_images", "0", "--allocation", "uniform"]
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch):
+    round_everywhere(monkeypatch)
+
+
+def calibrated(*names, **settings):
+    return obsdiff.calibrate(make_pipe(), PROMPTS, needs={"gram", *names}, **settings)
+
+
+@pytest.mark.parametrize("name", ["tf32", "bfloat16"])
+def test_solves_lose_no_more_by_exact_moments(name):
+    """Within 0.1 % of the error of a solve by float32 moments, over all layers."""
+    exact, rounded = calibrated(), calibrated(name)
+    lost = []
+    for statistics in (exact, rounded):
+        pipe = make_pipe()
+        dense = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+        report = obsdiff.prune(pipe, "unstructured:0.5", statistics=statistics, spare_blocks=())
+        graph, errors = obsdiff.models.subject.subject_of(pipe).graph, []
+        for site in graph.sites:
+            hessian = exact.site(site.name).hessian()
+            for layer in site.layers:
+                if layer in report.masks:
+                    new, old = graph.weight(layer).detach(), dense[f"{layer}.weight"]
+                    errors.append(quadratic_error(new - old, hessian) / quadratic_error(old, hessian))
+        lost.append(sum(errors) / len(errors))
+    assert lost[0] > 0 and lost[1] <= 1.001 * lost[0]
+
+
+@pytest.mark.parametrize(
+    "way", [calibrated, lambda *names: obsdiff.stream(make_pipe(), PROMPTS, needs={"gram", *names})]
+)
+def test_the_fingerprint_tells(way):
+    assert "precision" not in way().fingerprint and "precision" not in way("float32").fingerprint
+    assert way("bfloat16").fingerprint == {**way().fingerprint, "precision": "bfloat16"}
+
+
+def test_what_ranks_go_by_is_not_rounded(tmp_path):
+    graph = obsdiff.models.subject.subject_of(make_pipe()).graph
+    exact, kept = calibrated(), calibrated("bfloat16", store=tmp_path / "kept")
+    assert kept.folder is not None and {type(kept.site(site.name)) for site in graph.vectors} == {Gram}
+    assert {type(kept.site(site.name)) for site in graph.sites if site not in graph.vectors} == {
+        OBSERVERS["gram in bfloat16"]
+    }
+    for site in graph.vectors:
+        assert torch.equal(kept.site(site.name).comoment, exact.site(site.name).comoment)
+    wide = [site.name for site in graph.sites if site not in graph.vectors]
+    assert not any(torch.equal(kept.site(name).comoment, exact.site(name).comoment) for name in wide)
+
+
+def test_stores_keep_apart(tmp_path):
+    calibrated(store=tmp_path / "float32")
+    calibrated("tf32", store=tmp_path / "tf32")
+    assert calibrated(store=tmp_path / "tf32").fingerprint["precision"] == "tf32"  # whatever there is serves
+    assert calibrated("float32", store=tmp_path / "float32").observer == "gram"
+    with pytest.raises(
+        obsdiff.UserError, match=r"hold only the gram in tf32 of H, .* needs float32; calibrate for that"
+    ):
+        calibrated("float32", store=tmp_path / "tf32")
+    for there, said, wanted in (("float32", "none", "tf32"), ("tf32", '"tf32"', "bfloat16")):
+        with pytest.raises(obsdiff.UserError, match=rf'precision \({said} there, "{wanted}" now\)'):
+            calibrated(wanted, store=tmp_path / there)
+
+
+def test_a_store_is_read_where_no_such_products_are(tmp_path, monkeypatch):
+    calibrated("bfloat16", store=tmp_path / "kept")
+    monkeypatch.setattr(precision, "offers", lambda name, device: name == "float32")
+    assert len(list(calibrated("bfloat16", store=tmp_path / "kept"))) > 0
+    with pytest.raises(obsdiff.UserError, match="this CPU has no products in bfloat16"):
+        calibrated("bfloat16", store=tmp_path / "other")
+    with pytest.raises(obsdiff.UserError, match="this CPU has no products in tf32"):
+        obsdiff.stream(make_pipe(), PROMPTS, needs={"gram", "tf32"})
+
+
+def test_two_at_once():
+    with pytest.raises(obsdiff.UserError, match="nothing measures bfloat16 and gram and tf32 at once; needs are of"):
+        calibrated("bfloat16", "tf32")
+
+
+@pytest.mark.parametrize("streamed", [[], ["--calibration.streamed", "true"]])
+def test_the_command_says_so(pipe_folder, tmp_path, streamed):
+    told = [*SMALL, *streamed, "--calibration.precision", "bfloat16"]
+    main(["prune", "--pipeline", str(pipe_folder), "--output", str(tmp_path / "out"), *told])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["precision"] == "bfloat16"
+    manifest = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert manifest["statistics"]["precision"] == "bfloat16"
+
+
+def test_a_kept_calibration_says_what_it_is(pipe_folder, tmp_path):
+    kept = [*SMALL, "--statistics", str(tmp_path / "kept")]
+    first = [*kept, "--calibration.precision", "tf32"]
+    main(["prune", "--pipeline", str(pipe_folder), "--output", str(tmp_path / "one"), *first])
+    main(["prune", "--pipeline", str(pipe_folder), "--output", str(tmp_path / "two"), *kept])
+    assert open_statistics(tmp_path / "kept").observer == "gram in tf32"
+    for name in ("one", "two"):
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert report["calibration"]["precision"] == "tf32"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            ["--calibration.precision", "half"],
+            "unknown choice calibration.precision 'half'; choose one of float32, tf32",
+        ),
+        (
+            ["--calibration.precision", "tf32", "--method", "magnitude"],
+            "is of whole Hessians, and magnitude asks for none",
+        ),
+        (["--calibration.precision", "tf32", "--method", "wanda"], "is of whole Hessians, and wanda asks for none"),
+        (["--calibration.precision", "tf32", "--pattern", "depth:1"], "--calibration.precision has no effect"),
+    ],
+)
+def test_what_it_has_no_part_in(pipe_folder, tmp_path, capsys, more, said):
+    options = [*SMALL[:-2], *(SMALL[-2:] if "depth:1" not in more else []), *more]
+    with pytest.raises(SystemExit):
+        main(["prune", "--pipeline", str(pipe_folder), "--output", str(tmp_path / "out"), *options])
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_device_without_it_is_refused_before_anything_is_done(pipe_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(precision, "offers", lambda name, device: name == "float32")
+    monkeypatch.setattr(obsdiff.allocation.stage, "prune_depth", lambda *_: pytest.fail("went on"))
+    options = ["--pattern", "depth:1+unstructured:0.5", "--calibration.precision", "bfloat16", *SMALL[:-2]]
+    with pytest.raises(SystemExit):
+        main(["prune", "--pipeline", str(pipe_folder), "--output", str(tmp_path / "out"), *options])
+    assert "this CPU has no products in bfloat16; use --calibration.precision float32" in capsys.readouterr().err
