@@ -2,14 +2,15 @@
 
 import torch
 
-from obsdiff.obs import precision
-from obsdiff.obs.hessian import add_upper_product
+from obsdiff.obs import hessian, precision
 
 BITS = {"tf32": 10, "bfloat16": 7}  # after the point
 
 
 def to_precision(x, name):
     """Float32 ``x`` with that many bits, rounded to nearest, ties to even."""
+    if name == "float32":
+        return x
     mantissa, exponent = torch.frexp(x.double())
     scale = 2.0 ** (BITS[name] + 1)
     return torch.ldexp((mantissa * scale).round() / scale, exponent).float()
@@ -17,7 +18,7 @@ def to_precision(x, name):
 
 def round_everywhere(monkeypatch):
     """From now on every device has every precision."""
-    state = []
+    product, state = hessian.add_upper_product, []
 
     class Rounded:
         def __init__(self, name, device):
@@ -29,9 +30,9 @@ def round_everywhere(monkeypatch):
         def __exit__(self, *_):
             state.pop()
 
-    def product(total, x, weight, base):
-        add_upper_product(total, to_precision(x, state[-1]), weight, base)
+    def of_rounded(total, x, weight, base):
+        product(total, to_precision(x, state[-1]), weight, base)
 
-    monkeypatch.setattr(precision, "rounded", Rounded)
-    monkeypatch.setattr(precision, "add_upper_product", product)
+    monkeypatch.setattr(hessian, "products_in", Rounded)
+    monkeypatch.setattr(hessian, "add_upper_product", of_rounded)
     monkeypatch.setattr(precision, "offers", lambda name, device: True)

@@ -15,6 +15,7 @@ from obsdiff.errors import UserError
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions
 from obsdiff.training.options import Objective, Optimization
 from obsdiff.training.recovery import Recovery
+from obsdiff.training.stage import request_in, request_of
 from tests.training.test_plain_trainer import recovery, trainer
 
 
@@ -158,3 +159,14 @@ def test_trajectories_of_a_pipeline_that_changed_are_refused_before_pruning(pipe
         module = recovery(tmp_path / "dense", tmp_path / "other", **distil)
         trainer(tmp_path).fit(module, datamodule=data())
     assert not (tmp_path / "other").exists()
+
+
+def test_an_option_that_came_since_is_no_difference():
+    """A run of an earlier version goes on where nothing asks for what that version did not have."""
+    request = request_of("some-pipeline", PruningOptions(calibration=CalibrationOptions(num_prompts=7)))
+    earlier = {**request, "calibration": {k: v for k, v in request["calibration"].items() if k != "precision"}}
+    del earlier["fusion"]
+    assert request_in({"request": earlier}) == request and request_in({}) == {}
+    assert request_in({"request": {**earlier, "content": {"vae": "x"}}})["content"] == {"vae": "x"}
+    asked = request_of("some-pipeline", PruningOptions(calibration=CalibrationOptions(num_prompts=7, precision="tf32")))
+    assert request_in({"request": earlier}) != asked

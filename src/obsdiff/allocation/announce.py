@@ -54,6 +54,7 @@ def announce(subject: Subject, plan: Plan, options: PruningOptions, num_prompts:
         lines.append(
             f"calibration: {num_prompts} prompts x {steps} steps, guidance {call.get('guidance_scale')}, {how}; "
             + _memory(graph, chosen, needs_for(options, statistics), passes)
+            + ("" if settings.precision is None else f", products in {settings.precision}")
         )
         lines += departures(options.method, {"weighting": weighting_of(options, statistics)}, passes)
     if rule_of(options) == "measured":

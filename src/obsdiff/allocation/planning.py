@@ -95,7 +95,7 @@ def needs_for(options: PruningOptions, statistics: Path | None) -> frozenset[str
     own = needed(pattern, solve_options(options))
     found = frozenset({"gram"}) | (own & PASSES) if kept or allocates(options) else own
     precision = options.calibration.precision
-    return found | {precision} if precision is not None and found - PASSES else found
+    return found | {precision} if precision is not None and ("gram" in found or statistics is not None) else found
 
 
 def check_options(options: PruningOptions, statistics: Path | None = None, sensitivity: Path | None = None) -> None:
@@ -120,8 +120,9 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
         check_solving(pattern, solve_options(options), packages, streamed)
     rule = rule_of(options)
     precision = options.calibration.precision
-    if precision not in (None, "float32") and "gram" not in needs_for(options, statistics):
-        raise UserError(f"--calibration.precision {precision} is of whole Hessians, and {options.method} asks for none")
+    if precision not in (None, "float32") and statistics is None and "gram" not in needs_for(options, None):
+        what = pattern_of(options) if pattern is None else options.method
+        raise UserError(f"--calibration.precision {precision} is of whole Hessians, and {what} asks for none")
     if (packages > 1 or streamed) and statistics is not None:
         what = "a streamed calibration measures" if streamed else "several packages calibrate"
         other = "leave out --calibration.streamed" if streamed else "use --calibration.packages 1"

@@ -84,6 +84,16 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
     return subject, plan
 
 
+def check_products(subject: Subject, options: PruningOptions, statistics: Path | None) -> None:
+    """Refuse a calibration in a precision that the device does not have; what is kept is read anywhere.
+
+    Raises:
+        UserError: Naming those that it has.
+    """
+    if statistics is None or not (statistics / INDEX).exists():
+        check_precision(needs_for(options, statistics), device_of(subject.denoiser))
+
+
 def measures(options: PruningOptions, statistics: Path | None) -> bool:
     """Whether the stage calibrates: the method needs it, or a folder was named to keep it in."""
     return bool(needs_for(options, statistics)) or statistics is not None or allocates(options)
@@ -155,8 +165,7 @@ def prune_stage(
 
 def _stage(pipe: Any, options: PruningOptions, prompts: Sequence[str], way: _Way) -> PruneReport:
     subject, plan = prepare(pipe, options, way.prune_again)
-    if (store := way.folders.statistics) is None or not (store / INDEX).exists():
-        check_precision(needs_for(options, store), device_of(subject.denoiser))
+    check_products(subject, options, way.folders.statistics)
     options, weighing = _weighted(subject, options, prompts, way.folders.statistics)
     depth, quiet, reconstruction = depth_of(options), way.quiet, way.folders.reconstruction
 

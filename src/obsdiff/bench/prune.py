@@ -17,6 +17,7 @@ from obsdiff.errors import UserError
 from obsdiff.export.places import pipeline_bytes
 from obsdiff.memory import peak_memory_bytes, resident_memory_bytes
 from obsdiff.models.subject import Subject, subject_of
+from obsdiff.obs.precision import check_precision
 from obsdiff.pruning.calibrate import calibrate
 from obsdiff.pruning.oneshot import prune
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
@@ -42,8 +43,14 @@ def bench_prune(
         the memory plan said of it, ``calibrate_cpu_s`` (None stage by stage) and ``total_cpu_s``, which are CPU seconds
         of the process that took most, ``device, preset, packages`` and what else the figures depend on.
     """
-    pipe, conditioning = build(preset)
     work = preset.work
+    needs = find_method(method).needs | (set() if store is None else {"gram"})
+    if work.precision not in (None, "float32") and "gram" not in needs:
+        raise UserError(f"precision is of whole Hessians, and {method} asks for none; leave it out")
+    pipe, conditioning = build(preset)
+    if work.precision is not None and "gram" in needs:
+        needs |= {work.precision}
+        check_precision(needs, pipe.device)
     forward_s = forward_only(pipe, conditioning, work)
     weights_bytes, before_bytes = pipeline_bytes(pipe), resident_memory_bytes()
     planned = _planned(subject_of(pipe, conditioning), preset, pattern, method, packages, store)
@@ -51,11 +58,6 @@ def bench_prune(
     subject = subject_of(pipe, conditioning)  # traced once, as a run does
 
     settings: Any = {"steps": work.steps, "guidance_scale": work.guidance_scale, "batch_size": work.batch_size}
-    needs = find_method(method).needs | (set() if store is None else {"gram"})
-    if work.precision is not None:
-        if "gram" not in needs:
-            raise UserError(f"precision is of whole Hessians, and {method} asks for none; leave it out")
-        needs |= {work.precision}
     reused = store is not None and (Path(store) / "statistics.json").exists()
 
     def measure(sites: set[str]) -> Statistics:
@@ -102,7 +104,7 @@ def bench_prune(
         "steps": work.steps,
         "batch_size": work.batch_size,
         "dtype": work.dtype,
-        "precision": work.precision,
+        "precision": None if report.fingerprint is None else report.fingerprint.get("precision", "float32"),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

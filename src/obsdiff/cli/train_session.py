@@ -33,7 +33,7 @@ from obsdiff.pruning.manifest import FILE, read_manifest
 from obsdiff.training.identity import differences, module_settings
 from obsdiff.training.recovery import Recovery
 from obsdiff.training.resume import check_resume, read_checkpoint
-from obsdiff.training.stage import PRUNED, request_of
+from obsdiff.training.stage import PRUNED, request_in, request_of
 
 CHECKPOINTS = "checkpoints"
 
@@ -202,7 +202,7 @@ def finished_report(trainer: Any, module: Recovery, contents: Mapping[str, Any])
         start = run_folder(module.pipeline) if module.pruning is None else module.output / PRUNED
         manifest = {} if start is None else read_manifest(start)
         wanted = {} if module.pruning is None else request_of(module.pipeline, module.pruning)
-        request = manifest.get("request") or {}
+        request = request_in(manifest)
         same = (
             (folder / "pipeline" / "model_index.json").is_file()
             and report["objective"] == module.weights

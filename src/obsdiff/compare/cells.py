@@ -12,7 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from obsdiff.allocation.request import check_evaluation, check_method, check_scan, check_values
+from obsdiff.allocation.request import (
+    check_evaluation,
+    check_method,
+    check_precision_name,
+    check_scan,
+    check_values,
+)
 from obsdiff.compare.options import CompareOptions
 from obsdiff.costs import Cost
 from obsdiff.errors import UserError
@@ -135,11 +141,15 @@ def _changed(options: Any, changes: Any, what: str) -> Any:
 
 def _check_together(pruning: PruningOptions) -> None:
     """Refuse a method, a pattern and an allocation that do not go together."""
-    from obsdiff.allocation.planning import check_options
+    from obsdiff.allocation.planning import check_options, packages_for
     from obsdiff.criteria import find_method
 
     if pruning.refit and find_method(pruning.method).refit:
         raise UserError(f"{pruning.method} refits anyway; leave out {REFIT}")
+    check_precision_name("calibration.precision", pruning.calibration.precision)
+    if not pruning.calibration.streamed and packages_for(pruning, None) == 1:
+        # calibrations are kept, and those that are have whole Hessians for every method
+        pruning = replace(pruning, calibration=replace(pruning.calibration, precision=None))
     check_options(pruning)
 
 

@@ -252,7 +252,10 @@ def _kept(unit: Unit, dense: Dense, prompts: Sequence[str]) -> tuple[Path | None
     """Where calibration and scan of a unit are kept for others that ask for the same; None where nothing is kept."""
     options = unit.pruning
     # what is measured of a shorter model is no other's
-    measured = [dense.content, prompts, asdict(options.calibration), options.seed, str(depth_of(options))]
+    calibration = asdict(options.calibration)
+    if calibration["precision"] in (None, "float32"):  # as before there was a choice
+        del calibration["precision"]
+    measured = [dense.content, prompts, calibration, options.seed, str(depth_of(options))]
     measured.append(weighting_of(options, None))
     # no store holds what was measured with earlier layers pruned; all others tell each method its layer errors
     anew = packages_for(options, None) > 1 or options.calibration.streamed

@@ -128,8 +128,8 @@ class Method:
         solve: Prunes the layers of one site; None: it removes whole units only.
         refit: Whether least squares on the kept weights follows by default.
         refit_steps: Conjugate-gradient steps it needs at least; fewer where the start is already compensated.
-        needs: What it needs of a calibration, names of :data:`obsdiff.obs.observers.OBSERVERS` (each of which knows the
-            inputs' means too) and of :data:`obsdiff.obs.observers.PASSES`; none: it goes by the weights alone.
+        needs: What it needs of a calibration, "gram" or "diagonal" of H (with either of which come the
+            inputs' means) and of :data:`obsdiff.obs.observers.PASSES`; none: it goes by the weights alone.
         structured: How it chooses heads and neurons, a name of :data:`obsdiff.criteria.structured.RULES`; None: it
             cannot.
         compensates: Whether what stays of heads and neurons is solved for even without a refit.

@@ -14,7 +14,14 @@ from torch import Tensor
 from obsdiff.allocation.announce import announce
 from obsdiff.allocation.fitting import plan_loaded
 from obsdiff.allocation.planning import check_options
-from obsdiff.allocation.stage import Folders, calibration_prompts, keeps_solves, prepare, prune_stage
+from obsdiff.allocation.stage import (
+    Folders,
+    calibration_prompts,
+    check_products,
+    keeps_solves,
+    prepare,
+    prune_stage,
+)
 from obsdiff.evaluation.evaluate import Images, evaluation_of
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.intervals import finite_images
@@ -81,6 +88,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     check_places(options)
     check_options(options, statistics, sensitivity)
     subject, plan = prepare(pipe, options, options.prune_again)
+    check_products(subject, options, statistics)
     meanwhile = _kept_meanwhile(subject, plan) if keeps_solves(options, statistics) else 0
     check_space(Path(options.output), pipeline_bytes(pipe) + meanwhile)
     prompts = calibration_prompts(pipe, options)

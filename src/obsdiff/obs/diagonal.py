@@ -13,7 +13,7 @@ from obsdiff.obs.hessian import Centred
 class Diagonal(Centred):
     """Variances and means per channel; :attr:`comoment` is ``Σ α (x − μ)²``, (groups, n)."""
 
-    gives = frozenset({"diagonal", "float32"})
+    gives = frozenset({"diagonal"})
 
     @classmethod
     def shape(cls, groups: int, columns: int) -> tuple[int, ...]:

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.obs.linalg import all_finite
+from obsdiff.obs.precision import products_in
 from obsdiff.ranks import add_up, rank, world_size
 
 BASE = 128  # columns below which a full product is faster than its upper triangle
-LAUNCHED = 1024  # the same where each product is a launch
+ROUNDED = 256  # the same of rounded factors
+LAUNCHED = 1024  # and where each product is a launch
+FEW = 32  # rows, below which rounding saves nothing, and torch rounds some products and others not
 
 
 def activation_matrices(layer: nn.Module, x: Tensor) -> Tensor:
@@ -52,17 +55,17 @@ def weight_matrices(layer: nn.Module) -> Tensor:
     return weight.view(groups, weight.shape[0] // groups, -1)
 
 
-def add_upper_product(total: Tensor, x: Tensor, weight: float, base: int = BASE) -> None:
+def add_upper_product(total: Tensor, x: Tensor, weight: float, base: int) -> None:
     """``total += weight · xᵀ x`` in the upper triangle, by halves: 1/2 + base/2n of a full product's work.
 
     Args:
         total: (n, n) float32.
         x: (tokens, n).
         weight: Of them.
-        base: Columns that are not halved any more; more of them on a GPU.
+        base: Columns that are not halved any more.
     """
     n = x.shape[1]
-    if n <= (LAUNCHED if x.is_cuda else base):
+    if n <= base:
         total.addmm_(x.T, x, alpha=weight)
         return
     half = n // 2
@@ -88,6 +91,8 @@ class Centred(ABC):
         num_tokens: Inputs seen.
         disposable: Nobody else needs the moments: those who read them may work in their memory, once per group.
         gives: Which needs of a method it serves.
+        precision: What inputs are rounded to in products, a name of :data:`obsdiff.names.PRECISIONS`. They are centred
+            before, so a mean of thousands of times their spread costs nothing; the mean itself is not rounded.
     """
 
     comoment: Tensor
@@ -96,6 +101,7 @@ class Centred(ABC):
     num_tokens: int = 0
     disposable: bool = False
     gives: ClassVar[frozenset[str]]
+    precision: ClassVar[str] = "float32"
 
     @classmethod
     @abstractmethod
@@ -228,8 +234,11 @@ class Gram(Centred):
         return groups, columns, columns
 
     def accumulate(self, u: Tensor, weight: float) -> None:
-        for total, inputs in zip(self.comoment, u, strict=True):
-            add_upper_product(total, inputs, weight)
+        precision = self.precision if u.shape[1] >= FEW else "float32"
+        base = LAUNCHED if u.is_cuda else BASE if precision == "float32" else ROUNDED
+        with products_in(precision, u.device):
+            for total, inputs in zip(self.comoment, u, strict=True):
+                add_upper_product(total, inputs, weight, base)
 
     def about(self, centre: Tensor) -> Tensor:
         distance = (self.centre - centre).float()
@@ -253,3 +262,17 @@ class Gram(Centred):
         """``H = Σ α x xᵀ / Σ α = C + μ μᵀ``, symmetric float32 (n, n) (OBS-Diff eq. 5 up to a constant)."""
         mean = self.centre[group].float()
         return self.covariance(group).addr_(mean, mean)
+
+
+class TF32Gram(Gram):
+    """Of inputs rounded to 10 bits after the point."""
+
+    gives = frozenset({"gram", "diagonal", "tf32"})
+    precision = "tf32"
+
+
+class BFloat16Gram(Gram):
+    """Of inputs rounded to 7 bits after the point."""
+
+    gives = frozenset({"gram", "diagonal", "bfloat16"})
+    precision = "bfloat16"

@@ -1,4 +1,4 @@
-"""What a calibration pass can accumulate at a site; ``OBSERVERS`` is the table, by the need each is made for."""
+"""What a calibration pass can accumulate at a site; ``OBSERVERS`` is the table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.names import PRECISIONS
 from obsdiff.obs.diagonal import Diagonal
-from obsdiff.obs.hessian import Gram
-from obsdiff.obs.precision import BFloat16Gram, RoundedGram, TF32Gram
+from obsdiff.obs.hessian import BFloat16Gram, Gram, TF32Gram
 
 
 class Observer(Protocol):
@@ -24,11 +23,13 @@ class Observer(Protocol):
 
     Attributes:
         gives: Needs of a method that it serves.
+        precision: What rows are rounded to in products, a name of :data:`obsdiff.names.PRECISIONS`.
         weight_sum: Sum of the weights of all rows.
         num_tokens: Rows.
     """
 
     gives: ClassVar[frozenset[str]]
+    precision: ClassVar[str]
     weight_sum: float
     num_tokens: int
 
@@ -68,14 +69,13 @@ class Observer(Protocol):
         """Weighted mean square of each entry, float32 (groups, columns)."""
 
 
-OBSERVERS: dict[
-    str, type[Observer]
-] = {  # those that need nothing special of the device first, the cheapest of them first
+OBSERVERS: dict[str, type[Observer]] = {
     "diagonal": Diagonal,
     "gram": Gram,
     "gram in tf32": TF32Gram,
     "gram in bfloat16": BFloat16Gram,
 }
+"""What serves a need is looked for from the top: the cheapest of those that any device has, then the others."""
 GRADIENTS: dict[str, float] = {"loss_gradient": 0.0, "large_loss_gradient": 0.05}
 """Needs that are gradients of the denoising loss instead of layer inputs (:mod:`obsdiff.pruning.gradients`): the share
 of the largest loss that the loss at a time must exceed to count."""
@@ -101,13 +101,13 @@ def observer_for(needs: Collection[str]) -> str:
 
 def exact(observer: str) -> str:
     """The name of the observer of the same that rounds nothing."""
-    return "gram" if issubclass(OBSERVERS[observer], RoundedGram) else observer
+    return "gram" if rounding(observer) else observer
 
 
 def rounding(observer: str) -> dict[str, str]:
     """What a fingerprint says of it; nothing where nothing is rounded, as stores of earlier versions do."""
-    kind = OBSERVERS[observer]
-    return {"precision": kind.precision} if issubclass(kind, RoundedGram) else {}
+    precision = OBSERVERS[observer].precision
+    return {} if precision == "float32" else {"precision": precision}
 
 
 def gradient_for(needs: Collection[str]) -> str | None:

@@ -1,33 +1,29 @@
-"""Products of layer inputs in reduced precision: each input is rounded, all sums stay in float32."""
+"""Products of float32 matrices with rounded factors and sums in float32, by torch's own switch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from obsdiff.errors import UserError
 from obsdiff.names import PRECISIONS
-from obsdiff.obs.hessian import Gram, add_upper_product
 
-SWITCHES = {"tf32": "tf32", "bfloat16": "bf16"}  # our name, torch's
-
-
-def _switch(device: torch.device) -> Any:
-    """What decides how torch multiplies float32 matrices there."""
-    backends: Any = torch.backends  # whose types do not know the second
-    return backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
+SWITCHES = {"float32": "ieee", "tf32": "tf32", "bfloat16": "bf16"}  # our name, torch's
 
 
 @contextmanager
-def rounded(precision: str, device: torch.device) -> Iterator[None]:
-    """float32 products on ``device`` from factors that are rounded to ``precision``, where the hardware has such
-    products; as before afterwards."""
-    switch = _switch(device)
+def products_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices on ``device``, from factors that are rounded to ``precision`` where the hardware has
+    such products; whatever was set before is set again afterwards."""
+    backends: Any = torch.backends  # whose types do not know all
+    cuda = device.type == "cuda"
+    switch, above = (backends.cuda.matmul, backends) if cuda else (backends.mkldnn.matmul, backends.mkldnn)
     before = switch.fp32_precision
+    if before == above.fp32_precision:  # it goes by that one, now and later
+        before = "none"
     switch.fp32_precision = SWITCHES[precision]
     try:
         yield
@@ -42,14 +38,14 @@ def offers(precision: str, device: torch.device) -> bool:
         return True
     if device.type not in ("cpu", "cuda"):
         return False
-    barely = torch.full((256, 256), 1 + 2**-12, device=device)  # 1 in both
-    total = torch.zeros(256, 256, device=device)
+    barely = torch.full((256, 256), 1 + 2**-12, dtype=torch.float32, device=device)  # 1 in both
+    total = torch.zeros_like(barely)
     try:
-        with rounded(precision, device):
+        with products_in(precision, device):
             total.addmm_(barely.T, barely)
     except RuntimeError:  # torch knows no such switch of this device
         return False
-    return bool((total == 256).all())
+    return bool((total == len(barely)).all())
 
 
 def check_precision(needs: Collection[str], device: torch.device) -> None:
@@ -58,34 +54,9 @@ def check_precision(needs: Collection[str], device: torch.device) -> None:
     Raises:
         UserError: Naming those that it has.
     """
-    wanted = [name for name in SWITCHES if name in needs]
-    if not wanted or offers(wanted[0], device):
+    wanted = [name for name in PRECISIONS if name in needs]
+    if all(offers(name, device) for name in wanted):
         return
     there = " or ".join(name for name in PRECISIONS if offers(name, device))
     what = "this CPU" if device.type == "cpu" else f"this {device.type} device"
-    raise UserError(f"{what} has no products in {wanted[0]}; use --calibration.precision {there}, or leave it out")
-
-
-class RoundedGram(Gram):
-    """Co-moments of inputs that are rounded after they were centred, so that a large mean costs nothing."""
-
-    precision: ClassVar[str]
-
-    def accumulate(self, u: Tensor, weight: float) -> None:
-        with rounded(self.precision, u.device):
-            for total, inputs in zip(self.comoment, u, strict=True):
-                add_upper_product(total, inputs, weight, base=256)  # narrower ones gain nothing from it
-
-
-class TF32Gram(RoundedGram):
-    """Of inputs with 10 bits after the point."""
-
-    precision = "tf32"
-    gives = (Gram.gives - {"float32"}) | {"tf32"}
-
-
-class BFloat16Gram(RoundedGram):
-    """Of inputs with 7 bits after the point."""
-
-    precision = "bfloat16"
-    gives = (Gram.gives - {"float32"}) | {"bfloat16"}
+    raise UserError(f"{what} has no products in {wanted[0]}; use precision {there}")

@@ -195,7 +195,8 @@ def _continue_partial(folder: Path, wanted: Statistics, sites: Sequence[Site]) -
     found = open_statistics(folder)
     check_fingerprint(found.fingerprint, wanted.fingerprint, folder)
     if found.observer != wanted.observer:
-        raise UserError(f"{folder} was begun for the {found.observer}, not the {wanted.observer} of H; delete it")
+        what = f"the {found.observer} of H, not the {wanted.observer}"
+        raise UserError(f"{folder} was begun for {what}; ask for the same, or delete it")
     if missing := [site.name for site in sites if site.name not in found]:
         raise UserError(
             f"{folder} was begun without {len(missing)} of the layers, such as {missing[0]}; delete it to measure all"

@@ -152,7 +152,7 @@ def collecting(
     device = device_of(subject.denoiser)
     for site in sites:  # an entry for each, so that one never reached is noticed
         groups, _, columns = weight_matrices(graph.layer(site.name)).shape
-        # few rows, and ranks go by their least eigenvalues
+        # what reads one vector a call: few rows, and its ranks go by the least eigenvalues
         observer = exact(statistics.observer) if site in graph.vectors else statistics.observer
         statistics.sites.setdefault(site.name, OBSERVERS[observer].empty(columns, groups, device))
     rows = CallRows(subject.pipe, subject.family, conditioning)

@@ -102,7 +102,7 @@ def start_from(
     folder = output / PRUNED
     options = settled(options)
     wanted = request_of(pipeline, options)
-    found = read_manifest(folder).get("request") or {} if (folder / FILE).exists() else None
+    found = request_in(read_manifest(folder)) if (folder / FILE).exists() else None
     if check is None:
         if found is None:
             raise UserError(f"{folder} not found; run fit first, with the same --model.output")
@@ -148,7 +148,7 @@ def pruned_before(folder: Path, wanted: Mapping[str, Any], overwrite: bool) -> b
     """
     if not (folder / FILE).exists():
         return False
-    found = read_manifest(folder).get("request") or {}
+    found = request_in(read_manifest(folder))
     if not overwrite:
         _refuse_difference(folder, found, wanted)
     return all(found.get(key) == value for key, value in wanted.items())
@@ -168,6 +168,19 @@ def store_of(options: PruningOptions, output: Path) -> Path | None:
 def request_of(pipeline: str, options: PruningOptions) -> dict[str, Any]:
     """What a run's pruning is remembered by, JSON-able, besides the content of what it was done to."""
     return {"pipeline": pipeline, **asdict(settled(options))}
+
+
+def request_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The request that a manifest keeps, or {}; options that came since are at their defaults in it."""
+
+    def filled(found: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+        both = {
+            k: filled(v, usual[k]) for k, v in found.items() if isinstance(v, dict) and isinstance(usual.get(k), dict)
+        }
+        return {**usual, **found, **both}
+
+    found = manifest.get("request")
+    return filled(found, asdict(PruningOptions())) if found else {}
 
 
 def _as_given(given: Path | None, pipeline: str, device: str, check: Callable[[Subject], None] | None) -> Start:
