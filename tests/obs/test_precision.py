@@ -70,8 +70,9 @@ def test_products_elsewhere_stay_as_they_were(name, switches):
 @pytest.mark.parametrize("at", range(3))
 def test_what_a_user_set_is_set_again(at, switches):
     switches[at].fp32_precision = "bf16"
-    with products_in("float32", CPU):
-        assert switches[-1].fp32_precision == "ieee"
+    for name, there in (("float32", "ieee"), ("tf32", "tf32")):
+        with products_in(name, CPU):
+            assert switches[-1].fp32_precision == there
     assert switches[-1].fp32_precision == "bf16"
     switches[at].fp32_precision = "ieee"
     assert switches[-1].fp32_precision == "ieee"

@@ -79,7 +79,7 @@ def calibrate(
         sites: Only these sites (names of their first layers); None: all.
         needs: What the statistics are for: "gram" serves every method that goes by layer inputs, "diagonal" (of H)
             only those that need no more (wanda, dsnot), at a fraction of time and memory; beside "gram" one of
-            :data:`obsdiff.obs.precision.PRECISIONS`, where the device has it ("tf32", "bfloat16": layer inputs are
+            :data:`obsdiff.names.PRECISIONS`, where the device has it ("tf32", "bfloat16": layer inputs are
             rounded in the products, but those that are one vector a call); and of
             :data:`obsdiff.obs.observers.PASSES`, each of which is a pass of its own
             (:mod:`obsdiff.pruning.gradients`, :mod:`obsdiff.pruning.gates`) whose result no store keeps.
