@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import obsdiff
-from obsdiff.pruning.masks import Masks
+from obsdiff.pruning.masks import Masks, load_masks, save_masks
+from obsdiff.pruning.solved import remove_solved
 from obsdiff.pruning.spill import Spill
 from obsdiff.pruning.surgery import undone_on_error
 from tests.conftest import make_pipe
@@ -91,6 +92,32 @@ def test_masks_are_held_in_bits():
     assert sum(packed.nbytes for packed, _ in masks._packed.values()) == 8 + 1
     del masks["a"]
     assert dict(masks).keys() == {"b"}
+
+
+def test_masks_on_a_disk_are_the_same_and_take_no_memory(tmp_path):
+    torch.manual_seed(0)
+    values = {"a": torch.rand(7, 9) < 0.5, "b": torch.ones(3) > 0, "c": torch.empty(0, 4) > 0}
+    masks = Masks(values, Spill(tmp_path))
+    masks["a"] = values["a"] = ~values["a"]  # read again as it was written last
+    masks.move_to_end("a")
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(masks[name], value) for name, value in values.items())
+    assert not any(isinstance(bits, torch.Tensor) for bits, _ in masks._packed.values())
+    save_masks(masks, tmp_path / "masks.safetensors")
+    found = load_masks(tmp_path / "masks.safetensors")
+    assert found.keys() == values.keys() and all(torch.equal(found[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", "structured:0.3"])
+def test_masks_wait_where_solves_are_kept(tmp_path, prompts, pattern):
+    there, kept = make_pipe(), make_pipe()
+    solved = tmp_path / "new" / "solved"
+    in_memory = obsdiff.prune(there, pattern, statistics=obsdiff.calibrate(there, prompts)).masks
+    on_disk = obsdiff.prune(kept, pattern, statistics=obsdiff.calibrate(kept, prompts), solved=solved).masks
+    assert on_disk._spill is not None and in_memory._spill is None
+    remove_solved(solved)
+    assert not list(solved.parent.iterdir())
+    assert list(on_disk) == list(in_memory) and all(torch.equal(on_disk[n], mask) for n, mask in in_memory.items())
 
 
 def test_what_cannot_be_put_back_is_said_and_the_rest_is(tmp_path, monkeypatch):

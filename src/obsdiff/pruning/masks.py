@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.pruning.plan import WEIGHT
+from obsdiff.pruning.spill import Spill, Spilled
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -33,17 +34,27 @@ class Masks(MutableMapping[str, Tensor]):
 
     Args:
         masks: Some to begin with.
+        spill: Where the bits lie; None: in memory.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
-        self._packed: dict[str, tuple[Tensor, torch.Size]] = {}
+    def __init__(self, masks: Mapping[str, Tensor] | None = None, spill: Spill | None = None) -> None:
+        self._packed: dict[str, tuple[Tensor | Spilled, torch.Size]] = {}
+        self._spill = spill
         self.update(masks or {})
 
+    def _bits(self, name: str) -> Tensor:
+        bits = self._packed[name][0]
+        if isinstance(bits, Tensor):
+            return bits
+        assert self._spill is not None
+        return self._spill.take(bits)
+
     def __getitem__(self, name: str) -> Tensor:
-        return unpack(*self._packed[name])
+        return unpack(self._bits(name), self._packed[name][1])
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
-        self._packed[name] = pack(mask), mask.shape
+        bits = pack(mask)
+        self._packed[name] = bits if self._spill is None else self._spill.put(bits), mask.shape
 
     def __delitem__(self, name: str) -> None:
         del self._packed[name]
@@ -59,9 +70,8 @@ class Masks(MutableMapping[str, Tensor]):
         self._packed[name] = self._packed.pop(name)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        """What is held of each (:func:`pack`), and their shapes."""
-        held = self._packed.items()
-        return {name: bits for name, (bits, _) in held}, {name: list(shape) for name, (_, shape) in held}
+        """The bits of each (:func:`pack`), and their shapes."""
+        return {name: self._bits(name) for name in self}, {name: list(self._packed[name][1]) for name in self}
 
 
 def save_masks(masks: Mapping[str, Tensor], path: Path) -> None:

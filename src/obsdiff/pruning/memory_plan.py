@@ -114,8 +114,8 @@ def changed_bytes(site: SiteShape, element: int) -> tuple[int, int]:
 
 def kept_bytes(weights: int, element: int) -> int:
     """What a prune that keeps its solves has on the disk before its output: of each weight the result (float32, and a
-    byte of its mask), and the dense one of ``element`` bytes."""
-    return weights * (FLOAT + BOOL + element)
+    byte of its mask), the dense one of ``element`` bytes, and the mask's bit that the report reads."""
+    return weights * (FLOAT + BOOL + element) + -(-weights // 8)
 
 
 def _keeps(solving: Solving, batches: Batches) -> bool:
@@ -192,7 +192,7 @@ def _moments(
     host |= {"recorded calls": batches.recorded} if batches.recorded else {}
     by_name = {site.name: site for site in shapes.sites}
     changed = masks = 0
-    spilled = _keeps(solving, batches)  # then the dense weights lie on the disk, too
+    spilled = _keeps(solving, batches)  # then dense weights and masks lie on the disk, too
     for number, names in enumerate(batches.packages, 1):
         sites = [by_name[name] for name in names]
         held = sum(statistics_bytes(site, solving.gram) for site in sites) if solving.measured else 0
@@ -227,13 +227,14 @@ def _moments(
             held -= own if solving.once and not solving.stored else 0
             for site in together:
                 new, mask = changed_bytes(site, shapes.element)
-                changed, masks = changed + (0 if spilled else new), masks + mask
+                changed, masks = (changed, masks) if spilled else (changed + new, masks + mask)
     if images:
         after = process | {"masks": masks, "images": (1 + COPIES) * drawn}
         yield Moment("drawing pruned images", drawing, after)
     one = {"weights": max(shapes.weights.values(), default=0)}  # a component at a time comes back from the device
     fetched = {} if on_host or offloaded else one
-    yield Moment("writing", weights, process | {"masks": masks, "images": 2 * drawn} | fetched)
+    all_masks = sum(changed_bytes(site, shapes.element)[1] for site in shapes.sites)
+    yield Moment("writing", weights, process | {"masks": all_masks, "images": 2 * drawn} | fetched)
 
 
 def _drawing(shapes: Shapes, batch: int) -> dict[str, int]:

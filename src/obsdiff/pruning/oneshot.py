@@ -26,12 +26,14 @@ from obsdiff.pruning.apply import Job, apply_package
 from obsdiff.pruning.defaults import departures, pattern_by
 from obsdiff.pruning.describe import remarks
 from obsdiff.pruning.layers import SolveOptions
+from obsdiff.pruning.masks import Masks
 from obsdiff.pruning.options import check_compared
 from obsdiff.pruning.plan import Plan, make_plan, packages_of, stage_packages
 from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.shorten import prune_shorter
 from obsdiff.pruning.solved import Solved, check_solved
+from obsdiff.pruning.spill import Spill
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 from obsdiff.pruning.stream import Stream
 from obsdiff.pruning.surgery import become_shrunk, shrunk_config, undone_on_error, zero_share
@@ -83,7 +85,8 @@ def prune(
         solved: Folder to keep solved layers in, so that the same prune goes on from there if it is cut off; needs
             statistics that are measured already, or a stream. Its owner removes it
             (:func:`obsdiff.pruning.solved.remove_solved`). Dense weights that are replaced wait on the same disk, in a
-            file without a name, and not in memory; if anything fails they come back as new parameters.
+            file without a name, and not in memory; if anything fails they come back as new parameters. The report's
+            masks lie in another such file, for as long as it is there.
         quiet: No progress bar.
 
     Returns:
@@ -140,13 +143,14 @@ def prune(
         refuse_offloaded(graph.denoiser, "a solve from statistics of all layers")
         check_measured_on(statistics, graph.denoiser)
         check_serves(statistics, needed(pattern, options), f"method {options.method}")
+    kept = None if solved is None else _kept(solved, graph, plan, options, statistics)
+    masks = Masks(spill=None if solved is None else Spill(solved.parent))  # it outlives the folder
     report = PruneReport(
-        pattern, options.method, options.refits, options.seed, plan, packages=packages, streamed=streamed
+        pattern, options.method, options.refits, options.seed, plan, masks, packages=packages, streamed=streamed
     )
     report.parameters["dense"] = sum(p.numel() for p in graph.denoiser.parameters())
     by_stage = streamed or is_offloaded(graph.denoiser)
     passes = stage_packages(graph, plan) if by_stage else packages_of(graph, plan, packages)
-    kept = None if solved is None else _kept(solved, graph, plan, options, statistics)
     if isinstance(statistics, Stream):
         report.model, report.fingerprint = statistics.fingerprint["model"], statistics.fingerprint
         if kept is None or not all(map(kept.holds, passes)):

@@ -1,4 +1,4 @@
-"""Parameters put away on a disk, in a file without a name: it is gone with the process, however that ends."""
+"""Tensors put away on a disk, in a file without a name: it is gone with the process, however that ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from obsdiff.files import clear_failures
 
 @dataclass(frozen=True)
 class Spilled:
-    """A parameter that is away.
+    """A tensor that is away.
 
     Attributes:
         offset: Of its first byte in the file.
@@ -26,7 +26,7 @@ class Spilled:
 
 
 class Spill:
-    """Parameters in a file.
+    """Tensors in a file.
 
     Args:
         folder: On whose disk; made where it is not there.
@@ -39,15 +39,17 @@ class Spill:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed with this object
         self._end = 0
 
-    def put(self, parameter: nn.Parameter) -> Spilled:
-        """Write a parameter; what holds its memory can let go.
+    def put(self, tensor: Tensor) -> Spilled:
+        """Write a tensor; what holds its memory can let go.
 
         Raises:
             UserError: It cannot be written.
         """
-        there = Spilled(self._end, torch.empty_like(parameter, device="meta"))
-        there.like.requires_grad_(parameter.requires_grad)
-        content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        like = torch.empty_like(tensor, device="meta", requires_grad=False)
+        if isinstance(tensor, nn.Parameter):
+            like = nn.Parameter(like, tensor.requires_grad)
+        there = Spilled(self._end, like)
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with clear_failures(self._folder):
             self._file.seek(self._end)
             self._file.write(content.data)
@@ -55,8 +57,8 @@ class Spill:
         self._end += content.nbytes
         return there
 
-    def take(self, spilled: Spilled, device: torch.device | str = "cpu") -> nn.Parameter:
-        """Read one again: another object with the same values, on ``device``.
+    def take(self, spilled: Spilled, device: torch.device | str = "cpu") -> Tensor:
+        """Read one again: another object with the same values, on ``device``; a parameter, where it was one.
 
         Raises:
             OSError: It cannot be read whole.
@@ -66,7 +68,8 @@ class Spill:
         if (count := self._file.readinto(data)) != len(data):
             raise OSError(f"{count} of {len(data)} bytes could be read")
         value = torch.frombuffer(data, dtype=spilled.like.dtype) if data else torch.empty(0, dtype=spilled.like.dtype)
-        return nn.Parameter(value.view(spilled.like.shape).to(device), spilled.like.requires_grad)
+        like, value = spilled.like, value.view(spilled.like.shape).to(device)
+        return nn.Parameter(value, like.requires_grad) if isinstance(like, nn.Parameter) else value
 
     def close(self) -> None:
         """Let the file go."""
