@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from obsdiff.errors import UserError
 from obsdiff.models.graph import stages_of
@@ -58,6 +59,20 @@ def test_memory_that_was_freed_and_used_again_is_not_the_same():
     """Of twelve equal blocks, each of whose temporaries may take the place of the last one's."""
     found = trace(Model(blocks=12), CALL)
     assert len([reading for reading in found.reads if reading[0].endswith(".out.0")]) == 12
+
+
+def test_what_layers_read_is_let_go_while_the_call_goes_on():
+    """So that no call holds the activations of all blocks."""
+    model, seen, alive = Model(blocks=6), [], []
+
+    def see(module, args):
+        alive.append(sum(not storage.expired() for storage in seen))
+        seen.append(StorageWeakRef(args[0].untyped_storage()))
+
+    for block in model.blocks:
+        block.out[0].register_forward_pre_hook(see)
+    trace(model, CALL)
+    assert alive == [0] * 6
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from obsdiff.errors import UserError
 from obsdiff.models.graph import prunable, stages_of, walk
@@ -47,18 +48,22 @@ class Trace:
 
 
 class _Memory:
-    """Numbers for tensors, equal for the same memory. Holds on to them, so that no memory is used again."""
+    """Numbers for tensors, equal for the same memory.
+
+    Holds weakly on to their storages: values are let go with the last tensor, and no other storage takes the place.
+    """
 
     def __init__(self) -> None:
         self._numbers: dict[tuple[Any, ...], int] = {}
-        self._held: list[Tensor] = []
+        self._held: list[StorageWeakRef] = []
 
     def __call__(self, x: Tensor) -> int:
         # by storage, as tensors on the meta device have no address
-        key = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride())
+        storage = x.untyped_storage()
+        key = (storage._cdata, x.storage_offset(), tuple(x.shape), x.stride())
         if key not in self._numbers:
             self._numbers[key] = len(self._numbers)
-            self._held.append(x)
+            self._held.append(StorageWeakRef(storage))
         return self._numbers[key]
 
 
