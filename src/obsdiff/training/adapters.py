@@ -59,16 +59,6 @@ def add_adapters(denoiser: nn.Module, layers: list[str], masks: Mapping[str, Ten
             layer.mask = mask.to(layer.weight.device)
 
 
-def load_adapted(
-    denoiser: nn.Module, state: Mapping[str, Tensor], masks: Mapping[str, Tensor], rank: int, alpha: float
-) -> None:
-    """Load a state that holds adapters into a denoiser that has none, and merge them."""
-    adapted = [name.removesuffix(".base_layer.weight") for name in state if name.endswith(".base_layer.weight")]
-    add_adapters(denoiser, adapted, masks, rank, alpha)
-    denoiser.load_state_dict(state)
-    merge_adapters(denoiser)
-
-
 @torch.no_grad()
 def merge_adapters(denoiser: nn.Module) -> None:
     """Add what the adapters learnt to the weights and take the adapters out."""

@@ -23,6 +23,7 @@ class Sizes:
         training: as it trains, adapters included.
         teacher: The dense denoiser, where it runs in steps; else 0.
         masked: Entries of weights that are held by masks.
+        anew: Of the result's denoiser, what is not shared with the one that trained: merged, or in another dtype.
         average: Of the trained weights; 0: none is kept.
         step: The most that a step makes: activations, gradients, moments, and what the optimizer makes.
         moments: What of that the optimizer keeps.
@@ -42,6 +43,7 @@ class Sizes:
     training: int
     teacher: int = 0
     masked: int = 0
+    anew: int = 0
     average: int = 0
     step: int = 0
     moments: int = 0
@@ -86,5 +88,6 @@ def moments_of(sizes: Sizes, pruning: Sequence[Moment], released: bool, on_host:
         drawing = {"activations": sizes.drawing, "other parts": sizes.others}
         yield Moment("validating", between | drawing, found)
     copied = {} if on_host else {"state": sizes.training}
-    written = {"written pipeline": sizes.student + sizes.others}
+    # its files are open until it has taken the trained weights; text encoders and autoencoder come back afterwards
+    written = {"written pipeline": sizes.anew + max(sizes.student, sizes.others)}
     yield Moment("writing the result", between, found | copied | written)

@@ -53,7 +53,7 @@ from obsdiff.training.objectives import TEACHER_TERMS, loss_terms, teacher_runs
 from obsdiff.training.optimizers import optimizer_of, schedule_of
 from obsdiff.training.options import Objective, Optimization, Trained
 from obsdiff.training.precision import keep_times
-from obsdiff.training.selection import check_selection, choose_trained
+from obsdiff.training.selection import check_selection, choose_trained, load_trained
 from obsdiff.training.sharding import check_shardable, shard_blocks
 from obsdiff.training.spending import costs_before, expected_costs
 from obsdiff.training.stage import REFERENCES, Start, dense_key, load_dense, start_from
@@ -254,12 +254,7 @@ class Recovery(lightning.LightningModule):
 
     def load_trained(self, denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Give a freshly loaded denoiser the trained weights (the whole state, on the CPU), adapters merged."""
-        if self.trained.lora_rank is None:
-            denoiser.load_state_dict(state)
-            return
-        from obsdiff.training.adapters import load_adapted
-
-        load_adapted(denoiser, state, self.start.masks, self.trained.lora_rank, self.trained.lora_alpha)
+        load_trained(denoiser, state, self.start.masks, self.trained)
 
     # ---- training
 

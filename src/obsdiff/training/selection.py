@@ -34,6 +34,9 @@ def choose_trained(denoiser: nn.Module, masks: Mapping[str, Tensor], options: Tr
             for parameter in denoiser.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(getattr(torch, options.frozen_dtype))
+            for module in denoiser.modules():  # one tensor of a file keeps all of it mapped
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.clone())
     else:
         for name in trained_parameters(denoiser, options):
             denoiser.get_parameter(name).requires_grad_(True)
@@ -41,6 +44,29 @@ def choose_trained(denoiser: nn.Module, masks: Mapping[str, Tensor], options: Tr
     if options.gradient_checkpointing:
         enable: Any = denoiser.enable_gradient_checkpointing
         enable()
+
+
+def load_trained(
+    denoiser: nn.Module, state: Mapping[str, Tensor], masks: Mapping[str, Tensor], options: Trained
+) -> None:
+    """Give a freshly loaded denoiser the trained weights, adapters merged.
+
+    Those in its dtype are shared with ``state`` and not copied; no memory of what it was loaded with is left.
+
+    Args:
+        denoiser: Changed in place; its dtype stays.
+        state: The whole state of the denoiser that was trained, adapters included, on the CPU.
+        masks, options: As they were chosen by.
+    """
+    if options.lora_rank is not None:
+        from obsdiff.training.adapters import add_adapters, merge_adapters
+
+        adapted = [name.removesuffix(".base_layer.weight") for name in state if name.endswith(".base_layer.weight")]
+        add_adapters(denoiser, adapted, masks, options.lora_rank, options.lora_alpha)
+    dtypes = {name: tensor.dtype for name, tensor in denoiser.state_dict().items()}
+    denoiser.load_state_dict({name: tensor.to(dtypes[name]) for name, tensor in state.items()}, assign=True)
+    if options.lora_rank is not None:
+        merge_adapters(denoiser)
 
 
 def check_selection(denoiser: nn.Module, options: Trained) -> None:
