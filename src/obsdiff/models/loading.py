@@ -100,12 +100,23 @@ def open_pipeline(
             f"cannot load pipeline {source}: its files lack {len(missing)} weights, such as {missing[0]}; copy or "
             "download it again"
         )
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            _own_buffers(component)
     called = name or str(source) + ("" if denoiser is None else f" with {denoiser}")
     if depth := (manifest or {}).get("depth"):  # as runs said it before obsdiff.json did
         info.setdefault("blocks", depth["kept"])
     attach_info(pipe, PipelineInfo(called, **info, manifest=manifest))
     pipe.set_progress_bar_config(disable=True)
     return to_device(pipe, device)
+
+
+def _own_buffers(model: Any) -> None:
+    """Copy what else a model keeps of its files: one view of a file keeps all of it mapped, when its weights are
+    changed or gone."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())
 
 
 def split_source(source: str) -> tuple[str, str | None]:

@@ -34,9 +34,6 @@ def choose_trained(denoiser: nn.Module, masks: Mapping[str, Tensor], options: Tr
             for parameter in denoiser.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(getattr(torch, options.frozen_dtype))
-            for module in denoiser.modules():  # one tensor of a file keeps all of it mapped
-                for name, buffer in module.named_buffers(recurse=False):
-                    setattr(module, name, buffer.clone())
     else:
         for name in trained_parameters(denoiser, options):
             denoiser.get_parameter(name).requires_grad_(True)
