@@ -147,7 +147,9 @@ def test_a_store_holds_all_statistics_on_disk():
     assert planned.store_bytes == 3 * own
     # solves are kept then: on the disk results, masks and dense weights, and no dense weight beside its new one
     assert planned.kept_bytes == 3 * 50 * 100 * (4 + 1 + 4) + 3 * 50 * 100 // 8 and plan().kept_bytes == 0
-    assert moment(planned, "solving c").device["changed weights"] == 0
+    last = moment(planned, "solving c")
+    assert last.device["changed weights"] == last.host["masks"] == 0
+    assert moment(planned, "writing").host["masks"] == 3 * 50 * 100 // 8  # all at once
     assert moment(planned, "solving a").device["Hessians"] == own
     reused = plan(solving=Solving("obs", True, True, centred=True, once=False, stored=True, reused=True))
     assert not [m for m in reused.moments if m.name.startswith("calibrating")]

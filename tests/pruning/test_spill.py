@@ -1,8 +1,10 @@
 """Dense weights that lie on a disk while a prune may have to put them back."""
 
+import copy
 import errno
 import gc
 import os
+import pickle
 import weakref
 
 import pytest
@@ -103,6 +105,9 @@ def test_masks_on_a_disk_are_the_same_and_take_no_memory(tmp_path):
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(masks[name], value) for name, value in values.items())
     assert not any(isinstance(bits, torch.Tensor) for bits, _ in masks._packed.values())
+    copied = pickle.loads(pickle.dumps(masks))
+    assert isinstance(copied, Masks) and all(torch.equal(copied[name], value) for name, value in values.items())
+    assert list(copy.deepcopy(masks)) == list(masks)
     save_masks(masks, tmp_path / "masks.safetensors")
     found = load_masks(tmp_path / "masks.safetensors")
     assert found.keys() == values.keys() and all(torch.equal(found[name], value) for name, value in values.items())

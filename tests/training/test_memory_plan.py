@@ -112,8 +112,9 @@ def test_every_family_takes_a_step_without_weights(name, tmp_path):
 
 
 SIZES = Sizes(
-    process=1_000_000, whole=700, dense=500, others=200, student=400, training=450, teacher=300, masked=100, anew=350,
-    average=50, step=3_000, moments=900, gradients=450, encoding=80, recording=60, images=40, drawing=70, recorded=30,
+    process=1_000_000, whole=700, dense=500, others=200, student=400, training=450, teacher=300, masked=100,
+    converted=300, anew=350, average=50, step=3_000, moments=900, gradients=450, encoding=80, recording=60, images=40,
+    drawing=70, recorded=30,
 )  # fmt: skip
 
 
@@ -132,7 +133,20 @@ def test_each_moment_holds_what_is_there_then():
     assert sum(at(found, "training").host.values()) == 1_000_000 + 60 + 100 + 40
     assert sum(at(found, "writing a checkpoint").device.values()) == 450 + 300 + 5 * 100 + 50 + 900 + 450
     assert sum(at(found, "validating").device.values()) == 450 + 300 + 5 * 100 + 50 + 900 + 450 + 70 + 200
-    assert sum(at(found, "writing the result").host.values()) == 1_000_000 + 60 + 100 + 40 + 450 + 350 + 400
+    assert sum(at(found, "writing the result").host.values()) == 1_000_000 + 60 + 100 + 40 + 450 + 300 + 400
+
+
+def test_a_result_is_opened_then_written():
+    """While it is opened its file counts beside what is converted; when it is written, parts that had left."""
+
+    def written(released, **sizes):
+        found = at(moments_of(replace(SIZES, **sizes), [], released, on_host=True), "writing the result")
+        return found.host["written pipeline"]
+
+    assert written(True, converted=0, anew=0) == 400  # all shared
+    assert written(True, converted=0, anew=350) == 350 + 200  # merged after the file is closed
+    assert written(True, converted=400, anew=400) == 400 + 400
+    assert written(False, converted=0, anew=0) == 400 + 200
 
 
 def test_on_the_host_all_lies_in_one_memory():

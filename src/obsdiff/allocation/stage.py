@@ -116,7 +116,8 @@ class Folders:
     Attributes:
         statistics, sensitivity: Calibration and scan.
         reconstruction: Stages that a reconstruction has finished.
-        solved: Solved layers, where their statistics are kept or streamed; replaced dense weights wait there, too.
+        solved: Solved layers, where their statistics are kept or streamed; replaced dense weights and masks wait
+            on that disk, too.
     """
 
     statistics: Path | None = None

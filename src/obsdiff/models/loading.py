@@ -100,9 +100,9 @@ def open_pipeline(
             f"cannot load pipeline {source}: its files lack {len(missing)} weights, such as {missing[0]}; copy or "
             "download it again"
         )
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            _own_buffers(component)
+    for component, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and component not in (weights.parts or {}):
+            _own_buffers(module)
     called = name or str(source) + ("" if denoiser is None else f" with {denoiser}")
     if depth := (manifest or {}).get("depth"):  # as runs said it before obsdiff.json did
         info.setdefault("blocks", depth["kept"])
@@ -114,9 +114,14 @@ def open_pipeline(
 def _own_buffers(model: Any) -> None:
     """Copy what else a model keeps of its files: one view of a file keeps all of it mapped, when its weights are
     changed or gone."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.clone())
+    found = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    copies = {buffer: buffer.clone() for _, _, buffer in found}  # one of each: some have two names
+    for module, name, buffer in found:
+        setattr(module, name, copies[buffer])
 
 
 def split_source(source: str) -> tuple[str, str | None]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,10 @@ class Masks(MutableMapping[str, Tensor]):
     def move_to_end(self, name: str) -> None:
         """Let a mask be the last one."""
         self._packed[name] = self._packed.pop(name)
+
+    def __reduce__(self) -> Any:
+        """Copies hold their bits in memory."""
+        return Masks, (dict(self),)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         """The bits of each (:func:`pack`), and their shapes."""

@@ -107,7 +107,7 @@ def cut_bytes(sites: Sequence[SiteShape], solving: Solving) -> int:
 
 def changed_bytes(site: SiteShape, element: int) -> tuple[int, int]:
     """What a solved site leaves until the prune ends, on the device and on the host: its new weights, beside the dense
-    ones that are put back if anything fails (unless those wait on a disk), and masks of one bit an entry."""
+    ones that are put back if anything fails, and masks of one bit an entry (unless these two wait on a disk)."""
     stays = int(site.kept * site.weights)
     return (stays + site.producers) * element, -(-stays // 8) if site.masked else 0
 

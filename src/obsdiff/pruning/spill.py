@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Spill:
         with clear_failures(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed with this object
+        weakref.finalize(self, self._file.close)
         self._end = 0
 
     def put(self, tensor: Tensor) -> Spilled:

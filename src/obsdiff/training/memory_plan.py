@@ -23,7 +23,8 @@ class Sizes:
         training: as it trains, adapters included.
         teacher: The dense denoiser, where it runs in steps; else 0.
         masked: Entries of weights that are held by masks.
-        anew: Of the result's denoiser, what is not shared with the one that trained: merged, or in another dtype.
+        converted: Of the result's denoiser, what is in another dtype than in training, and
+        anew: what is that or merged: the rest is shared with the one that trained.
         average: Of the trained weights; 0: none is kept.
         step: The most that a step makes: activations, gradients, moments, and what the optimizer makes.
         moments: What of that the optimizer keeps.
@@ -43,6 +44,7 @@ class Sizes:
     training: int
     teacher: int = 0
     masked: int = 0
+    converted: int = 0
     anew: int = 0
     average: int = 0
     step: int = 0
@@ -88,6 +90,7 @@ def moments_of(sizes: Sizes, pruning: Sequence[Moment], released: bool, on_host:
         drawing = {"activations": sizes.drawing, "other parts": sizes.others}
         yield Moment("validating", between | drawing, found)
     copied = {} if on_host else {"state": sizes.training}
-    # its files are open until it has taken the trained weights; text encoders and autoencoder come back afterwards
-    written = {"written pipeline": sizes.anew + max(sizes.student, sizes.others)}
+    # its file is open until it has taken the trained weights; parts that had left come back afterwards
+    opened = sizes.converted + sizes.student + (0 if released else sizes.others)
+    written = {"written pipeline": max(opened, sizes.anew + sizes.others)}
     yield Moment("writing the result", between, found | copied | written)

@@ -143,7 +143,8 @@ def plan_recovery(settings: Settings) -> RecoveryPlan:
     kept = (manifest.get("depth") or {}).get("kept")
     step = _step(settings, student, teachers, masks, told, kept)
     trained = [p for p in student.denoiser.parameters() if p.requires_grad]
-    lora = module.trained.lora_rank is not None
+    result = sum(loaded[name] for name in student.components)
+    rounded = settings.precision in TRUE or module.trained.frozen_dtype not in (None, "float32")
     prompts, drawn = len(getattr(data, "prompts", ())), module.evaluation
     recorded = _records(data) and not (data.folder / INDEX).exists()
     sizes = Sizes(
@@ -151,11 +152,12 @@ def plan_recovery(settings: Settings) -> RecoveryPlan:
         whole=sum(parts.values()),
         dense=sum(parts[name] for name in dense.components),
         others=sum(size for name, size in loaded.items() if name not in student.components),
-        student=sum(loaded[name] for name in student.components),
+        student=result,
         training=sum(t.nbytes for t in (*student.denoiser.parameters(), *student.denoiser.buffers())),
         teacher=sum(p.nbytes for teacher in teachers for p in teacher.parameters()),
         masked=sum(mask.numel() for mask in masks.values()),
-        anew=sum(loaded[name] for name in student.components) if lora or settings.precision in TRUE else 0,
+        converted=result if rounded else 0,
+        anew=result if rounded or module.trained.lora_rank is not None else 0,
         average=sum(p.nbytes for p in trained) if settings.averaged else 0,
         step=step.peak,
         moments=step.kept,

@@ -253,7 +253,8 @@ class Recovery(lightning.LightningModule):
         }
 
     def load_trained(self, denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Give a freshly loaded denoiser the trained weights (the whole state, on the CPU), adapters merged."""
+        """Give a freshly loaded denoiser the trained weights (the whole state), adapters merged; see
+        :func:`obsdiff.training.selection.load_trained` for what the two share then."""
         load_trained(denoiser, state, self.start.masks, self.trained)
 
     # ---- training

@@ -48,11 +48,12 @@ def load_trained(
 ) -> None:
     """Give a freshly loaded denoiser the trained weights, adapters merged.
 
-    Those in its dtype are shared with ``state`` and not copied; no memory of what it was loaded with is left.
+    Those in its dtype are shared with ``state`` and not copied, so that neither may be changed in place while the other
+    is needed; no memory of what it was loaded with is left.
 
     Args:
-        denoiser: Changed in place; its dtype stays.
-        state: The whole state of the denoiser that was trained, adapters included, on the CPU.
+        denoiser: Changed in place; its dtype and device stay.
+        state: The whole state of the denoiser that was trained, adapters included.
         masks, options: As they were chosen by.
     """
     if options.lora_rank is not None:
@@ -60,8 +61,9 @@ def load_trained(
 
         adapted = [name.removesuffix(".base_layer.weight") for name in state if name.endswith(".base_layer.weight")]
         add_adapters(denoiser, adapted, masks, options.lora_rank, options.lora_alpha)
-    dtypes = {name: tensor.dtype for name, tensor in denoiser.state_dict().items()}
-    denoiser.load_state_dict({name: tensor.to(dtypes[name]) for name, tensor in state.items()}, assign=True)
+    own = {name: (tensor.device, tensor.dtype) for name, tensor in denoiser.state_dict().items()}
+    fitting = {name: tensor.to(*own[name]) if name in own else tensor for name, tensor in state.items()}
+    denoiser.load_state_dict(fitting, assign=True)
     if options.lora_rank is not None:
         merge_adapters(denoiser)
 
