@@ -3,6 +3,7 @@ wrong."""
 
 import json
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,6 +98,7 @@ CONFIG = {
 }
 
 
+@pytest.mark.slow
 @fuzzed(100)
 @given(data=st.data())
 def test_configs(tmp_path, capsys, data):

@@ -26,7 +26,7 @@ SMALL = {  # changes of the config, and of what is told
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "sdxl" else n for n in SMALL])
 def test_a_preset_runs(name, monkeypatch, capsys):
     preset, (config, told) = presets.PRESETS[name], SMALL[name]
     embeds = {key: told[key.removeprefix("negative_")] for key in preset.embeds}

@@ -19,11 +19,8 @@ __all__ = ["PIPELINES", "PROMPTS", "TinyPipeline", "each"]
 
 PIPELINES: dict[str, TinyPipeline] = {**JOINT, **UNETS, **DITS, **VIDEOS}
 
-# one of each wiring: what takes seconds a family runs on the others among the slow cases
-USUAL = {
-    "sd35", "flux", "qwen-image", "sd15", "ddpm", "dit", "pixart-alpha", "sana", "z-image", "aura-flow", "wan22", "ltx",
-    "cogvideox-2b",
-}  # fmt: skip
+# of each kind of wiring one or two: what takes seconds a family runs on the others among the slow cases
+USUAL = {"sd35", "flux", "qwen-image", "sd15", "ddpm", "pixart-alpha", "z-image", "wan22"}
 
 
 def each(names, usual=USUAL):

@@ -193,9 +193,9 @@ HOW = ReconstructionOptions(closed_form=True, triples=24, batch_size=4)
         ("unstructured:0.7", 10),
         ("2:4", 0),
         ("structured:0.5", 0),
-        ("structured:0.25+rank:4", 0),
-        ("structured:0.25+lowrank:8", 0),
-        ("depth:1", 0),
+        pytest.param("structured:0.25+rank:4", 0, marks=pytest.mark.slow),
+        pytest.param("structured:0.25+lowrank:8", 0, marks=pytest.mark.slow),
+        pytest.param("depth:1", 0, marks=pytest.mark.slow),
         ("depth:1+structured:0.5", 0),
     ],
 )

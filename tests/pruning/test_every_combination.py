@@ -142,7 +142,7 @@ def test_digits_sd3(sd3, method, pattern):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pattern", [UNITS["digits-ddpm"], "rank:8"])
+@pytest.mark.parametrize("pattern", [UNITS["digits-ddpm"], pytest.param("rank:8", marks=pytest.mark.slow)])
 def test_digits_ddpm(ddpm, method, pattern):
     check(ddpm, method, pattern)
 

@@ -93,7 +93,15 @@ def test_no_map_of_this_rank_loses_less(statistics, graph, rank):
         torch.testing.assert_close(mapped @ mean + new.bias.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("budget", ["parameters:0.55", "bytes:0.55", "flops:0.6", "sparsity:0.45"])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        "parameters:0.55",
+        pytest.param("bytes:0.55", marks=pytest.mark.slow),
+        "flops:0.6",
+        pytest.param("sparsity:0.45", marks=pytest.mark.slow),
+    ],
+)
 def test_a_budget_counts_once_what_heads_and_directions_share(statistics, graph, budget):
     """Rows and columns of one layer: the tables take both whole, the budget is met all the same."""
     pipe = make_pipe()

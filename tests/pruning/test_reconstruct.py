@@ -134,7 +134,16 @@ def test_a_stage_that_training_makes_worse_keeps_its_weights():
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
 
 
-@pytest.mark.parametrize("pattern", ["unstructured:0.7", "2:4", "structured:0.5", "structured:0.25+rank:4", "depth:1"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "unstructured:0.7",
+        pytest.param("2:4", marks=pytest.mark.slow),
+        pytest.param("structured:0.5", marks=pytest.mark.slow),
+        "structured:0.25+rank:4",
+        "depth:1",
+    ],
+)
 def test_through_the_stage_with_what_it_cost(pattern):
     options = PruningOptions(
         pattern=pattern,
