@@ -20,6 +20,7 @@ from obsdiff.pruning.statistics import open_statistics
 from tests.fuzzing import copied, files, fuzzed, works_or_is_refused
 
 
+@pytest.mark.slow
 @fuzzed(100)
 @given(data=st.data())
 def test_plans(whole_run, tmp_path, data):

@@ -71,7 +71,7 @@ def test_parameters_budgets_count_what_is_not_zero(statistics, scanned):
 
 
 @pytest.mark.parametrize("rule", ["measured", pytest.param("owl", marks=pytest.mark.slow), "uniform"])
-@pytest.mark.parametrize("kind", ["parameters", "bytes", "flops"])
+@pytest.mark.parametrize("kind", ["parameters", pytest.param("bytes", marks=pytest.mark.slow), "flops"])
 @pytest.mark.parametrize("share", [pytest.param(0.8, marks=pytest.mark.slow), 0.65])
 def test_structured_budgets_are_met_and_never_exceeded(statistics, scanned, rule, kind, share):
     """One FFN neuron at a time is 0.2 % of this model, so that within 1 % is possible."""

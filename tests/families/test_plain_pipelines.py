@@ -49,7 +49,9 @@ def advised(pipe, prompts=("a yellow cat",)):
     return re.search(r"(\w+)\.from_pipe\(pipe, dtype=pipe\.dtype\)", str(caught.value))[1]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [*CASES[::3], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[1::3] + CASES[2::3])]
+)
 def test_the_pipeline_that_is_named_works(name, kind, tmp_path):
     """It is measured and pruned at the dtype as it is, and what was pruned can be saved as either."""
     pipe = derived(name, kind).to(torch.bfloat16)

@@ -136,7 +136,7 @@ def case_like(case):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pattern", ["unstructured:0.5", UNITS["digits-sd3"]])
+@pytest.mark.parametrize("pattern", ["unstructured:0.5", pytest.param(UNITS["digits-sd3"], marks=pytest.mark.slow)])
 def test_digits_sd3(sd3, method, pattern):
     check(sd3, method, pattern)
 

@@ -44,7 +44,7 @@ HEAD = """
         print(type(error).__name__, error)
             """,
         ),
-        (
+        pytest.param(
             "kill",
             """
     class Deadly:
@@ -52,6 +52,7 @@ HEAD = """
             os.kill(os.getpid(), signal.SIGKILL)
     io.save_checkpoint({"weights": torch.ones(5_000_000), "last": Deadly()}, path)
             """,
+            marks=pytest.mark.slow,
         ),
     ],
 )

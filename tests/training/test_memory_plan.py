@@ -65,12 +65,12 @@ def both(pipe_folder, **asked):
     "asked",
     [
         {},
-        {"weights": {"denoise": 1.0}},
+        pytest.param({"weights": {"denoise": 1.0}}, marks=pytest.mark.slow),
         {"weights": {"distill_guided": 1.0}},
         {"weights": {"distill_output": 1.0, "distill_features": 1.0}, "teaching": True},
         {"trained": Trained(lora_rank=2)},
         {"trained": Trained(gradient_checkpointing=True)},
-        {"optimization": Optimization(optimizer="torch.optim.SGD")},
+        pytest.param({"optimization": Optimization(optimizer="torch.optim.SGD")}, marks=pytest.mark.slow),
     ],
     ids=lambda asked: "-".join(asked) or "plain",
 )

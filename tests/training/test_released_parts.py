@@ -47,6 +47,7 @@ def data(pipe_folder, tmp_path):
     return TrajectoryDataModule(str(pipe_folder), str(tmp_path / "traj"), "digits-train", num_prompts=4, batch_size=4)
 
 
+@pytest.mark.slow
 def test_encoders_and_autoencoder_leave_and_only_what_draws_comes_back(pipe_folder, tmp_path, monkeypatch):
     watch = Watch(monkeypatch)
     runner = {"max_steps": 4, "val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}

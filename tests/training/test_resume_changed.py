@@ -54,7 +54,10 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("changes, word", CHANGES, ids=[word for _, word in CHANGES])
+@pytest.mark.parametrize(
+    "changes, word",
+    [pytest.param(*c, id=c[1], marks=() if i % 3 == 0 else pytest.mark.slow) for i, c in enumerate(CHANGES)],
+)
 def test_other_settings_are_named_and_refused(pipe_folder, interrupted, changes, word):
     with pytest.raises(UserError, match=word) as found:
         run(pipe_folder, interrupted, 4, resume=True, **changes)
