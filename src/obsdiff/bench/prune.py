@@ -72,7 +72,8 @@ def bench_prune(
         statistics = stream(subject, conditioning, **settings, needs=needs)
     elif store is not None and packages == 1:
         statistics = measure(set())
-    with TemporaryDirectory(dir=".", ignore_cleanup_errors=True) as folder:  # a run has them on its output's disk
+    # on the output's disk, as in a run; where no file is nameless, the masks of the report outlast the folder
+    with TemporaryDirectory(dir=".", ignore_cleanup_errors=True) as folder:
         keeps = packages is None or (store is not None and packages == 1)
         solved = Path(folder) / "solved" if keeps else None
         report = prune(subject, pattern, method=method, statistics=statistics, packages=packages, solved=solved)
