@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from obsdiff.obs.linalg import SingularHessian, all_finite, damped, inverse, upper_factor
+from obsdiff.obs.linalg import MIRRORED, SingularHessian, all_finite, damped, inverse, mirror_, upper_factor
 
 
 def test_factor_is_the_upper_factor_of_the_hessian():
@@ -12,6 +12,15 @@ def test_factor_is_the_upper_factor_of_the_hessian():
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor @ factor.T, damped(hessian, 0.01), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(inverse(hessian)[0], torch.linalg.inv(damped(hessian, 0.01)), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("columns", [1, 30, MIRRORED, 2 * MIRRORED + 1])
+def test_the_lower_triangle_becomes_the_upper_one_whatever_it_was(columns):
+    matrix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0))
+    wanted = matrix.triu() + matrix.triu(1).T
+    matrix[torch.ones_like(matrix, dtype=torch.bool).tril(-1)] = float("nan")
+    assert mirror_(matrix) is matrix
+    assert torch.equal(matrix, wanted)
 
 
 def test_a_failed_factorisation_is_retried_and_says_so():

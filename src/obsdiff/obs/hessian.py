@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from obsdiff.obs.linalg import all_finite
+from obsdiff.obs.linalg import all_finite, mirror_
 from obsdiff.obs.precision import products_in
 from obsdiff.ranks import add_up, rank, world_size
 
@@ -255,8 +255,7 @@ class Gram(Centred):
     def covariance(self, group: int = 0) -> Tensor:
         """``C = Σ α (x − μ)(x − μ)ᵀ / Σ α``, symmetric float32 (n, n)."""
         total = self.comoment[group] if self.disposable else self.comoment[group].clone()
-        upper = total.triu_().div_(self.weight_sum)
-        return upper.add_(upper.T.tril(-1))
+        return mirror_(total).div_(self.weight_sum)
 
     def hessian(self, group: int = 0) -> Tensor:
         """``H = Σ α x xᵀ / Σ α = C + μ μᵀ``, symmetric float32 (n, n) (OBS-Diff eq. 5 up to a constant)."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # relative to mean diag(H), the published default
 RETRIES = 5
+MIRRORED = 256  # columns of the tiles that are transposed: a cache holds two
 
 
 class SingularHessian(ArithmeticError):
@@ -58,6 +59,16 @@ def upper_factor(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, flo
         )
         tried = 10 * max(tried, 1e-6)
     raise SingularHessian(f"Hessian of {len(hessian)} columns is not positive definite at dampening {tried:g}")
+
+
+def mirror_(upper: Tensor) -> Tensor:
+    """The symmetric matrix of which ``upper`` holds the upper triangle, in place, whatever is below."""
+    for start in range(0, len(upper), MIRRORED):
+        end = start + MIRRORED
+        upper[end:, start:end] = upper[start:end, end:].T
+        own = upper[start:end, start:end].triu_()
+        own += own.triu(1).T
+    return upper
 
 
 def inverse(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, float]:

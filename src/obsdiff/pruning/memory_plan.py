@@ -60,12 +60,11 @@ def moments_bytes(site: SiteShape, solving: Solving) -> int:
 def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels: int = 1) -> int:
     """The workspace of solving a site's single weights, its results included, beyond its statistics.
 
-    With n columns, R rows of all layers, r of the largest, all of it float32 and for one group: what mirroring the
-    covariance and checking it make (1.75 n²); the Cholesky factor and what it is made of (2 n²); of the sweep the
-    factor, the weights, their changes, pivots and results (n² + 4.5 R n) and three blocks of 128 columns; of admm the
-    spectrum with LAPACK's workspace (5 n²); of the refit the solutions, and eight matrices like the largest layer; of
-    methods that sort rows, sorted indices. Results (weight and mask) are 1.25 R n, twice where groups are joined.
-    Weights in half precision are held in float32, too.
+    With n columns, R rows of all layers, r of the largest, all of it float32 and for one group: the Cholesky factor and
+    what it is made of (2 n²); of the sweep the factor, the weights, their changes, pivots and results (n² + 4.5 R n)
+    and three blocks of 128 columns; of admm the spectrum with LAPACK's workspace (5 n²); of the refit the solutions,
+    and eight matrices like the largest layer; of methods that sort rows, sorted indices. Results (weight and mask) are
+    1.25 R n, twice where groups are joined. Weights in half precision are held in float32, too.
 
     Args:
         site: What is solved.
@@ -87,8 +86,7 @@ def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels:
     if solving.refits and gram:
         work += [2.25 * total * n + 8 * largest * n]
     square = moments_bytes(site, solving) if gram else 0
-    mirrored = 1.75 * n * n if gram else 0
-    return square + int(FLOAT * (dense + max(mirrored, *work)))
+    return square + int(FLOAT * (dense + max(work)))
 
 
 def cut_bytes(sites: Sequence[SiteShape], solving: Solving) -> int:
