@@ -1,8 +1,10 @@
 """Reduced precision without the hardware: inputs are rounded, then multiplied in float32."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from obsdiff.obs import hessian, precision
+from obsdiff.pruning import collect
 
 BITS = {"tf32": 10, "bfloat16": 7}  # after the point
 
@@ -30,9 +32,21 @@ def round_everywhere(monkeypatch):
         def __exit__(self, *_):
             state.pop()
 
-    def of_rounded(total, x, weight, base):
-        product(total, to_precision(x, state[-1]), weight, base)
+    def of_rounded(total, x, weight, least):
+        product(total, to_precision(x, state[-1]), weight, least)
+
+    class RoundedCalls(TorchFunctionMode):
+        def __init__(self, name, device):
+            super().__init__()
+            self.name = name
+
+        def __torch_function__(self, function, types, given=(), more=None):
+            if function is torch.nn.functional.linear:
+                x, weight, *bias = given
+                given = to_precision(x, self.name), to_precision(weight, self.name), *bias
+            return function(*given, **(more or {}))
 
     monkeypatch.setattr(hessian, "products_in", Rounded)
+    monkeypatch.setattr(collect, "products_in", RoundedCalls)
     monkeypatch.setattr(hessian, "add_upper_product", of_rounded)
     monkeypatch.setattr(precision, "offers", lambda name, device: True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from obsdiff.obs.linalg import MIRRORED, SingularHessian, all_finite, damped, inverse, mirror_, upper_factor
+from obsdiff.obs.linalg import FACTORED, MIRRORED, SingularHessian, all_finite, damped, inverse, mirror_, upper_factor
 
 
 def test_factor_is_the_upper_factor_of_the_hessian():
@@ -12,6 +12,27 @@ def test_factor_is_the_upper_factor_of_the_hessian():
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor @ factor.T, damped(hessian, 0.01), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(inverse(hessian)[0], torch.linalg.inv(damped(hessian, 0.01)), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("columns", [1, FACTORED - 1, FACTORED, FACTORED + 1, 3 * FACTORED + 44])
+def test_factoring_by_blocks_is_as_exact_as_float32_can_be(columns):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    hessian = x.T @ x
+    factor, used = upper_factor(hessian)
+    exact = torch.linalg.cholesky(damped(hessian.double(), used).flip(0, 1)).flip(0, 1)
+    assert torch.equal(factor, factor.triu())
+    assert float((factor - exact).norm() / exact.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("column", [0, FACTORED, 2 * FACTORED - 1, 2 * FACTORED + 5])
+def test_a_failure_is_noticed_in_every_block(column):
+    diagonal = torch.ones(2 * FACTORED + 6)
+    diagonal[column] = -0.05
+    with pytest.warns(RuntimeWarning, match="not positive definite at dampening 0.01"):
+        factor, used = upper_factor(torch.diag(diagonal))
+    assert used == pytest.approx(0.1)
+    assert bool(torch.isfinite(factor).all())
 
 
 @pytest.mark.parametrize("columns", [1, 30, MIRRORED, 2 * MIRRORED + 1])

@@ -11,13 +11,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from obsdiff.obs.linalg import all_finite, mirror_
+from obsdiff.obs.linalg import LAUNCHED, all_finite, mirror_
 from obsdiff.obs.precision import products_in
 from obsdiff.ranks import add_up, rank, world_size
 
-BASE = 128  # columns below which a full product is faster than its upper triangle
+STRIP = 128  # rows of a product at a time, below which a processor is not busy
 ROUNDED = 256  # the same of rounded factors
-LAUNCHED = 1024  # and where each product is a launch
 FEW = 32  # rows, below which rounding saves nothing, and torch rounds some products and others not
 
 
@@ -55,24 +54,19 @@ def weight_matrices(layer: nn.Module) -> Tensor:
     return weight.view(groups, weight.shape[0] // groups, -1)
 
 
-def add_upper_product(total: Tensor, x: Tensor, weight: float, base: int) -> None:
-    """``total += weight · xᵀ x`` in the upper triangle, by halves: 1/2 + base/2n of a full product's work.
+def add_upper_product(total: Tensor, x: Tensor, weight: float, least: int) -> None:
+    """``total += weight · xᵀ x`` in the upper triangle, by strips of rows: at least 9/16 of a full product's work.
 
     Args:
         total: (n, n) float32.
         x: (tokens, n).
         weight: Of them.
-        base: Columns that are not halved any more.
+        least: Rows of a strip, or n / 8 if that is more.
     """
-    n = x.shape[1]
-    if n <= base:
-        total.addmm_(x.T, x, alpha=weight)
-        return
-    half = n // 2
-    left, right = x[:, :half], x[:, half:]
-    total[:half, half:].addmm_(left.T, right, alpha=weight)
-    add_upper_product(total[:half, :half], left, weight, base)
-    add_upper_product(total[half:, half:], right, weight, base)
+    strip = max(least, x.shape[1] // 8)
+    for start in range(0, x.shape[1], strip):
+        end = start + strip
+        total[start:end, start:].addmm_(x[:, start:end].T, x[:, start:], alpha=weight)
 
 
 @dataclass
@@ -235,10 +229,10 @@ class Gram(Centred):
 
     def accumulate(self, u: Tensor, weight: float) -> None:
         precision = self.precision if u.shape[1] >= FEW else "float32"
-        base = LAUNCHED if u.is_cuda else BASE if precision == "float32" else ROUNDED
+        least = LAUNCHED if u.is_cuda else STRIP if precision == "float32" else ROUNDED
         with products_in(precision, u.device):
             for total, inputs in zip(self.comoment, u, strict=True):
-                add_upper_product(total, inputs, weight, base)
+                add_upper_product(total, inputs, weight, least)
 
     def about(self, centre: Tensor) -> Tensor:
         distance = (self.centre - centre).float()

@@ -82,5 +82,5 @@ def refit(
 
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of the rows of two matrices, (rows, 1), without a matrix in between."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
+    """Inner products of the rows of two matrices, (rows, 1)."""
+    return torch.linalg.vecdot(a, b).unsqueeze(1)

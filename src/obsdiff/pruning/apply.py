@@ -74,7 +74,6 @@ class Job:
                 kept.save(item, found)
             yield item, found
             del found
-            trim_memory()
 
 
 def apply_package(job: Job, package: Collection[str], found: Statistics | None, once: bool = False) -> None:
@@ -101,6 +100,7 @@ def apply_package(job: Job, package: Collection[str], found: Statistics | None, 
     if plan.weights:
         narrowed = None if read is None else _narrowed(job.graph, read, kept)
         _mask_sites(job, package, narrowed, spent, None if slopes is None else _left_of(job.graph, slopes, kept))
+    trim_memory()
 
 
 def _narrowed(graph: Graph, read: Read, kept: Mapping[str, Tensor]) -> Read:
