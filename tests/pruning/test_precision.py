@@ -71,6 +71,47 @@ def test_what_ranks_go_by_is_not_rounded(tmp_path):
     assert not any(torch.equal(kept.site(name).comoment, exact.site(name).comoment) for name in image)
 
 
+@pytest.mark.parametrize("way", ["whole", "streamed"])
+def test_the_blocks_own_calls_are_rounded_and_nothing_else(way):
+    pipe = make_pipe()
+    subject = obsdiff.models.subject.subject_of(pipe, PROMPTS)
+    graph, seen = subject.graph, {}
+
+    def keep(name, found):
+        seen.setdefault(name, found.detach().clone())
+
+    block, times = graph.layer(graph.stages[0]), pipe.transformer.time_text_embed
+    handles = [block.register_forward_hook(lambda *call: keep("block", call[2][-1]))]
+    handles.append(times.register_forward_hook(lambda *call: keep("times", call[2])))
+
+    def calls(*names):
+        seen.clear()
+        if way == "whole":
+            obsdiff.calibrate(subject, PROMPTS, needs={"gram", *names}, steps=2)
+        else:
+            obsdiff.stream(subject, PROMPTS, needs={"gram", *names}, steps=2).record()
+        return dict(seen)
+
+    exact, rounded, after = calls(), calls("bfloat16"), calls()
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(exact["times"], rounded["times"])
+    assert not torch.equal(exact["block"], rounded["block"]) and torch.equal(exact["block"], after["block"])
+    torch.testing.assert_close(rounded["block"], exact["block"], rtol=0.05, atol=0.05)
+
+
+def test_a_call_that_fails_leaves_no_rounding_behind():
+    subject = obsdiff.models.subject.subject_of(make_pipe(), PROMPTS)
+    graph = subject.graph
+    layer, x = torch.nn.Linear(64, 64), torch.randn(64, 64)
+    wanted = layer(x)
+    failing = graph.layer(graph.sites[0].name).register_forward_pre_hook(lambda *_: 1 / 0)  # within a stage
+    with pytest.raises(ZeroDivisionError):
+        obsdiff.calibrate(subject, PROMPTS, needs={"gram", "bfloat16"})
+    failing.remove()
+    assert torch.equal(layer(x), wanted)
+
+
 def test_stores_keep_apart(tmp_path):
     calibrated(store=tmp_path / "float32")
     calibrated("tf32", store=tmp_path / "tf32")

@@ -25,7 +25,7 @@ from obsdiff.obs.precision import check_precision
 from obsdiff.obs.timesteps import check_weighting
 from obsdiff.progress import track
 from obsdiff.pruning.alphas import named_weighting
-from obsdiff.pruning.collect import collecting
+from obsdiff.pruning.collect import collecting, rounding_calls
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
 from obsdiff.pruning.gates import check_gateable, gated_groups, learned_gates
 from obsdiff.pruning.gradients import check_differentiable, layers_of, loss_gradients
@@ -79,8 +79,8 @@ def calibrate(
         sites: Only these sites (names of their first layers); None: all.
         needs: What the statistics are for: "gram" serves every method that goes by layer inputs, "diagonal" (of H)
             only those that need no more (wanda, dsnot), at a fraction of time and memory; beside "gram" one of
-            :data:`obsdiff.names.PRECISIONS`, where the device has it ("tf32", "bfloat16": layer inputs are
-            rounded in the products, but those that are one vector a call); and of
+            :data:`obsdiff.names.PRECISIONS`, where the device has it ("tf32", "bfloat16": products that make Hessians
+            and those of the blocks' own calls round what they multiply, but not what is one vector a call); and of
             :data:`obsdiff.obs.observers.PASSES`, each of which is a pass of its own
             (:mod:`obsdiff.pruning.gradients`, :mod:`obsdiff.pruning.gates`) whose result no store keeps.
         quiet: No progress bar.
@@ -223,6 +223,7 @@ def _measure(
     rest, pipe = conditioning[left], subject.pipe
     with (
         eval_mode(pipe),
+        rounding_calls(subject.graph, statistics.observer),
         counted_calls(subject) as counter,
         collecting(subject, sites, rest, settings, statistics, counter) as collector,
     ):

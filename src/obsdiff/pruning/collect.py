@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,12 @@ from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.denoisers import device_of
 from obsdiff.models.families.base import TEXT
-from obsdiff.models.graph import Site
+from obsdiff.models.graph import Graph, Site
 from obsdiff.models.rows import CallRows
 from obsdiff.models.subject import Subject
 from obsdiff.obs.hessian import activation_matrices, weight_matrices
 from obsdiff.obs.observers import OBSERVERS, exact
+from obsdiff.obs.precision import products_in
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.statistics import Statistics
@@ -136,6 +137,38 @@ class Collector:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+@contextmanager
+def rounding_calls(graph: Graph, observer: str) -> Iterator[None]:
+    """Products of the stages' linear layers in the precision of a calibration, too, where it is a reduced one.
+
+    What reads one vector a call stays in float32, as do the products before the stages that make it: ranks go by the
+    least eigenvalues.
+
+    Args:
+        graph: Of the denoiser that is called.
+        observer: A name of :data:`obsdiff.obs.observers.OBSERVERS`.
+    """
+    precision, device = OBSERVERS[observer].precision, device_of(graph.denoiser)
+    exempt = {id(graph.layer(name)) for site in graph.vectors for name in site.layers}
+    stages = map(graph.layer, graph.stages if precision != "float32" else ())
+    inside = {id(m): m for stage in stages for m in stage.modules() if isinstance(m, nn.Linear) and id(m) not in exempt}
+    running = ExitStack()  # of one layer
+
+    def enter(*_: object) -> None:
+        running.enter_context(products_in(precision, device))
+
+    def leave(*_: object) -> None:
+        running.close()
+
+    handles = [layer.register_forward_pre_hook(enter) for layer in inside.values()]
+    handles += [layer.register_forward_hook(leave, always_call=True) for layer in inside.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

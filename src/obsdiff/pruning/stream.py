@@ -32,7 +32,7 @@ from obsdiff.obs.precision import check_precision
 from obsdiff.progress import track
 from obsdiff.pruning.alphas import named_weighting
 from obsdiff.pruning.calibrate import add_up_processes, check_measured, check_settings
-from obsdiff.pruning.collect import collecting
+from obsdiff.pruning.collect import collecting, rounding_calls
 from obsdiff.pruning.fingerprint import Settings, fingerprint_of
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.trajectories import CallCounter, counted_calls, noise_seeds, run_trajectories, seen_calls
@@ -128,10 +128,10 @@ class Stream:
         Raises:
             UserError: The pipeline gives something that is not finite.
         """
+        graph = self.subject.graph
         if self._calls is None:
-            with eval_mode(self.subject.pipe):
+            with eval_mode(self.subject.pipe), rounding_calls(graph, self._observer):
                 self._calls = self._recorded()
-                graph = self.subject.graph
                 self._passing = passing_stages(graph.denoiser, graph.stages, graph.chains, self._calls)
         return self._calls
 
@@ -150,7 +150,7 @@ class Stream:
         chosen = [site for site in (*graph.vectors, *graph.sites) if site.name in sites]
         statistics = Statistics(self.fingerprint, observer=self._observer)
         counter = CallCounter(self.subject.pipe, self.subject.family.time)
-        with eval_mode(self.subject.pipe):
+        with eval_mode(self.subject.pipe), rounding_calls(graph, self._observer):
             first, last = (of(site.stage for site in chosen) for of in (min, max))
             asked = graph.stages[first : last + 1]
             if is_offloaded(graph.denoiser):
