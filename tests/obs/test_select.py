@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obsdiff.obs.pattern import Unstructured
-from obsdiff.obs.select import SAMPLE, drop_lowest, keep_best_per_row
+from obsdiff.obs.select import SAMPLE, _kth_lowest, count_nonzero, drop_lowest, keep_best_per_row
 
 
 @settings(max_examples=30, deadline=None)
@@ -29,6 +29,24 @@ def test_drops_exactly_the_lowest(size, share, kind, seed):
     assert int(dropped.sum()) == count
     if 0 < count < size:
         assert float(scores[dropped].max()) <= float(scores[~dropped].min())
+    if count:  # what other devices go by finds the same threshold
+        assert float(_kth_lowest(scores, count)) == float(scores.sort().values[count - 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_any_dtype_is_selected_from(dtype):
+    scores = torch.rand(7, 100, requires_grad=True).to(dtype)
+    dropped = drop_lowest(scores, 300)
+    assert int(dropped.sum()) == 300 and dropped.shape == (7, 100)
+    scores = scores.detach()
+    assert float(scores[dropped].max()) <= float(scores[~dropped].min())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_entries_that_are_not_zero_are_counted(dtype):
+    values = torch.tensor([[0.0, -0.0, 1e-30], [2.0, float("nan"), 0.0]]).to(dtype)
+    assert count_nonzero(values) == count_nonzero(values.T) == 3
+    assert count_nonzero(torch.nn.Parameter(torch.ones(3))) == 3
 
 
 @pytest.mark.parametrize("columns", [10, 37])

@@ -40,6 +40,7 @@ from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.observers import PASSES
 from obsdiff.obs.pattern import of_layers
+from obsdiff.obs.select import count_nonzero
 from obsdiff.pruning.folder import load_pipeline, write_pipeline
 from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.masks import weight_masks
@@ -331,7 +332,7 @@ def _measured(dense: Dense, folder: Path, unit: Unit, refs: References) -> dict[
     return {
         "evaluation": evaluation,
         "per_image": {name: values.tolist() for name, values in dense.suite.values().items()},
-        "nonzero": sum(int(weight.count_nonzero()) for weight in weights),
+        "nonzero": sum(map(count_nonzero, weights)),
         "sampling_s": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(pipe.device),
         "images": images,

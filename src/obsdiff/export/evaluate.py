@@ -34,6 +34,7 @@ from obsdiff.models.denoisers import parts_of
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.subject import subject_of
+from obsdiff.obs.select import count_nonzero
 from obsdiff.pruning.folder import run_folder
 from obsdiff.pruning.manifest import read_manifest
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions
@@ -154,7 +155,7 @@ def _size(pipe: Any) -> dict[str, int]:
     weights = list(subject.denoiser.parameters())
     return {
         "parameters": sum(weight.numel() for weight in weights),
-        "nonzero": sum(int(weight.count_nonzero()) for weight in weights),
+        "nonzero": sum(map(count_nonzero, weights)),
         "denoiser_bytes": sum(weight.numel() * weight.element_size() for weight in weights),
         "pipeline_bytes": pipeline_bytes(pipe),
         "flops": denoiser_flops(subject, call_arguments(pipe)),

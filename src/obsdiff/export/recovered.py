@@ -22,6 +22,7 @@ from obsdiff.memory import peak_memory_bytes
 from obsdiff.models.released import doubles
 from obsdiff.models.subject import graph_of, subject_of
 from obsdiff.obs.pattern import parse_pattern
+from obsdiff.obs.select import count_nonzero
 from obsdiff.pruning.folder import MASKS, load_pipeline, write_pipeline_files
 from obsdiff.pruning.manifest import FILE
 from obsdiff.pruning.masks import broken_masks
@@ -98,7 +99,7 @@ def recovered_report(
     counts = {
         "dense": manifest.get("parameters", {}).get("dense", sum(p.numel() for p in parameters)),
         "pruned": sum(p.numel() for p in parameters),
-        "nonzero": sum(int(p.count_nonzero()) for p in parameters),
+        "nonzero": sum(map(count_nonzero, parameters)),
     }
     errors = manifest.get("layer_error", {})
     report: dict[str, Any] = {

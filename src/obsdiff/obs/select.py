@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -10,22 +11,34 @@ from obsdiff.obs.pattern import NM, Pattern, Unstructured
 SAMPLE = 2048  # scores looked at to bracket the threshold of a large selection
 
 
+def count_nonzero(values: Tensor) -> int:
+    """How many entries are not zero; on a CPU in a fraction of torch's time, which branches at each."""
+    if values.device.type != "cpu" or values.dtype == torch.bfloat16:  # which numpy does not have
+        return int(values.count_nonzero())
+    return int(numpy.count_nonzero(values.detach().numpy()))
+
+
 def drop_lowest(scores: Tensor, count: int) -> Tensor:
     """A bool mask, True on exactly ``count`` of the lowest scores, however many are equal."""
-    flat = scores.reshape(-1)
+    flat = scores.detach().reshape(-1)
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = _kth_lowest(flat, count)
-    dropped = flat <= threshold  # comparing all is several times faster than writing at the indices of the lowest
-    if int(dropped.count_nonzero()) != count:  # sums of bools are slow
+    if flat.device.type == "cpu":  # numpy selects and compares in a fifth of torch's time
+        values = (flat.float() if flat.dtype == torch.bfloat16 else flat).numpy()
+        threshold = float(numpy.partition(values, count - 1)[count - 1])
+        dropped = torch.from_numpy(values <= threshold)
+    else:
+        threshold = float(_kth_lowest(flat, count))
+        dropped = flat <= threshold  # comparing all is several times faster than writing at the indices of the lowest
+    if count_nonzero(dropped) != count:
         dropped = flat < threshold
         equal = (~(dropped | (flat > threshold))).nonzero().squeeze(1)
-        dropped[equal[: count - int(dropped.sum())]] = True
+        dropped[equal[: count - count_nonzero(dropped)]] = True
     return dropped.view(scores.shape)
 
 
 def _kth_lowest(flat: Tensor, count: int) -> Tensor:
-    """The ``count``-th lowest value.
+    """The ``count``-th lowest value, by torch alone.
 
     Among many values a sorted sample brackets it within four standard deviations, and only the few inside the bracket
     are selected from; if the bracket misses, all are.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.obs.pattern import NM, Pattern, Unstructured
-from obsdiff.obs.select import drop_lowest, drop_lowest_nm, split_count
+from obsdiff.obs.select import count_nonzero, drop_lowest, drop_lowest_nm, split_count
 
 BLOCK = 128  # columns whose scores are compared jointly, as published; also those between two large products
 SUB_BLOCK = 32  # columns updated one by one before the rest of the block sees them in one product
@@ -119,5 +119,5 @@ def _counts(weight: Tensor, pattern: Pattern, compared: int, power: Tensor | Non
         return [
             split_count(pattern.ratio, weight.numel(), at * rows, end) for at, end in zip(starts, ends, strict=True)
         ]
-    gone = drop_lowest(weight.square().mul_(power[:, None]), round(pattern.ratio * weight.numel())).sum(dim=1)
-    return [int(part.sum()) for part in gone.split(compared)]
+    gone = drop_lowest(weight.square().mul_(power[:, None]), round(pattern.ratio * weight.numel()))
+    return [count_nonzero(part) for part in gone.split(compared)]

@@ -16,6 +16,7 @@ from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph, Group, own_name, shapes_with
 from obsdiff.models.obsdiff_shrunk import projecting_class, selecting_class, shrunk_class, sizes_of
 from obsdiff.obs.pattern import Pattern, Structured
+from obsdiff.obs.select import count_nonzero
 from obsdiff.pruning.spill import Spill, Spilled
 
 _ABSENT = object()
@@ -230,7 +231,7 @@ def become_shrunk(edits: Edits, denoiser: nn.Module, shapes: Mapping[str, Any]) 
 
 def zero_share(*weights: Tensor) -> float:
     """Share of the entries of all weights together that are exactly zero."""
-    return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / sum(w.numel() for w in weights)
+    return 1 - sum(map(count_nonzero, weights)) / sum(w.numel() for w in weights)
 
 
 def measured_sparsity(denoiser: nn.Module, pruned: Mapping[str, Pattern], parameters: Mapping[str, int]) -> float:
