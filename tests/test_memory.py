@@ -2,15 +2,23 @@
 
 import json
 import platform
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from obsdiff import memory
 from obsdiff.allocation import stage
+from obsdiff.bench import prune as bench_prune
 from obsdiff.cli.main import main
 from obsdiff.errors import UserError
 from obsdiff.export import run as export_run
 from obsdiff.memory import is_out_of_memory, resident_memory_bytes, trim_memory, within_memory
+from obsdiff.pruning import folder
+from obsdiff.pruning.options import CalibrationOptions, PruningOptions
+from obsdiff.training import stage as training_stage
 
 TOO_MUCH = 2**55  # bytes; no machine has them
 
@@ -24,6 +32,70 @@ def test_freed_tensors_go_back_to_the_system():
     before = resident_memory_bytes()
     trim_memory()
     assert before - resident_memory_bytes() > 150 * 2**20 and float(last[0]) == 1
+
+
+KEPT = """
+import torch
+from obsdiff.memory import freed_at_once, resident_memory_bytes, trim_memory
+def kept():
+    tensors = [torch.ones(2**18) for _ in range(200)]  # of 1 MiB
+    last = torch.ones(2**18)  # above them
+    del tensors
+    found = resident_memory_bytes()
+    trim_memory()
+    return (found - resident_memory_bytes()) // 2**20
+with freed_at_once():
+    print(kept())
+with freed_at_once(False):
+    print(kept())
+trim_memory()
+try:
+    with freed_at_once():
+        raise RuntimeError
+except RuntimeError:
+    print(kept())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what is free")
+def test_tensors_are_freed_at_once_where_it_is_asked_for_and_kept_otherwise():
+    done = subprocess.run([sys.executable, "-c", KEPT], check=True, capture_output=True, text=True)  # no holes yet
+    meanwhile, unasked, afterwards = map(int, done.stdout.split())
+    assert meanwhile < 20 and unasked > 150 and afterwards > 150
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("command", ["prune", "bench", "fit"])
+def test_a_streamed_prune_frees_at_once_from_before_it_loads_anything(tmp_path, monkeypatch, command, streamed):
+    seen = []
+
+    @contextmanager
+    def freeing(asked=True):
+        seen.append(asked)
+        yield
+        seen.append("left")
+
+    def load(*_, **__):
+        seen.append("loaded")
+        raise KeyError
+
+    monkeypatch.setattr(memory, "freed_at_once", freeing)
+    monkeypatch.setattr(training_stage, "freed_at_once", freeing)
+    monkeypatch.setattr(folder, "load_pipeline", load)
+    monkeypatch.setattr(training_stage, "load_pipeline", load)
+    monkeypatch.setattr(bench_prune, "build", load)
+    told = ["--pattern", "unstructured:0.5"]
+    with pytest.raises(KeyError):
+        if command == "prune":
+            more = ["--calibration.streamed", str(streamed).lower(), "--allocation", "uniform"]
+            main(["prune", "--pipeline", "digits-sd3", "--output", str(tmp_path / "out"), *told, *more])
+        elif command == "bench":
+            main(["bench", "prune", "--preset", "sd3-tiny-cpu", *told, "--streamed", str(streamed).lower()])
+        else:
+            calibration = CalibrationOptions(streamed=streamed)
+            options = PruningOptions(pattern=told[1], allocation="uniform", calibration=calibration)
+            training_stage.start_from("digits-sd3", options, tmp_path, "cpu", False, lambda _: None)
+    assert seen == [streamed, "loaded"]
 
 
 def test_both_kinds_are_recognised():

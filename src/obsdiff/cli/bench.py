@@ -34,10 +34,11 @@ def main(args: Sequence[str] | None = None) -> None:
         check_bench(options)
 
         from obsdiff.bench.prune import bench_prune
+        from obsdiff.memory import freed_at_once
         from obsdiff.ranks import joined_processes, rank
 
         preset = _preset(options, options.preset)
-        with joined_processes(preset.work.device) as device:
+        with joined_processes(preset.work.device) as device, freed_at_once(options.streamed):
             preset = replace(preset, work=replace(preset.work, device=device))
             found = bench_prune(
                 options.preset,

@@ -34,6 +34,7 @@ def main(args: Sequence[str] | None = None) -> None:
         from obsdiff.export.places import check_places
         from obsdiff.export.run import prune_run
         from obsdiff.export.summary import prune_summary
+        from obsdiff.memory import freed_at_once
         from obsdiff.models.offload import offload
         from obsdiff.pruning.folder import load_pipeline
         from obsdiff.ranks import joined_processes, rank
@@ -56,7 +57,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(full_plan(planned))
                 return
             options = planned.options
-        with joined_processes(device) as device:
+        # before anything is loaded: a streamed prune is for what memory hardly holds
+        with joined_processes(device) as device, freed_at_once(options.calibration.streamed):
             pipe = load_pipeline(
                 options.pipeline,
                 dtype=options.dtype,

@@ -35,9 +35,10 @@ class CalibrationOptions:
             another range than 0.8-1.2 as log_decrease:0.2-1.8, a list of one for each step, or measured on the model.
             Default: that of the stored statistics, else the method's own (uniform for sparsegpt, log_decrease for
             the others).
-        precision: Of the products that make Hessians: float32, or layer inputs rounded to tf32 (CUDA) or bfloat16 (CPUs
-            with AMX) with sums in float32, where the device has such products; layers that read one vector a call stay
-            in float32. Default: that of the stored statistics, else float32.
+        precision: Of the products that make Hessians, and of the blocks' linear layers meanwhile: float32, or what they
+            multiply rounded to tf32 (CUDA) or bfloat16 (CPUs with AMX) with sums in float32, where the device has such
+            products; layers that read one vector a call stay in float32. Default: that of the stored statistics, else
+            float32.
         damping: Dampening relative to the mean of a Hessian's diagonal.
     """
 

@@ -23,6 +23,7 @@ from obsdiff.allocation.stage import (
 )
 from obsdiff.errors import UserError
 from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
+from obsdiff.memory import freed_at_once
 from obsdiff.models.content import component_hashes
 from obsdiff.models.released import release, share
 from obsdiff.models.subject import Subject, subject_of
@@ -108,20 +109,21 @@ def start_from(
             raise UserError(f"{folder} not found; run fit first, with the same --model.output")
         _refuse_difference(folder, found, wanted)
         return _opened(folder, pipeline, device)
-    dense = load_pipeline(pipeline, device=device)
-    check(subject_of(dense))
-    prompts = calibration_prompts(dense, options) if needs_prompts(options, None) else []
-    wanted |= {"content": component_hashes(dense), "prompts_sha256": _digest("\0".join(prompts).encode())}
-    if options.plan is not None:
-        wanted["plan_sha256"] = _digest(Path(options.plan).read_bytes()) if Path(options.plan).is_file() else None
-    if found is not None and not overwrite:
-        _refuse_difference(folder, found, wanted)
-    if found != wanted:
-        check_folder(folder, FILE, "a pruned pipeline", replace=True)
-        check_writable(folder)
-        _prune(dense, prompts, options, output, folder, wanted)
-        del dense  # before there is another one
-        dense = load_pipeline(pipeline, dtype="float32", device=device)
+    with freed_at_once(options.calibration.streamed):
+        dense = load_pipeline(pipeline, device=device)
+        check(subject_of(dense))
+        prompts = calibration_prompts(dense, options) if needs_prompts(options, None) else []
+        wanted |= {"content": component_hashes(dense), "prompts_sha256": _digest("\0".join(prompts).encode())}
+        if options.plan is not None:
+            wanted["plan_sha256"] = _digest(Path(options.plan).read_bytes()) if Path(options.plan).is_file() else None
+        if found is not None and not overwrite:
+            _refuse_difference(folder, found, wanted)
+        if found != wanted:
+            check_folder(folder, FILE, "a pruned pipeline", replace=True)
+            check_writable(folder)
+            _prune(dense, prompts, options, output, folder, wanted)
+            del dense  # before there is another one
+            dense = load_pipeline(pipeline, dtype="float32", device=device)
     release(dense)  # what the two pipelines have in common is there once
     start = _opened(folder, pipeline, device)
     share(dense, start.pipe)
