@@ -19,7 +19,10 @@ from obsdiff.ranks import world_size
 R = TypeVar("R")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 AT_ONCE_BYTES = {M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**17}
-KEPT_BYTES = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26}  # what glibc comes to by itself
+USUAL_BYTES = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26}  # what glibc comes to by itself
+KEPT_BYTES = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**31 - 1}
+_current = USUAL_BYTES
+OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")  # of whoever started the process
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
@@ -54,15 +57,47 @@ def freed_at_once(asked: bool = True) -> Iterator[None]:
     chance. It goes on filling the holes that there are: this serves before a model is loaded. For pages that are asked
     for anew a small model pays up to 1.3 times the CPU time.
     """
-    option = getattr(ctypes.CDLL(None), "mallopt", None) if asked and sys.platform == "linux" else None
-    if option is None or not all(option(*given) for given in AT_ONCE_BYTES.items()):  # other C libraries have none
+    with _thresholds(AT_ONCE_BYTES if asked else _current):
+        yield
+
+
+@contextmanager
+def kept_meanwhile() -> Iterator[None]:
+    """Meanwhile freed tensors below 32 MiB are kept for the next ones, and go back to the system at the end.
+
+    By itself glibc gives back what is free above 64 MiB, so that each call of a denoiser asks for the same pages anew,
+    a million of them in a small calibration.
+    """
+    if _current != USUAL_BYTES:  # freed at once, or kept already
         yield
         return
+    with _thresholds(KEPT_BYTES):
+        yield
+    trim_memory()
+
+
+@contextmanager
+def _thresholds(wanted: dict[int, int]) -> Iterator[None]:
+    """glibc's ``malloc`` with other thresholds, bytes by option; other C libraries, and what the process was started
+    with, stay as they are."""
+    global _current
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if option is None or wanted == _current or any(map(os.environ.get, OWN_SETTINGS)):
+        yield
+        return
+
+    def choose(thresholds: dict[int, int]) -> None:
+        global _current
+        _current = thresholds
+        for given in thresholds.items():
+            option(*given)
+
+    before = _current
+    choose(wanted)
     try:
         yield
     finally:
-        for given in KEPT_BYTES.items():
-            option(*given)
+        choose(before)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

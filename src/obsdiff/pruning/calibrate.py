@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from obsdiff.errors import UserError
+from obsdiff.memory import kept_meanwhile
 from obsdiff.models.conditioning import Conditioning, check_prompts, encode_prompts
 from obsdiff.models.denoisers import device_of
 from obsdiff.models.graph import Site
@@ -222,6 +223,7 @@ def _measure(
     seeds = noise_seeds(settings.seed, len(conditioning))[left]
     rest, pipe = conditioning[left], subject.pipe
     with (
+        kept_meanwhile(),
         eval_mode(pipe),
         rounding_calls(subject.graph, statistics.observer),
         counted_calls(subject) as counter,
