@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ def count_nonzero(values: Tensor) -> int:
     """How many entries are not zero; on a CPU in a fraction of torch's time, which branches at each."""
     if values.device.type != "cpu" or values.dtype == torch.bfloat16:  # which numpy does not have
         return int(values.count_nonzero())
-    return int(numpy.count_nonzero(values.detach().numpy()))
+    return int((values.detach().numpy() != 0).sum())
 
 
 def drop_lowest(scores: Tensor, count: int) -> Tensor:
@@ -23,9 +22,11 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
     flat = scores.detach().reshape(-1)
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if flat.device.type == "cpu":  # numpy selects and compares in a fifth of torch's time
+    if flat.device.type == "cpu":  # where numpy selects and compares in a fifth of torch's time
         values = (flat.float() if flat.dtype == torch.bfloat16 else flat).numpy()
-        threshold = float(numpy.partition(values, count - 1)[count - 1])
+        ordered = values.copy()
+        ordered.partition(count - 1)
+        threshold = float(ordered[count - 1])
         dropped = torch.from_numpy(values <= threshold)
     else:
         threshold = float(_kth_lowest(flat, count))
