@@ -144,12 +144,15 @@ def test_results_are_those_of_before(pipeline, case, monkeypatch):
     assert found["errors"] == pytest.approx(wanted["errors"], rel=0.05)
 
 
-@pytest.mark.parametrize("case", ["unstructured", "n-m"])
-def test_faster_routines_give_as_good_results(case, monkeypatch):
-    found = result("digits-sd3", **CASES[case])
+@pytest.mark.parametrize(
+    ("pipeline", "case"),
+    [("digits-sd3", "unstructured"), ("digits-sd3", "n-m"), ("dual", "admm"), ("dual", "packages")],
+)
+def test_faster_routines_give_as_good_results(pipeline, case, monkeypatch):
+    found = result(pipeline, **CASES[case])
     round_as_then(monkeypatch)
-    wanted = result("digits-sd3", **CASES[case])
-    assert found["kept"] == wanted["kept"]
+    wanted = result(pipeline, **CASES[case])
+    assert found["kept"] == wanted["kept"] and found["plan"] == wanted["plan"]
     assert found["sum"] == pytest.approx(wanted["sum"], rel=1e-5)
     assert sum(found["errors"].values()) == pytest.approx(sum(wanted["errors"].values()), rel=1e-4)
 

@@ -20,9 +20,8 @@ R = TypeVar("R")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 AT_ONCE_BYTES = {M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**17}
 USUAL_BYTES = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26}  # what glibc comes to by itself
-KEPT_BYTES = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**31 - 1}
+KEPT_BYTES = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**29}
 _current = USUAL_BYTES
-OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")  # of whoever started the process
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
@@ -63,26 +62,28 @@ def freed_at_once(asked: bool = True) -> Iterator[None]:
 
 @contextmanager
 def kept_meanwhile() -> Iterator[None]:
-    """Meanwhile freed tensors below 32 MiB are kept for the next ones, and go back to the system at the end.
+    """Meanwhile freed tensors below 32 MiB are kept for the next ones, 512 MiB at most, and go back at the end.
 
-    By itself glibc gives back what is free above 64 MiB, so that each call of a denoiser asks for the same pages anew,
-    a million of them in a small calibration.
+    By itself glibc gives the system what is free at the end of the heap above 64 MiB, so that each call of a denoiser
+    asks for the same pages anew, a million of them in a small calibration.
     """
     if _current != USUAL_BYTES:  # freed at once, or kept already
         yield
         return
-    with _thresholds(KEPT_BYTES):
-        yield
-    trim_memory()
+    try:
+        with _thresholds(KEPT_BYTES):
+            yield
+    finally:
+        trim_memory()
 
 
 @contextmanager
 def _thresholds(wanted: dict[int, int]) -> Iterator[None]:
-    """glibc's ``malloc`` with other thresholds, bytes by option; other C libraries, and what the process was started
-    with, stay as they are."""
-    global _current
+    """glibc's ``malloc`` with other thresholds, bytes by option; nothing is changed in other C libraries, nor where
+    whoever started the process set some."""
     option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if option is None or wanted == _current or any(map(os.environ.get, OWN_SETTINGS)):
+    own = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if option is None or own or wanted == _current:
         yield
         return
 

@@ -143,30 +143,31 @@ class Collector:
 def rounding_calls(graph: Graph, observer: str) -> Iterator[None]:
     """Products of the stages' linear layers in the precision of a calibration, too, where it is a reduced one.
 
-    What reads one vector a call stays in float32, as do the products before the stages that make it: ranks go by the
-    least eigenvalues.
+    Layers that read one vector a call stay in float32, and so does what is before the stages: ranks go by the least
+    eigenvalues of what modulations read.
 
     Args:
         graph: Of the denoiser that is called.
         observer: A name of :data:`obsdiff.obs.observers.OBSERVERS`.
     """
     precision, device = OBSERVERS[observer].precision, device_of(graph.denoiser)
-    exempt = {id(graph.layer(name)) for site in graph.vectors for name in site.layers}
     stages = map(graph.layer, graph.stages if precision != "float32" else ())
-    inside = {id(m): m for stage in stages for m in stage.modules() if isinstance(m, nn.Linear) and id(m) not in exempt}
+    inside = {id(m): m for stage in stages for m in stage.modules() if isinstance(m, nn.Linear)}
     running = ExitStack()  # of one layer
 
-    def enter(*_: object) -> None:
-        running.enter_context(products_in(precision, device))
+    def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs and inputs[0].dim() > 2 and inputs[0].shape[-2] > 1:
+            running.enter_context(products_in(precision, device))
 
     def leave(*_: object) -> None:
         running.close()
 
     handles = [layer.register_forward_pre_hook(enter) for layer in inside.values()]
-    handles += [layer.register_forward_hook(leave, always_call=True) for layer in inside.values()]
+    handles += [layer.register_forward_hook(leave) for layer in inside.values()]
     try:
         yield
     finally:
+        running.close()  # torch calls no hooks after an interrupt
         for handle in handles:
             handle.remove()
 

@@ -61,10 +61,10 @@ def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels:
     """The workspace of solving a site's single weights, its results included, beyond its statistics.
 
     With n columns, R rows of all layers, r of the largest, all of it float32 and for one group: the Cholesky factor and
-    its blocks (2 n² at most); of the sweep the factor, the weights, their changes, pivots and results (n² + 4.5 R n)
-    and three blocks of 128 columns; of admm the spectrum with LAPACK's workspace (5 n²); of the refit the solutions,
-    and nine matrices like the largest layer; of methods that sort rows, sorted indices. Results (weight and mask) are
-    1.25 R n, twice where groups are joined. Weights in half precision are held in float32, too.
+    the blocks of a wide one (2 n²); of the sweep the factor, the weights, their changes, pivots and results
+    (n² + 4.5 R n) and three blocks of 128 columns; of admm the spectrum with LAPACK's workspace (5 n²); of the refit
+    the solutions, and nine matrices like the largest layer; of methods that sort rows, sorted indices. Results (weight
+    and mask) are 1.25 R n, twice where groups are joined. Weights in half precision are held in float32, too.
 
     Args:
         site: What is solved.
