@@ -43,9 +43,14 @@ def resident_memory_bytes() -> int:
 
 def trim_memory() -> None:
     """Give the system what is free: glibc keeps freed tensors below 32 MiB for the next ones of their size."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # other C libraries have none, and need none
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
         trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of it; other C libraries have none, and keep nothing that would have to be given back."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 @contextmanager
@@ -81,7 +86,7 @@ def kept_meanwhile() -> Iterator[None]:
 def _thresholds(wanted: dict[int, int]) -> Iterator[None]:
     """glibc's ``malloc`` with other thresholds, bytes by option; nothing is changed in other C libraries, nor where
     whoever started the process set some."""
-    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    option = _of_glibc("mallopt")
     own = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if option is None or own or wanted == _current:
         yield
