@@ -103,16 +103,28 @@ def row_products(a, b):
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
 
 
-def add_upper_product(total, x, weight, least):
-    """By halves, down to 128 columns."""
+def by_halves(total, x, weight):
+    """Down to 128 columns."""
     n = x.shape[1]
     if n <= 128:
         total.addmm_(x.T, x, alpha=weight)
         return
     half = n // 2
     total[:half, half:].addmm_(x[:, :half].T, x[:, half:], alpha=weight)
-    add_upper_product(total[:half, :half], x[:, :half], weight, least)
-    add_upper_product(total[half:, half:], x[:, half:], weight, least)
+    by_halves(total[:half, :half], x[:, :half], weight)
+    by_halves(total[half:, half:], x[:, half:], weight)
+
+
+def add_upper_product(strips, x, weight):
+    """Of a whole matrix, which was kept then."""
+    n = x.shape[1]
+    total = torch.zeros(n, n)
+    spans = [(n - strip.shape[1], n - strip.shape[1] + len(strip)) for strip in strips]
+    for (start, end), strip in zip(spans, strips, strict=True):
+        total[start:end, start:] = strip
+    by_halves(total, x, weight)
+    for (start, end), strip in zip(spans, strips, strict=True):
+        strip.copy_(total[start:end, start:])
 
 
 def round_as_then(monkeypatch):

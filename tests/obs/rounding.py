@@ -32,8 +32,8 @@ def round_everywhere(monkeypatch):
         def __exit__(self, *_):
             state.pop()
 
-    def of_rounded(total, x, weight, least):
-        product(total, to_precision(x, state[-1]), weight, least)
+    def of_rounded(strips, x, weight):
+        product(strips, to_precision(x, state[-1]), weight)
 
     class RoundedCalls(TorchFunctionMode):
         def __init__(self, name, device):

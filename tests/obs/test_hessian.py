@@ -1,8 +1,12 @@
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
-from obsdiff.obs.hessian import Gram, activation_matrices, weight_matrices
+from obsdiff.obs import hessian
+from obsdiff.obs.hessian import Gram, activation_matrices, strip_spans, weight_matrices
 from obsdiff.obs.timesteps import timestep_weights
 
 
@@ -11,7 +15,7 @@ def tokens(n, columns, seed=0):
 
 
 def test_equals_the_weighted_sum_of_outer_products():
-    """OBS-Diff eq. 5, token by token, with eq. 4's weights; wide enough to be halved twice."""
+    """OBS-Diff eq. 5, token by token, with eq. 4's weights; wide enough for three strips."""
     weights = timestep_weights("log_decrease", 4)
     found = Gram.empty(300)
     expected = torch.zeros(300, 300, dtype=torch.float64)
@@ -97,3 +101,90 @@ def test_unfolded_linear_is_a_matrix_product():
 def test_other_layers_are_refused():
     with pytest.raises(TypeError, match="LayerNorm"):
         activation_matrices(nn.LayerNorm(4), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("columns", "device_type", "rows"),
+    [
+        (7, "cpu", [7]),
+        (300, "cpu", [128, 128, 44]),
+        (2_100, "cpu", [263] * 7 + [259]),
+        (2_432, "cuda", [1_024, 1_024, 384]),
+        (9_728, "cuda", [1_216] * 8),
+    ],
+)
+def test_strips_cover_the_upper_triangle(columns, device_type, rows):
+    spans = strip_spans(columns, device_type)
+    assert [end - start for start, end in spans] == rows and spans[0][0] == 0 and spans[-1][1] == columns
+    assert all(end == start for (_, end), (start, _) in pairwise(spans))
+    shapes = Gram.shapes(2, columns, device_type)
+    assert shapes == [(2, end - start, columns - start) for start, end in spans]
+
+
+def test_eight_strips_take_nine_sixteenths():
+    assert sum(map(math.prod, Gram.shapes(1, 2_048))) == 9 * 2_048**2 / 16
+
+
+def whole_and_kept(columns=300, groups=2):
+    """Inputs (groups, tokens, columns), their moments, and their covariances by a product in float64."""
+    x = torch.randn(groups, 400, columns, generator=torch.Generator().manual_seed(3)) + 5
+    found = Gram.empty(columns, groups)
+    found.add(x, 0.7)
+    u = x.double() - x.double().mean(1, keepdim=True)
+    return x, found, u.mT @ u / 400
+
+
+def test_strips_of_each_group_make_its_covariance():
+    _, found, expected = whole_and_kept()
+    for group in range(2):
+        got = found.covariance(group)
+        assert torch.equal(got, got.T)
+        torch.testing.assert_close(got.double(), expected[group], rtol=1e-4, atol=1e-5)
+
+
+def test_whole_matrices_are_strips_of_all_rows():
+    """As stores of earlier versions keep them, whatever is below the diagonal; more is added to them as before."""
+    x, found, expected = whole_and_kept()
+    below = torch.full((300, 300), float("nan")).tril(-1)
+    whole = torch.stack([(found.covariance(group) * found.weight_sum).triu() for group in range(2)]) + below
+    old = Gram.of_tensors({"comoment": whole, "mean": found.centre}, found.weight_sum, found.num_tokens)
+    for group in range(2):
+        torch.testing.assert_close(old.covariance(group), found.covariance(group), rtol=1e-6, atol=1e-7)
+    old.add(x, 0.7)
+    torch.testing.assert_close(old.covariance(1).double(), expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_strips_of_another_device_give_the_same(monkeypatch):
+    _, found, _ = whole_and_kept(1_500, 1)
+    monkeypatch.setattr(hessian, "STRIP", 1_024)
+    other = Gram.empty(1_500)
+    assert len(other.comoment) == 2 and len(found.comoment) == 8
+    other.add(whole_and_kept(1_500, 1)[0], 0.7)
+    again = Gram.of_tensors(other.tensors(), other.weight_sum, other.num_tokens)
+    torch.testing.assert_close(again.covariance(), found.covariance(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [slice(1, None), slice(None, -1)])
+def test_strips_that_are_missing_are_noticed(changed):
+    _, found, _ = whole_and_kept()
+    parts = [part for name, part in found.tensors().items() if name != "mean"][changed]
+    named = {"comoment" + (f".{number}" if number else ""): part for number, part in enumerate(parts)}
+    with pytest.raises(ValueError, match=r"shapes \(2, .*do not belong together"):
+        Gram.of_tensors(named | {"mean": found.centre}, 1.0, 1)
+
+
+def test_some_columns_are_those_of_the_whole():
+    x, found, expected = whole_and_kept()
+    columns = torch.arange(300)[torch.rand(300, generator=torch.Generator().manual_seed(1)) < 0.7]
+    few = found.of_columns(columns)
+    assert few.is_finite()
+    torch.testing.assert_close(few.covariance(1).double(), expected[1][columns][:, columns], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.of_columns(columns).mean(1), x[1, :, columns].double().mean(0))
+
+
+def test_what_nobody_else_needs_is_let_go_with_the_last_group():
+    _, found, _ = whole_and_kept()
+    kept, released = found.covariance(1), found.released()
+    released.covariance(0)
+    assert released.comoment and torch.equal(released.covariance(1), kept) and not released.comoment
+    assert torch.equal(found.covariance(1), kept)

@@ -34,7 +34,7 @@ def test_the_diagonal_is_that_of_the_brute_force(offset):
         found.add(part, weight)
         gram.add(part, weight)
     mean, squares = brute_force(x, alpha)
-    torch.testing.assert_close(found.comoment.double(), squares, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.variances().double(), squares, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found.centre, mean, rtol=0, atol=1e-5)
     assert torch.equal(found.centre, gram.centre)
     assert (found.weight_sum, found.num_tokens) == (gram.weight_sum, gram.num_tokens) == (350.0, 300)
@@ -64,7 +64,7 @@ def test_what_a_store_keeps_is_the_same_again(kind):
     found.add(inputs(1e3), 0.9)
     again = kind.of_tensors(found.tensors(), found.weight_sum, found.num_tokens)
     assert torch.equal(again.power(), found.power()) and again.num_tokens == 300
-    for other in (other for other in OBSERVERS.values() if other.shape(2, 12) != kind.shape(2, 12)):
+    for other in (other for other in OBSERVERS.values() if other.shapes(2, 12) != kind.shapes(2, 12)):
         with pytest.raises(ValueError, match="do not belong together"):
             other.of_tensors(found.tensors(), 1.0, 1)
 

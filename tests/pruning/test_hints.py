@@ -15,11 +15,11 @@ from obsdiff.pruning.solve import solve_site
 
 
 def nan_inside(found):
-    found.comoment[0, 1, 5] = float("nan")
+    found.comoment[0][0, 1, 5] = float("nan")
 
 
 def infinite(found):
-    found.comoment[0, 2, 2] = float("inf")
+    found.comoment[0][0, 2, 2] = float("inf")
 
 
 def nan_mean(found):
@@ -27,11 +27,11 @@ def nan_mean(found):
 
 
 def negative(found):
-    found.comoment[0, 4, 4] = -1.0
+    found.comoment[0][0, 4, 4] = -1.0
 
 
 def nothing(found):
-    found.comoment.zero_()
+    found.comoment[0].zero_()
     found.centre.zero_()
 
 
@@ -39,7 +39,7 @@ SINGLE = [name for name, method in METHODS.items() if method.solve is not None]
 
 
 def other_layer(found):
-    found.comoment, found.centre = found.comoment[:, :6, :6], found.centre[:, :6]
+    found.comoment, found.centre = [found.comoment[0][:, :6, :6]], found.centre[:, :6]
 
 
 @pytest.mark.parametrize("method", SINGLE)

@@ -30,7 +30,7 @@ def test_the_diagonal_of_the_whole(diagonal, gram):
     assert (diagonal.observer, gram.observer) == ("diagonal", "gram") and list(diagonal) == list(gram)
     for name in gram:
         few, all_ = diagonal.site(name), gram.site(name)
-        assert few.comoment.shape == few.centre.shape and few.num_tokens == all_.num_tokens
+        assert few.variances().shape == few.centre.shape and few.num_tokens == all_.num_tokens
         torch.testing.assert_close(few.power(), all_.power(), rtol=1e-4, atol=1e-6)
     assert diagonal.fingerprint == gram.fingerprint
 

@@ -1,10 +1,13 @@
 """Whatever is kept is keyed by the content of all that stands upstream of it."""
 
+import hashlib
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import obsdiff
 from obsdiff.allocation.latency import timing_of
@@ -14,6 +17,7 @@ from obsdiff.models.conditioning import encode_prompts
 from obsdiff.models.content import component_hash, component_hashes
 from obsdiff.models.info import info_of
 from obsdiff.models.subject import subject_of
+from obsdiff.obs import hessian
 from obsdiff.pruning.fingerprint import conditioning_hash, prompts_hash
 from obsdiff.pruning.options import PruningOptions, ScanOptions
 from tests.conftest import make_pipe
@@ -120,6 +124,32 @@ def test_a_store_of_an_earlier_format_is_one_clear_line(pipe, prompts, tmp_path)
     (store / "statistics.json").write_text(json.dumps({**index, "format": 1}))
     with pytest.raises(obsdiff.UserError, match=r"written in format 1, .* delete the folder and calibrate again"):
         obsdiff.calibrate(pipe, prompts[:2], steps=1, store=store)
+
+
+def test_a_store_of_whole_matrices_serves(prompts, tmp_path, monkeypatch):
+    """Format 2: what the strips of a Hessian's upper triangle are now was one matrix."""
+    monkeypatch.setattr(hessian, "STRIP", 16)
+    store, pruned = tmp_path / "store", {}
+    for form in ("strips", "whole"):
+        pipe = make_pipe()
+        found = obsdiff.calibrate(pipe, prompts[:2], store=store)
+        assert any("comoment.1" in found.site(name).tensors() for name in found)
+        if form == "whole":
+            index = json.loads((store / "statistics.json").read_text())
+            for name, entry in index["sites"].items():
+                site = found.site(name)
+                sums = torch.stack([site.covariance(group) for group in range(len(site.centre))]) * site.weight_sum
+                content = save({"comoment": sums, "mean": site.centre})
+                (store / entry["file"]).write_bytes(content)
+                entry["sha256"] = hashlib.sha256(content).hexdigest()
+            (store / "statistics.json").write_text(json.dumps({**index, "format": 2}))
+            monkeypatch.setattr("obsdiff.pruning.calibrate._measure", partial(pytest.fail, "measured again"))
+            found = obsdiff.calibrate(pipe, prompts[:2], store=store)
+            assert all(len(found.site(name).comoment) == 1 for name in found)
+        report = obsdiff.prune(pipe, "unstructured:0.5", statistics=found)
+        pruned[form] = dict(report.masks), report.mean_layer_error
+    assert all(torch.equal(mask, pruned["whole"][0][name]) for name, mask in pruned["strips"][0].items())
+    assert pruned["whole"][1] == pytest.approx(pruned["strips"][1], rel=1e-4)
 
 
 def test_a_scan_is_keyed_by_what_the_denoiser_is_told(pipe, prompts):

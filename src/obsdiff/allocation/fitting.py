@@ -193,7 +193,7 @@ def _planned(
     shapes = shapes_of(subject, plan, calls, stored, max(imports, 0) + RUN_BYTES)
     if options.offload:
         shapes = replace(shapes, at_hand=bytes_at_hand(subject))
-    solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics))
+    solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics), device)
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
     each = 2 if asks_twice(subject, call) else 1
     recorded = 0

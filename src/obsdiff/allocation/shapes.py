@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from obsdiff.allocation.effort import SOLVED, held_bytes, levels_of, measured_levels, passes_needed, triples_of, way_of
@@ -116,7 +117,9 @@ def _site(
     )
 
 
-def solving_of(options: PruningOptions, plan: Plan, graph: Graph, statistics: Path | None, packages: int) -> Solving:
+def solving_of(
+    options: PruningOptions, plan: Plan, graph: Graph, statistics: Path | None, packages: int, device: str
+) -> Solving:
     """How its sites are solved."""
     needs, method = needs_for(options, statistics), METHODS[options.method]
     ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
@@ -131,6 +134,7 @@ def solving_of(options: PruningOptions, plan: Plan, graph: Graph, statistics: Pa
         stored=statistics is not None,
         reused=statistics is not None and (statistics / INDEX).exists(),
         passes=bool(needs & PASSES),
+        device_type=torch.device(device).type,
     )
 
 

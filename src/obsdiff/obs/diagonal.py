@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -11,23 +12,27 @@ from obsdiff.obs.hessian import Centred
 
 
 class Diagonal(Centred):
-    """Variances and means per channel; :attr:`comoment` is ``Σ α (x − μ)²``, (groups, n)."""
+    """Variances and means per channel; :attr:`comoment` is ``Σ α (x − μ)²``, one part (groups, n)."""
 
     gives = frozenset({"diagonal"})
 
     @classmethod
-    def shape(cls, groups: int, columns: int) -> tuple[int, ...]:
-        return groups, columns
+    def shapes(cls, groups: int, columns: int, device_type: str = "cpu") -> list[tuple[int, ...]]:
+        return [(groups, columns)]
+
+    @classmethod
+    def fit(cls, comoment: Sequence[Tensor], groups: int, columns: int) -> bool:
+        return [part.shape for part in comoment] == cls.shapes(groups, columns)
 
     def accumulate(self, u: Tensor, weight: float) -> None:
-        self.comoment += weight * u.square_().sum(1)
+        self.comoment[0] += weight * u.square_().sum(1)
 
-    def about(self, centre: Tensor) -> Tensor:
-        return self.comoment + self.weight_sum * (self.centre - centre).float().square()
+    def about(self, centre: Tensor) -> list[Tensor]:
+        return [self.variances() + self.weight_sum * (self.centre - centre).float().square()]
 
     def variances(self) -> Tensor:
-        return self.comoment
+        return self.comoment[0]
 
     def of_columns(self, columns: Tensor) -> Self:
-        kept = columns.to(self.comoment.device)
-        return replace(self, comoment=self.comoment[:, kept], centre=self.centre[:, kept], disposable=True)
+        kept = columns.to(self.centre.device)
+        return replace(self, comoment=[self.variances()[:, kept]], centre=self.centre[:, kept], disposable=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -15,8 +15,7 @@ from obsdiff.obs.linalg import LAUNCHED, all_finite, mirror_
 from obsdiff.obs.precision import products_in
 from obsdiff.ranks import add_up, rank, world_size
 
-STRIP = 128  # rows of a product at a time, below which a processor is not busy
-ROUNDED = 256  # the same of rounded factors
+STRIP = 128  # rows of a product, below which a processor is not busy
 FEW = 32  # rows, below which rounding saves nothing, and torch rounds some products and others not
 
 
@@ -54,19 +53,29 @@ def weight_matrices(layer: nn.Module) -> Tensor:
     return weight.view(groups, weight.shape[0] // groups, -1)
 
 
-def add_upper_product(total: Tensor, x: Tensor, weight: float, least: int) -> None:
-    """``total += weight · xᵀ x`` in the upper triangle, by strips of rows: at least 9/16 of a full product's work.
+def strip_spans(columns: int, device_type: str = "cpu") -> list[tuple[int, int]]:
+    """First row and end of the strips that the upper triangle of a (columns, columns) matrix is kept in: each begins at
+    the diagonal and goes on to the right end, so that eight take 9/16 of the whole.
 
     Args:
-        total: (n, n) float32.
+        columns: n.
+        device_type: Where.
+    """
+    height = max(LAUNCHED if device_type == "cuda" else STRIP, -(-columns // 8))
+    return [(start, min(start + height, columns)) for start in range(0, columns, height)]
+
+
+def add_upper_product(strips: Sequence[Tensor], x: Tensor, weight: float) -> None:
+    """``H += weight · xᵀ x`` in the strips of H's upper triangle.
+
+    Args:
+        strips: (rows, n − start) float32 each.
         x: (tokens, n).
         weight: Of them.
-        least: Rows of a strip, or n / 8 if that is more.
     """
-    strip = max(least, x.shape[1] // 8)
-    for start in range(0, x.shape[1], strip):
-        end = start + strip
-        total[start:end, start:].addmm_(x[:, start:end].T, x[:, start:], alpha=weight)
+    for strip in strips:
+        right = x[:, x.shape[1] - strip.shape[1] :]
+        strip.addmm_(right[:, : len(strip)].T, right, alpha=weight)
 
 
 @dataclass
@@ -79,17 +88,17 @@ class Centred(ABC):
     (:class:`obsdiff.obs.diagonal.Diagonal`).
 
     Attributes:
-        comoment: What is kept of ``Σ α (x − μ)(x − μ)ᵀ``, float32, first dimension groups.
+        comoment: What is kept of ``Σ α (x − μ)(x − μ)ᵀ``, in parts, float32, first dimension groups.
         centre: The weighted mean input μ, float64 (float32 where the device has no float64), (groups, n).
         weight_sum: ``Σ α`` over all inputs seen.
         num_tokens: Inputs seen.
-        disposable: Nobody else needs the moments: those who read them may work in their memory, once per group.
+        disposable: Nobody else needs the moments: they are let go as their last group is read.
         gives: Which needs of a method it serves.
         precision: What inputs are rounded to in products, a name of :data:`obsdiff.names.PRECISIONS`. They are centred
             before, so a mean of thousands of times their spread costs nothing; the mean itself is not rounded.
     """
 
-    comoment: Tensor
+    comoment: list[Tensor]
     centre: Tensor
     weight_sum: float = 0.0
     num_tokens: int = 0
@@ -99,16 +108,21 @@ class Centred(ABC):
 
     @classmethod
     @abstractmethod
-    def shape(cls, groups: int, columns: int) -> tuple[int, ...]:
-        """Of :attr:`comoment`."""
+    def shapes(cls, groups: int, columns: int, device_type: str = "cpu") -> list[tuple[int, ...]]:
+        """Of the parts of :attr:`comoment`, as they are made on such a device."""
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, comoment: Sequence[Tensor], groups: int, columns: int) -> bool:
+        """Whether these can be its parts; those of another device can."""
 
     @abstractmethod
     def accumulate(self, u: Tensor, weight: float) -> None:
         """``comoment += weight · Σ u uᵀ`` over inputs u (groups, tokens, n), as far as it is kept."""
 
     @abstractmethod
-    def about(self, centre: Tensor) -> Tensor:
-        """``Σ α (x − m)(x − m)ᵀ`` about another centre m (groups, n), a new tensor like :attr:`comoment`."""
+    def about(self, centre: Tensor) -> list[Tensor]:
+        """``Σ α (x − m)(x − m)ᵀ`` about another centre m (groups, n), new tensors like :attr:`comoment`."""
 
     @abstractmethod
     def variances(self) -> Tensor:
@@ -121,12 +135,14 @@ class Centred(ABC):
     @classmethod
     def empty(cls, columns: int, groups: int = 1, device: torch.device | str = "cpu") -> Self:
         """Moments of nothing yet."""
-        return cls(torch.zeros(cls.shape(groups, columns)), torch.zeros(groups, columns)).to(device)
+        shapes = cls.shapes(groups, columns, torch.device(device).type)
+        return cls([torch.zeros(shape, device=device) for shape in shapes], torch.zeros(groups, columns)).to(device)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
         exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        return replace(self, comoment=self.comoment.to(device), centre=self.centre.to(device, exact))
+        comoment = [part.to(device) for part in self.comoment]
+        return replace(self, comoment=comoment, centre=self.centre.to(device, exact))
 
     @torch.no_grad()
     def add(self, x: Tensor, weight: float) -> None:
@@ -164,7 +180,7 @@ class Centred(ABC):
         total = self.weight_sum + other.weight_sum
         centre = self.centre + other.weight_sum / total * (other.centre - self.centre)
         shifted = other.about(centre)
-        self.comoment = self.about(centre) + shifted
+        self.comoment = [own.add_(part) for own, part in zip(self.about(centre), shifted, strict=True)]
         self.centre = centre
         self.weight_sum = total
         self.num_tokens += other.num_tokens
@@ -181,13 +197,13 @@ class Centred(ABC):
             return
         centre = ((weights / weights.sum()) @ parts[:, :-2]).view(groups, columns)
         self.comoment = self.about(centre)
-        add_up([self.comoment])
+        add_up(self.comoment)
         self.centre = centre
         self.weight_sum, self.num_tokens = float(weights.sum()), int(parts[:, -1].sum())
 
     def tensors(self) -> dict[str, Tensor]:
         """What a store keeps, besides :attr:`weight_sum` and :attr:`num_tokens`."""
-        return {"comoment": self.comoment.cpu(), "mean": self.centre.cpu()}
+        return {_named(number): part.cpu() for number, part in enumerate(self.comoment)} | {"mean": self.centre.cpu()}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], weight_sum: float, num_tokens: int) -> Self:
@@ -196,9 +212,10 @@ class Centred(ABC):
         Raises:
             KeyError, ValueError: It gave something else.
         """
-        comoment, mean = tensors["comoment"], tensors["mean"]
-        if mean.dim() != 2 or comoment.shape != cls.shape(*mean.shape):
-            raise ValueError(f"shapes {tuple(comoment.shape)} and {tuple(mean.shape)} do not belong together")
+        comoment, mean = [tensors[_named(number)] for number in range(len(tensors) - 1)], tensors["mean"]
+        if mean.dim() != 2 or not cls.fit(comoment, *mean.shape):
+            shapes = ", ".join(str(tuple(part.shape)) for part in comoment)
+            raise ValueError(f"shapes {shapes} and {tuple(mean.shape)} do not belong together")
         return cls(comoment, mean, weight_sum, num_tokens)
 
     def released(self) -> Self:
@@ -215,41 +232,81 @@ class Centred(ABC):
 
     def is_finite(self) -> bool:
         """Whether every activation seen was finite. The diagonal sees each one, and squares never cancel."""
-        return all(all_finite(part) for part in (self.variances(), self.centre, self.comoment))
+        return all(all_finite(part) for part in (self.variances(), self.centre, *self.comoment))
+
+
+def _named(number: int) -> str:
+    """A part in a store; the first as whole matrices, which stores of earlier versions hold (:meth:`Gram.fit`)."""
+    return f"comoment.{number}" if number else "comoment"
 
 
 class Gram(Centred):
-    """All co-moments (groups, n, n), so H itself; only their upper triangle is kept up to date."""
+    """All co-moments, so H itself: strips of its upper triangle (:func:`strip_spans`), (groups, rows, n − start).
+
+    What a strip holds below the diagonal is not looked at.
+    """
 
     gives = frozenset({"gram", "diagonal", "float32"})
 
     @classmethod
-    def shape(cls, groups: int, columns: int) -> tuple[int, ...]:
-        return groups, columns, columns
+    def shapes(cls, groups: int, columns: int, device_type: str = "cpu") -> list[tuple[int, ...]]:
+        spans = strip_spans(columns, device_type)
+        return [(groups, end - start, columns - start) for start, end in spans]
+
+    @classmethod
+    def fit(cls, comoment: Sequence[Tensor], groups: int, columns: int) -> bool:
+        """A whole matrix does: it is one strip of all rows."""
+        start = 0
+        for strip in comoment:
+            if strip.dim() != 3 or strip.shape != (groups, strip.shape[1], columns - start):
+                return False
+            start += strip.shape[1]
+        return start == columns
 
     def accumulate(self, u: Tensor, weight: float) -> None:
         precision = self.precision if u.shape[1] >= FEW else "float32"
-        least = LAUNCHED if u.is_cuda else STRIP if precision == "float32" else ROUNDED
         with products_in(precision, u.device):
-            for total, inputs in zip(self.comoment, u, strict=True):
-                add_upper_product(total, inputs, weight, least)
+            for group, inputs in enumerate(u):
+                add_upper_product([strip[group] for strip in self.comoment], inputs, weight)
 
-    def about(self, centre: Tensor) -> Tensor:
+    def about(self, centre: Tensor) -> list[Tensor]:
         distance = (self.centre - centre).float()
-        return torch.baddbmm(self.comoment, distance[:, :, None], distance[:, None, :], alpha=self.weight_sum)
+        moved = []
+        for start, end, strip in self._placed():
+            left, right = distance[:, start:end, None], distance[:, None, start:]
+            moved.append(torch.baddbmm(strip, left, right, alpha=self.weight_sum))
+        return moved
 
     def variances(self) -> Tensor:
-        return self.comoment.diagonal(dim1=-2, dim2=-1)
+        return torch.cat([strip.diagonal(dim1=-2, dim2=-1) for strip in self.comoment], dim=-1)
 
     def of_columns(self, columns: Tensor) -> Self:  # rising, so that the upper triangle stays the upper one
-        kept = columns.to(self.comoment.device)
-        comoment = self.comoment[:, kept][:, :, kept]
+        kept = columns.to(self.centre.device)
+        whole = torch.stack([self._whole(group)[kept][:, kept] for group in range(len(self.centre))])
+        spans = strip_spans(len(kept), kept.device.type)
+        comoment = [whole[:, start:end, start:].clone() for start, end in spans]
         return replace(self, comoment=comoment, centre=self.centre[:, kept], disposable=True)
 
+    def _placed(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The strips with their first row and its end."""
+        for strip in self.comoment:
+            start = self.centre.shape[1] - strip.shape[2]
+            yield start, start + strip.shape[1], strip
+
+    def _whole(self, group: int) -> Tensor:
+        """A new symmetric (n, n)."""
+        n = self.centre.shape[1]
+        whole = self.centre.new_empty(n, n, dtype=torch.float32)
+        for start, end, strip in self._placed():
+            whole[start:end, start:] = strip[group]
+        return mirror_(whole)
+
     def covariance(self, group: int = 0) -> Tensor:
-        """``C = Σ α (x − μ)(x − μ)ᵀ / Σ α``, symmetric float32 (n, n)."""
-        total = self.comoment[group] if self.disposable else self.comoment[group].clone()
-        return mirror_(total).div_(self.weight_sum)
+        """``C = Σ α (x − μ)(x − μ)ᵀ / Σ α``, symmetric float32 (n, n), a new tensor."""
+        whole = self._whole(group)
+        if self.disposable and group == len(self.centre) - 1:
+            self.comoment = []
+        return whole.div_(self.weight_sum)
 
     def hessian(self, group: int = 0) -> Tensor:
         """``H = Σ α x xᵀ / Σ α = C + μ μᵀ``, symmetric float32 (n, n) (OBS-Diff eq. 5 up to a constant)."""

@@ -37,6 +37,10 @@ class Observer(Protocol):
     def empty(cls, columns: int, groups: int = 1, device: torch.device | str = "cpu") -> Self:
         """Of nothing yet: rows of ``columns`` entries, for each of ``groups`` (of a convolution)."""
 
+    @classmethod
+    def shapes(cls, groups: int, columns: int, device_type: str = "cpu") -> list[tuple[int, ...]]:
+        """Of the sums of products, or of squares, that it holds on such a device, float32."""
+
     def add(self, x: Tensor, weight: float) -> None:
         """Add rows (groups, rows, columns) of one weight > 0."""
 

@@ -6,11 +6,12 @@ Nothing here looks at values or runs anything. Activations come as they were cou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from obsdiff.criteria import METHODS
-from obsdiff.obs.observers import PASSES
+from obsdiff.obs.observers import OBSERVERS, PASSES
 from obsdiff.peaks import Moment, Peaks
 from obsdiff.pruning.memory_shapes import Batches, Scan, Shapes, SiteShape, Solving
 
@@ -42,17 +43,23 @@ class MemoryPlan(Peaks):
 # ---- formulas
 
 
-def statistics_bytes(site: SiteShape, gram: bool) -> int:
-    """What is kept of a site: n² sums of products (or n squares) in float32 and n means in float64, for each group."""
-    n = site.columns
-    return site.groups * (FLOAT * (n * n if gram else n) + 8 * n)
+def statistics_bytes(site: SiteShape, solving: Solving) -> int:
+    """What is kept of a site: sums of products (or squares) in float32 and means in float64, for each group."""
+    return site.groups * (_sums_bytes(site, solving) + 8 * site.columns)
+
+
+def _sums_bytes(site: SiteShape, solving: Solving) -> int:
+    """Of a group: the strips of the upper triangle, or n squares."""
+    shapes = OBSERVERS["gram" if solving.gram else "diagonal"].shapes(1, site.columns, solving.device_type)
+    return FLOAT * sum(map(math.prod, shapes))
 
 
 def moments_bytes(site: SiteShape, solving: Solving) -> int:
-    """What solving makes of a site's statistics: the covariance, in place where they are let go (``once``), and H
-    beside it where the method selects by it or no bias takes up the mean; for one group at a time."""
+    """What solving makes of a site's statistics: the covariance, a whole matrix, for its strips where they are let go
+    (``once``), and H beside it where the method selects by it or no bias takes up the mean; for one group at a time."""
     square = FLOAT * site.columns**2
-    covariance = 0 if solving.once and not solving.stored else square
+    let_go = solving.once and not solving.stored and site.groups == 1
+    covariance = square - (_sums_bytes(site, solving) if let_go else 0)
     selects = bool(METHODS[solving.method].needs - PASSES) and not (solving.centred and site.biased)
     return covariance + (square if selects or (solving.refits and not site.biased) else 0)
 
@@ -159,7 +166,7 @@ def memory_plan(
         scan: The scan of a measured allocation, if there is one.
     """
     measured = [site for site in shapes.sites if solving.measured]
-    store = sum(statistics_bytes(site, solving.gram) for site in measured) if solving.stored else 0
+    store = sum(statistics_bytes(site, solving) for site in measured) if solving.stored else 0
     moments = tuple(_moments(shapes, solving, batches, prompts, images, on_host, scan))
     masks = sum(changed_bytes(site, shapes.element)[1] for site in shapes.sites)
     return MemoryPlan(
@@ -193,13 +200,13 @@ def _moments(
     spilled = _keeps(solving, batches)  # then dense weights and masks lie on the disk, too
     for number, names in enumerate(batches.packages, 1):
         sites = [by_name[name] for name in names]
-        held = sum(statistics_bytes(site, solving.gram) for site in sites) if solving.measured else 0
+        held = sum(statistics_bytes(site, solving) for site in sites) if solving.measured else 0
         so_far = weights | {"changed weights": changed}
         masked = host | {"masks": masks}
         if solving.measured and not solving.reused:
             what = f"calibrating, {'stage' if batches.recorded else 'pass'} {number} of {len(batches.packages)}"
             calling = shapes.observed * min(batches.prompts, prompts)
-            saving = max(statistics_bytes(site, solving.gram) for site in sites) if solving.stored else 0
+            saving = max(statistics_bytes(site, solving) for site in sites) if solving.stored else 0
             writing = {"file": saving} if saving else {}
             yield Moment(what, so_far | {"Hessians": held, "activations": calling}, masked | writing)
             text = encoding | {"changed weights": changed, "activations": shapes.text * min(ENCODED, prompts)}
@@ -212,12 +219,12 @@ def _moments(
             kept = 0 if solving.stored else held
             scanning = scan_bytes(scan, shapes, solving)
             yield Moment("scanning", so_far | {"Hessians": kept, "scan": scanning}, masked)
-        if again := sum(statistics_bytes(site, solving.gram) for site in sites if site.ranked):
+        if again := sum(statistics_bytes(site, solving) for site in sites if site.ranked):
             there = again + (0 if solving.stored else held)
             calling = shapes.observed * min(batches.prompts, prompts)
             yield Moment("trying ranks", so_far | {"Hessians": there, "activations": calling}, masked)
         for together in _together(sites):
-            own = sum(statistics_bytes(site, solving.gram) for site in together) if solving.measured else 0
+            own = sum(statistics_bytes(site, solving) for site in together) if solving.measured else 0
             work = _work(together, solving, shapes.element)
             there = own if solving.stored else held
             parts = weights | {"changed weights": changed, "Hessians": there, "solving": work}

@@ -58,6 +58,7 @@ class Solving:
         stored: Whether they lie on disk, and memory holds one site's at a time once they are measured.
         reused: Whether they lie there already.
         passes: Whether gradients or gates are measured, by backward passes.
+        device_type: Where Hessians are.
     """
 
     method: str
@@ -69,6 +70,7 @@ class Solving:
     stored: bool = False
     reused: bool = False
     passes: bool = False
+    device_type: str = "cpu"
 
 
 @dataclass(frozen=True)
