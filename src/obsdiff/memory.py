@@ -70,13 +70,11 @@ def kept_meanwhile() -> Iterator[None]:
     """Meanwhile freed tensors below 32 MiB are kept for the next ones, 512 MiB at most, and go back at the end.
 
     By itself glibc gives the system what is free at the end of the heap above 64 MiB, so that each call of a denoiser
-    asks for the same pages anew, a million of them in a small calibration.
+    and each solve asks for the same pages anew, a million of them in a small calibration. Within
+    :func:`freed_at_once` it is that which holds.
     """
-    if _current != USUAL_BYTES:  # freed at once, or kept already
-        yield
-        return
     try:
-        with _thresholds(KEPT_BYTES):
+        with _thresholds(KEPT_BYTES if _current == USUAL_BYTES else _current):
             yield
     finally:
         trim_memory()

@@ -50,14 +50,12 @@ def refit(
     kept = mask.to(weight.dtype)
     diagonal = hessian.diagonal()
     scale = kept / diagonal.clamp_min(1e-6 * float(diagonal.mean()))  # preconditions, and keeps all steps on the mask
-    delta = weight - dense
-    residual = delta @ hessian
-    error = _row_products(residual, delta).sum(dtype=torch.float64)
-    residual.neg_()
+    change = dense - weight
+    residual = change @ hessian
+    error = _row_products(residual, change).sum(dtype=torch.float64)
     result = weight.clone()
-    preconditioned = residual * scale
-    direction = preconditioned.clone()
-    product = _row_products(residual, preconditioned)
+    direction, preconditioned = residual * scale, torch.empty_like(residual)
+    product = _row_products(residual, direction)
     solved = SOLVED * product
     taken = 0
     while taken < steps:
@@ -77,7 +75,7 @@ def refit(
         torch.addcmul(preconditioned, torch.where(product > 0, updated / product, 0.0), direction, out=direction)
         product = updated
     result.mul_(kept)
-    error = -_row_products(residual, torch.sub(result, dense, out=delta)).sum(dtype=torch.float64)
+    error = _row_products(residual, torch.sub(dense, result, out=change)).sum(dtype=torch.float64)
     return Refitted(result, max(float(error), 0.0), taken)
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from obsdiff.memory import trim_memory
+from obsdiff.memory import kept_meanwhile
 from obsdiff.models.graph import Graph, Group, Site
 from obsdiff.obs.observers import Observer
 from obsdiff.progress import track
@@ -76,6 +76,7 @@ class Job:
             del found
 
 
+@kept_meanwhile()
 def apply_package(job: Job, package: Collection[str], found: Statistics | None, once: bool = False) -> None:
     """Do what a plan says to the sites called so: units and directions first, then single weights.
 
@@ -100,7 +101,6 @@ def apply_package(job: Job, package: Collection[str], found: Statistics | None, 
     if plan.weights:
         narrowed = None if read is None else _narrowed(job.graph, read, kept)
         _mask_sites(job, package, narrowed, spent, None if slopes is None else _left_of(job.graph, slopes, kept))
-    trim_memory()
 
 
 def _narrowed(graph: Graph, read: Read, kept: Mapping[str, Tensor]) -> Read:

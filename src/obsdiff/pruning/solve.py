@@ -14,7 +14,7 @@ from obsdiff.criteria.structured import choose_groups
 from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph, Group, Slices
 from obsdiff.obs.hessian import weight_matrices
-from obsdiff.obs.linalg import SingularHessian
+from obsdiff.obs.linalg import SingularHessian, all_finite
 from obsdiff.obs.moments import Moments, Powers, relative_error
 from obsdiff.obs.observers import PASSES, Observer
 from obsdiff.obs.pattern import Pattern, Structured
@@ -89,7 +89,7 @@ def solve_layers(
         for name, solution, old, bias, parts in zip(layers, solutions, weights, biases, found, strict=True):
             own = None if bias is None else bias[group]
             part = _finished(solution, old, own, moments, graph.weight(name).dtype, options)
-            if not bool(torch.isfinite(part.weight).all()) or not math.isfinite(part.error or 0.0):
+            if not all_finite(part.weight) or not math.isfinite(part.error or 0.0):
                 kind = str(graph.weight(name).dtype).removeprefix("torch.")
                 hint = ", or use bfloat16 or float32" if kind == "float16" else ""
                 raise UserError(f"layer {name} came out non-finite in {kind}; raise --calibration.damping{hint}")
