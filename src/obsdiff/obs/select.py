@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ def count_nonzero(values: Tensor) -> int:
     """How many entries are not zero; on a CPU in a fraction of torch's time, which branches at each."""
     if values.device.type != "cpu" or values.dtype == torch.bfloat16:  # which numpy does not have
         return int(values.count_nonzero())
-    return int((values.detach().numpy() != 0).sum())
+    array = values.detach().numpy()
+    return int((array if array.dtype == bool else array != 0).sum())
 
 
 def drop_lowest(scores: Tensor, count: int) -> Tensor:
@@ -24,9 +27,7 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     if flat.device.type == "cpu":  # where numpy selects and compares in a fifth of torch's time
         values = (flat.float() if flat.dtype == torch.bfloat16 else flat).numpy()
-        ordered = values.copy()
-        ordered.partition(count - 1)
-        threshold = float(ordered[count - 1])
+        threshold = float(_kth_lowest(values, count))
         dropped = torch.from_numpy(values <= threshold)
     else:
         threshold = float(_kth_lowest(flat, count))
@@ -38,23 +39,33 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
     return dropped.view(scores.shape)
 
 
-def _kth_lowest(flat: Tensor, count: int) -> Tensor:
-    """The ``count``-th lowest value, by torch alone.
+def _kth_lowest(values: Any, count: int) -> Any:
+    """The ``count``-th lowest of a tensor's values, or of an array's.
 
-    Among many values a sorted sample brackets it within four standard deviations, and only the few inside the bracket
-    are selected from; if the bracket misses, all are.
+    Among many values a sample brackets it within four standard deviations, and only the few inside the bracket are
+    selected from; if the bracket misses, all are.
     """
-    among, rest = flat, count
-    if flat.numel() > 8 * SAMPLE:
-        sample = flat[:: flat.numel() // SAMPLE].sort().values
-        share, last = count / flat.numel(), len(sample) - 1
+    among, rest = values, count
+    if len(values) >= 8 * SAMPLE:
+        sample = values[:: len(values) // SAMPLE]
+        share, last = count / len(values), len(sample) - 1
         margin = 4 * (share * (1 - share) / len(sample)) ** 0.5 + 1 / last
-        low, high = (sample[round(min(max(at, 0.0), 1.0) * last)] for at in (share - margin, share + margin))
-        inside = flat[(flat >= low) & (flat <= high)]
-        below = int((flat < low).count_nonzero())
+        ends = (1 + round(min(max(at, 0.0), 1.0) * last) for at in (share - margin, share + margin))
+        low, high = (_selected(sample, end) for end in ends)
+        inside = values[(values >= low) & (values <= high)]
+        below = int((values < low).sum())
         if below < count <= below + len(inside):
             among, rest = inside, count - below
-    return among.topk(rest, largest=False, sorted=False).values.max()
+    return _selected(among, rest)
+
+
+def _selected(values: Any, count: int) -> Any:
+    """The ``count``-th lowest by the library's own selection."""
+    if isinstance(values, Tensor):
+        return values.topk(count, largest=False, sorted=False).values.max()
+    ordered = values.copy()
+    ordered.partition(count - 1)
+    return ordered[count - 1]
 
 
 def drop_lowest_nm(scores: Tensor, pattern: NM) -> Tensor:
