@@ -148,6 +148,9 @@ def test_whole_matrices_are_strips_of_all_rows():
     below = torch.full((300, 300), float("nan")).tril(-1)
     whole = torch.stack([(found.covariance(group) * found.weight_sum).triu() for group in range(2)]) + below
     old = Gram.of_tensors({"comoment": whole, "mean": found.centre}, found.weight_sum, found.num_tokens)
+    laid_out = old.to("cpu")
+    assert [strip.shape for strip in laid_out.comoment] == Gram.shapes(2, 300) and laid_out.is_finite()
+    assert torch.equal(laid_out.covariance(0), old.covariance(0))
     for group in range(2):
         torch.testing.assert_close(old.covariance(group), found.covariance(group), rtol=1e-6, atol=1e-7)
     old.add(x, 0.7)
@@ -160,7 +163,10 @@ def test_strips_of_another_device_give_the_same(monkeypatch):
     other = Gram.empty(1_500)
     assert len(other.comoment) == 2 and len(found.comoment) == 8
     other.add(whole_and_kept(1_500, 1)[0], 0.7)
-    again = Gram.of_tensors(other.tensors(), other.weight_sum, other.num_tokens)
+    monkeypatch.undo()
+    again = Gram.of_tensors(other.tensors(), other.weight_sum, other.num_tokens).to("cpu")
+    assert len(again.comoment) == 8
+    again.merge(Gram.empty(1_500))
     torch.testing.assert_close(again.covariance(), found.covariance(), rtol=1e-4, atol=1e-5)
 
 
@@ -188,3 +194,5 @@ def test_what_nobody_else_needs_is_let_go_with_the_last_group():
     released.covariance(0)
     assert released.comoment and torch.equal(released.covariance(1), kept) and not released.comoment
     assert torch.equal(found.covariance(1), kept)
+    with pytest.raises(AssertionError, match="let go"):
+        released.covariance(1)

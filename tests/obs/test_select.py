@@ -22,7 +22,7 @@ def test_drops_exactly_the_lowest(size, share, kind, seed):
         "few values": scores.round(),
         "constant": torch.ones(size),
         "sorted": scores.sort().values,
-        "periodic": torch.arange(size) % (size // SAMPLE + 1) + 0.0,  # the strided sample sees one value only
+        "periodic": torch.arange(size) % (size // SAMPLE | 1) + 0.0,  # the strided sample sees one value only
     }[kind]
     count = round(share * size)
     dropped = drop_lowest(scores, count)
@@ -33,13 +33,23 @@ def test_drops_exactly_the_lowest(size, share, kind, seed):
         assert float(_kth_lowest(scores, count)) == float(scores.sort().values[count - 1])
 
 
+@pytest.mark.parametrize("rows", [7, 300])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_any_dtype_is_selected_from(dtype):
-    scores = torch.rand(7, 100, requires_grad=True).to(dtype)
-    dropped = drop_lowest(scores, 300)
-    assert int(dropped.sum()) == 300 and dropped.shape == (7, 100)
+def test_any_dtype_is_selected_from(dtype, rows):
+    scores = torch.rand(rows, 100, requires_grad=True).to(dtype)
+    count = 3 * rows * 100 // 7
+    dropped = drop_lowest(scores, count)
+    assert int(dropped.sum()) == count and dropped.shape == (rows, 100)
     scores = scores.detach()
     assert float(scores[dropped].max()) <= float(scores[~dropped].min())
+
+
+def test_what_is_no_number_goes_last():
+    scores = torch.rand(30_000)
+    scores[::3] = float("nan")
+    dropped = drop_lowest(scores, 15_000)
+    assert int(dropped.sum()) == 15_000 and bool(scores[dropped].isfinite().all())
+    assert float(scores[dropped].max()) <= float(scores[~dropped][scores[~dropped].isfinite()].min())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])

@@ -185,6 +185,20 @@ def test_ranks_are_tried_beside_the_statistics_that_chose_them(pipe_folder):
     assert "trying ranks" not in {moment.name for moment in plain.memory.moments}
 
 
+def test_a_hybrid_keeps_all_statistics_until_its_weights_are_solved(pipe_folder):
+    """Single weights go by the moments that units were chosen by."""
+    asked = PruneOptions(
+        pipeline=str(pipe_folder), output="-", pattern="structured:0.5+2:4", allocation="uniform",
+        evaluation=EvaluationOptions(num_images=0),
+    )  # fmt: skip
+    held = {}
+    for pattern in ("structured:0.5+2:4", "structured:0.5"):
+        planned = plan_from_configs(replace(asked, pattern=pattern), "cpu")
+        moments = [moment for moment in planned.memory.moments if moment.name.startswith(("calibrating", "solving"))]
+        held[pattern] = [moment.device["Hessians"] for moment in moments]
+    assert len(set(held["structured:0.5+2:4"])) == 1 < len(set(held["structured:0.5"]))
+
+
 def test_what_is_alive_is_counted_and_views_are_not():
     kept = []
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -143,9 +142,8 @@ def test_a_store_of_whole_matrices_serves(prompts, tmp_path, monkeypatch):
                 (store / entry["file"]).write_bytes(content)
                 entry["sha256"] = hashlib.sha256(content).hexdigest()
             (store / "statistics.json").write_text(json.dumps({**index, "format": 2}))
-            monkeypatch.setattr("obsdiff.pruning.calibrate._measure", partial(pytest.fail, "measured again"))
+            monkeypatch.setattr("obsdiff.pruning.calibrate._measure", lambda *_: pytest.fail("measured again"))
             found = obsdiff.calibrate(pipe, prompts[:2], store=store)
-            assert all(len(found.site(name).comoment) == 1 for name in found)
         report = obsdiff.prune(pipe, "unstructured:0.5", statistics=found)
         pruned[form] = dict(report.masks), report.mean_layer_error
     assert all(torch.equal(mask, pruned["whole"][0][name]) for name, mask in pruned["strips"][0].items())

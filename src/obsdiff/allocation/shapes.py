@@ -130,7 +130,12 @@ def solving_of(
         "gram" in inputs,
         bool(inputs) or statistics is not None,
         method.centred,
-        once=not (allocates(options) or statistics is not None or (ranked and packages == 1)),
+        once=not (
+            allocates(options)
+            or statistics is not None
+            or (ranked and packages == 1)
+            or (plan.structured and plan.weights)
+        ),
         stored=statistics is not None,
         reused=statistics is not None and (statistics / INDEX).exists(),
         passes=bool(needs & PASSES),

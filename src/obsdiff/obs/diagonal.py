@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -19,10 +18,6 @@ class Diagonal(Centred):
     @classmethod
     def shapes(cls, groups: int, columns: int, device_type: str = "cpu") -> list[tuple[int, ...]]:
         return [(groups, columns)]
-
-    @classmethod
-    def fit(cls, comoment: Sequence[Tensor], groups: int, columns: int) -> bool:
-        return [part.shape for part in comoment] == cls.shapes(groups, columns)
 
     def accumulate(self, u: Tensor, weight: float) -> None:
         self.comoment[0] += weight * u.square_().sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -92,7 +92,7 @@ class Centred(ABC):
         centre: The weighted mean input μ, float64 (float32 where the device has no float64), (groups, n).
         weight_sum: ``Σ α`` over all inputs seen.
         num_tokens: Inputs seen.
-        disposable: Nobody else needs the moments: they are let go as their last group is read.
+        disposable: Nobody else needs the moments: whole matrices are let go as their last group is read.
         gives: Which needs of a method it serves.
         precision: What inputs are rounded to in products, a name of :data:`obsdiff.names.PRECISIONS`. They are centred
             before, so a mean of thousands of times their spread costs nothing; the mean itself is not rounded.
@@ -112,9 +112,9 @@ class Centred(ABC):
         """Of the parts of :attr:`comoment`, as they are made on such a device."""
 
     @classmethod
-    @abstractmethod
     def fit(cls, comoment: Sequence[Tensor], groups: int, columns: int) -> bool:
-        """Whether these can be its parts; those of another device can."""
+        """Whether these can be its parts."""
+        return [part.shape for part in comoment] == cls.shapes(groups, columns)
 
     @abstractmethod
     def accumulate(self, u: Tensor, weight: float) -> None:
@@ -232,11 +232,11 @@ class Centred(ABC):
 
     def is_finite(self) -> bool:
         """Whether every activation seen was finite. The diagonal sees each one, and squares never cancel."""
-        return all(all_finite(part) for part in (self.variances(), self.centre, *self.comoment))
+        return all(all_finite(part) for part in (self.centre, *self.comoment))
 
 
 def _named(number: int) -> str:
-    """A part in a store; the first as whole matrices, which stores of earlier versions hold (:meth:`Gram.fit`)."""
+    """What a store calls a part; whole matrices, which stores of earlier versions hold, are called as the first one."""
     return f"comoment.{number}" if number else "comoment"
 
 
@@ -255,7 +255,7 @@ class Gram(Centred):
 
     @classmethod
     def fit(cls, comoment: Sequence[Tensor], groups: int, columns: int) -> bool:
-        """A whole matrix does: it is one strip of all rows."""
+        """Strips of any height do, a whole matrix too: it is one of all rows (:meth:`to` lays them out)."""
         start = 0
         for strip in comoment:
             if strip.dim() != 3 or strip.shape != (groups, strip.shape[1], columns - start):
@@ -282,10 +282,27 @@ class Gram(Centred):
 
     def of_columns(self, columns: Tensor) -> Self:  # rising, so that the upper triangle stays the upper one
         kept = columns.to(self.centre.device)
-        whole = torch.stack([self._whole(group)[kept][:, kept] for group in range(len(self.centre))])
-        spans = strip_spans(len(kept), kept.device.type)
-        comoment = [whole[:, start:end, start:].clone() for start, end in spans]
+        comoment = self._laid_out(len(kept), lambda whole: whole[kept][:, kept])
         return replace(self, comoment=comoment, centre=self.centre[:, kept], disposable=True)
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = super().to(device)
+        groups, columns = moved.centre.shape
+        if [strip.shape for strip in moved.comoment] == self.shapes(groups, columns, moved.centre.device.type):
+            return moved
+        return replace(moved, comoment=moved._laid_out(columns, lambda whole: whole))
+
+    def _laid_out(self, columns: int, part: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The strips of this device, of ``part`` (columns, columns) of each group's matrix."""
+        groups, spans = len(self.centre), strip_spans(columns, self.centre.device.type)
+        strips = [
+            self.centre.new_empty(groups, end - start, columns - start, dtype=torch.float32) for start, end in spans
+        ]
+        for group in range(groups):
+            whole = part(self._whole(group))
+            for (start, end), strip in zip(spans, strips, strict=True):
+                strip[group] = whole[start:end, start:]
+        return strips
 
     def _placed(self) -> Iterator[tuple[int, int, Tensor]]:
         """The strips with their first row and its end."""
@@ -295,6 +312,7 @@ class Gram(Centred):
 
     def _whole(self, group: int) -> Tensor:
         """A new symmetric (n, n)."""
+        assert self.comoment, "these moments were let go"
         n = self.centre.shape[1]
         whole = self.centre.new_empty(n, n, dtype=torch.float32)
         for start, end, strip in self._placed():

@@ -61,7 +61,7 @@ class Observer(Protocol):
         """What a store has kept; KeyError or ValueError if it is damaged."""
 
     def released(self) -> Self:
-        """The same, which may be worked in: nobody else needs it."""
+        """The same, which nobody else needs: it may be let go as it is read."""
 
     def of_columns(self, columns: Tensor) -> Self:
         """Of some of the entries alone (int64, rising)."""

@@ -47,7 +47,7 @@ def _kth_lowest(values: Any, count: int) -> Any:
     """
     among, rest = values, count
     if len(values) >= 8 * SAMPLE:
-        sample = values[:: len(values) // SAMPLE]
+        sample = values[:: len(values) // SAMPLE | 1]  # odd, so that it does not meet the same rows again and again
         share, last = count / len(values), len(sample) - 1
         margin = 4 * (share * (1 - share) / len(sample)) ** 0.5 + 1 / last
         ends = (1 + round(min(max(at, 0.0), 1.0) * last) for at in (share - margin, share + margin))

@@ -157,7 +157,8 @@ def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -
             return found
         part = "" if world_size() == 1 else f"-{rank()}-of-{world_size()}"
         partial_store = store.with_name(store.name + UNFINISHED + part)
-        statistics = _continue_partial(partial_store, statistics, chosen) or statistics
+        device = device_of(subject.denoiser)
+        statistics = _continue_partial(partial_store, statistics, chosen, device) or statistics
     check_precision(needs, device_of(subject.denoiser))
     prompts, settings = request.prompts, request.settings
     told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, settings.call)
@@ -188,7 +189,9 @@ def check_settings(settings: Settings, prompts: Sequence[str] | Conditioning) ->
     check_seed("seed", settings.seed)
 
 
-def _continue_partial(folder: Path, wanted: Statistics, sites: Sequence[Site]) -> Statistics | None:
+def _continue_partial(
+    folder: Path, wanted: Statistics, sites: Sequence[Site], device: torch.device
+) -> Statistics | None:
     """The sums of a calibration that was cut off, if they fit."""
     check_store(folder)
     if not (folder / INDEX).exists():
@@ -202,7 +205,7 @@ def _continue_partial(folder: Path, wanted: Statistics, sites: Sequence[Site]) -
         raise UserError(
             f"{folder} was begun without {len(missing)} of the layers, such as {missing[0]}; delete it to measure all"
         )
-    return replace(found, sites={name: found.site(name) for name in found}, folder=None, index={})
+    return replace(found, sites={name: found.site(name, device) for name in found}, folder=None, index={})
 
 
 def _measure(

@@ -45,21 +45,21 @@ class MemoryPlan(Peaks):
 
 def statistics_bytes(site: SiteShape, solving: Solving) -> int:
     """What is kept of a site: sums of products (or squares) in float32 and means in float64, for each group."""
-    return site.groups * (_sums_bytes(site, solving) + 8 * site.columns)
+    return site.groups * (FLOAT * sums(site, solving) + 8 * site.columns)
 
 
-def _sums_bytes(site: SiteShape, solving: Solving) -> int:
-    """Of a group: the strips of the upper triangle, or n squares."""
+def sums(site: SiteShape, solving: Solving) -> int:
+    """How many are kept of a group: the strips of the upper triangle, or n squares."""
     shapes = OBSERVERS["gram" if solving.gram else "diagonal"].shapes(1, site.columns, solving.device_type)
-    return FLOAT * sum(map(math.prod, shapes))
+    return sum(map(math.prod, shapes))
 
 
 def moments_bytes(site: SiteShape, solving: Solving) -> int:
-    """What solving makes of a site's statistics: the covariance, a whole matrix, for its strips where they are let go
+    """What solving makes of a site's statistics: the covariance, in place of its strips where they are let go
     (``once``), and H beside it where the method selects by it or no bias takes up the mean; for one group at a time."""
     square = FLOAT * site.columns**2
     let_go = solving.once and not solving.stored and site.groups == 1
-    covariance = square - (_sums_bytes(site, solving) if let_go else 0)
+    covariance = square - (FLOAT * sums(site, solving) if let_go else 0)
     selects = bool(METHODS[solving.method].needs - PASSES) and not (solving.centred and site.biased)
     return covariance + (square if selects or (solving.refits and not site.biased) else 0)
 
@@ -89,7 +89,7 @@ def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels:
     elif solving.method == "admm":
         work += [5 * n * n, 2 * n * n + 8 * largest * n + 1.25 * total * n]
     else:
-        work += [SCORED.get(solving.method, 3.0) * largest * n + 0.25 * total * n]
+        work += [SCORED.get(solving.method, 2.25) * largest * n + 0.25 * total * n]
     if solving.refits and gram:
         work += [2.25 * total * n + 9 * largest * n]
     square = moments_bytes(site, solving) if gram else 0

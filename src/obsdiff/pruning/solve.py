@@ -227,7 +227,12 @@ def solve_groups(
         return rank_result(graph, group, kept_units(group, pattern), vector_of(graph, group, site))
     layers = list(dict.fromkeys(s.layer for group in groups for s in group.consumers))
     dense = {name: weight_matrices(graph.layer(name))[0].detach().float() for name in layers}
-    known = {name: known_inputs(site, name, dense[name]) for name, site in (statistics or {}).items()}
+    read: dict[int, Moments | Powers] = {}  # of each site once: then it may be gone
+    known = {}
+    for name, site in (statistics or {}).items():
+        if id(site) not in read:
+            read[id(site)] = known_inputs(site, name, dense[name])
+        known[name] = read[id(site)]
     moments = {name: found for name, found in known.items() if isinstance(found, Moments)}
     seen = {name: _seen(moments.get(name), graph.layer(name), options) for name in layers}
     try:

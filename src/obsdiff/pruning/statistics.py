@@ -28,7 +28,7 @@ from obsdiff.obs.observers import GATES, OBSERVERS, PASSES, Observer, gradient_f
 INDEX = "statistics.json"
 UNFINISHED = ".unfinished"  # added to a store's name for what a calibration has so far
 FORMAT = 3
-READ = (2, FORMAT)  # 2 keeps whole matrices
+READABLE = (2, FORMAT)  # 2 keeps whole matrices
 
 
 @dataclass(frozen=True)
@@ -281,10 +281,10 @@ def open_statistics(folder: Path) -> Statistics:
     what = "a statistics store"
     content = read_json(folder / INDEX, what)
     try:
-        if content["format"] not in READ:
+        if content["format"] not in READABLE:
             raise UserError(
                 f"{folder} was written in format {brief(content['format'])}, this version reads "
-                f"{' and '.join(map(str, READ))}; delete the folder and calibrate again"
+                f"{' and '.join(map(str, READABLE))}; delete the folder and calibrate again"
             )
         statistics = Statistics(
             dict(content["fingerprint"]),

@@ -10,7 +10,7 @@ import torch
 
 from obsdiff.costs import STREAMED
 from obsdiff.obs.refit import STEPS
-from obsdiff.pruning.memory_plan import SWEEPS
+from obsdiff.pruning.memory_plan import SWEEPS, sums
 from obsdiff.pruning.memory_shapes import Batches, Shapes, Solving
 
 # Shares of the speed of a large float32 product, measured on the preset of ``obsdiff bench prune``
@@ -95,9 +95,9 @@ class Amount:
 def time_plan(
     shapes: Shapes, solving: Solving, batches: Batches, speed: Speed, amount: Amount, processes: int = 1
 ) -> TimePlan:
-    """How long it takes: forward passes by their FLOPs; statistics half a product of each input with itself; of each
-    Hessian a Cholesky factor (n³ / 3), a sweep (R n²) and a refit (2 R n² a step, half of the steps that it may
-    take).
+    """How long it takes: forward passes by their FLOPs; statistics the upper triangle of a product of each input with
+    itself; of each Hessian a Cholesky factor (n³ / 3), a sweep (R n²) and a refit (2 R n² a step, half of the steps
+    that it may take).
 
     Several processes share a calibration by batches, images one by one, and solves by rounds (:func:`in_rounds`); that
     each of them computes as fast as one does alone, and that nothing has to be sent, is assumed.
@@ -108,7 +108,7 @@ def time_plan(
     costs: dict[str, float] = {}
     for site in shapes.sites if solving.measured and solving.gram else ():
         n, rows = site.columns, site.groups * sum(site.rows)
-        products += calls * site.tokens * site.groups * n * n * (1 + 128 / n)
+        products += 2 * calls * site.tokens * site.groups * sums(site, solving)
         if not site.rows:
             continue
         swept = solving.method in SWEEPS

@@ -16,7 +16,7 @@ FLUX2 = Family(
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     notes=(
         "No layer has a bias, so no refit can take up a mean. Single blocks are one input and one output"
-        " layer (24,576 wide in dev, 2.4 GB of Hessian each)."
+        " layer (24,576 wide in dev, 2.4 GB of Hessian each while it is solved)."
     ),
     time_scale=1 / 1000,
     packed=packed,
