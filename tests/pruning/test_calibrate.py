@@ -225,6 +225,17 @@ def test_an_interrupted_calibration_continues(pipe, prompts, tmp_path, monkeypat
     assert json.loads((store / "statistics.json").read_text())["prompts_done"] == 6
 
 
+def test_an_interrupted_calibration_continues_on_the_device_that_is_asked_for(pipe, prompts, tmp_path):
+    from obsdiff.pruning import calibrate as module
+
+    obsdiff.calibrate(pipe, prompts[:2], steps=1, store=tmp_path / "store")
+    wanted = open_statistics(tmp_path / "store")
+    for device in ("cpu", "meta"):
+        found = module._continue_partial(tmp_path / "store", wanted, [], torch.device(device))
+        tensors = [tensor for site in found.sites.values() for tensor in (site.centre, *site.comoment)]
+        assert tensors and {tensor.device.type for tensor in tensors} == {device}
+
+
 def test_a_users_folder_is_no_store(pipe, prompts, tmp_path, monkeypatch):
     """Refused before anything is measured, with all that it holds."""
     from obsdiff.pruning import calibrate as module

@@ -35,7 +35,8 @@ def test_two_processes_know_the_same(tmp_path):
     multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (comoment, centre, *counts), (other, other_centre, *other_counts) in zip(first, second, strict=True):
-        assert all(map(torch.equal, comoment, other)) and torch.equal(centre, other_centre) and counts == other_counts
+        assert all(torch.equal(*both) for both in zip(comoment, other, strict=True))
+        assert torch.equal(centre, other_centre) and counts == other_counts
     for offset, (comoment, centre, weight_sum, tokens) in zip(OFFSETS, first[::2], strict=True):
         alpha = torch.cat([torch.full((100,), 0.5), torch.full((200,), 1.5)]).double()[None, :, None]
         x = inputs(offset).double()

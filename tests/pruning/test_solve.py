@@ -6,13 +6,13 @@ from torch import nn
 
 from obsdiff.criteria import METHODS
 from obsdiff.models.families.sd3 import SD3
-from obsdiff.models.graph import Graph, Site
+from obsdiff.models.graph import Graph, Group, Site, Slices
 from obsdiff.obs.hessian import Gram, activation_matrices, weight_matrices
 from obsdiff.obs.linalg import upper_factor
-from obsdiff.obs.pattern import Unstructured
+from obsdiff.obs.pattern import Structured, Unstructured
 from obsdiff.obs.sweep import sweep
 from obsdiff.pruning.layers import SolveOptions
-from obsdiff.pruning.solve import solve_site
+from obsdiff.pruning.solve import solve_groups, solve_site
 
 
 def measured(layer, x):
@@ -53,6 +53,22 @@ def test_reported_error_is_the_real_output_error(method, bias):
     result = solved(layer, x, method)
     assert (result.bias_shift is not None) is (bias and METHODS[method].refit)
     assert result.error == pytest.approx(output_error(layer, x, result), rel=1e-2)
+
+
+def test_two_consumers_of_one_site_read_it_once():
+    """Moments that nobody else needs are gone when they were read."""
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"up": nn.Linear(6, 16), "a": nn.Linear(16, 5), "b": nn.Linear(16, 7)})
+    consumers = (Slices("a", (0,), 4), Slices("b", (0,), 4))
+    group = Group("module", "heads", 4, 0, (Slices("up", (0,), 4),), consumers)
+    graph, x = Graph(layers, SD3, (), {}, (), (group,)), torch.randn(300, 16)
+
+    def found(seen):
+        return solve_groups(graph, {"module": Structured(0.5, 0.5)}, {"a": seen, "b": seen}, SolveOptions())
+
+    (kept, results), (units, others) = found(measured(layers["a"], x)), found(measured(layers["a"], x).released())
+    assert torch.equal(kept["module"], units["module"]) and results.keys() == others.keys() == {"a", "b"}
+    assert all(torch.equal(results[name].weight, others[name].weight) for name in results)
 
 
 @pytest.mark.parametrize(("method", "default"), [("obs", 32), ("sparsegpt", 128), ("obs-diff", 128)])

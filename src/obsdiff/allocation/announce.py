@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from obsdiff.models.graph import Graph, Site
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject
 from obsdiff.obs.hessian import weight_matrices
-from obsdiff.obs.observers import GATES, OBSERVERS, PASSES, gradient_for, observer_for
+from obsdiff.obs.observers import GATES, PASSES, gradient_for, observer_for, sums_held
 from obsdiff.pruning.defaults import departures
 from obsdiff.pruning.describe import describe, remarks
 from obsdiff.pruning.gates import STEPS, gated_groups
@@ -73,9 +72,8 @@ def _memory(graph: Graph, sites: Sequence[Site], needs: Collection[str], passes:
     """For people: what a calibration holds."""
     numbers = [weight_matrices(graph.layer(site.name)).shape for site in sites]
     whole = "gram" in needs
-    kind, device = OBSERVERS[observer_for(needs)], device_of(graph.denoiser)
-    shapes = [shape for groups, _, columns in numbers for shape in kind.shapes(groups, columns, device.type)]
-    hessians = 4 * sum(map(math.prod, shapes))
+    observer, device = observer_for(needs), device_of(graph.denoiser)
+    hessians = 4 * sum(sums_held(observer, columns, groups, device.type) for groups, _, columns in numbers)
     held = {} if needs and set(needs) <= PASSES else {"Hessians" if whole else "diagonals of Hessians": hessians}
     if gradient_for(needs) is not None:
         layers = layers_of(graph, [site for site in sites if site not in graph.vectors])

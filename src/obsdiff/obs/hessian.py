@@ -286,6 +286,7 @@ class Gram(Centred):
         return replace(self, comoment=comoment, centre=self.centre[:, kept], disposable=True)
 
     def to(self, device: torch.device | str) -> Self:
+        """The same on another device, in strips as they are made there."""
         moved = super().to(device)
         groups, columns = moved.centre.shape
         if [strip.shape for strip in moved.comoment] == self.shapes(groups, columns, moved.centre.device.type):
@@ -294,13 +295,12 @@ class Gram(Centred):
 
     def _laid_out(self, columns: int, part: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """The strips of this device, of ``part`` (columns, columns) of each group's matrix."""
-        groups, spans = len(self.centre), strip_spans(columns, self.centre.device.type)
-        strips = [
-            self.centre.new_empty(groups, end - start, columns - start, dtype=torch.float32) for start, end in spans
-        ]
+        groups, device_type = len(self.centre), self.centre.device.type
+        shapes = self.shapes(groups, columns, device_type)
+        strips = [self.centre.new_empty(shape, dtype=torch.float32) for shape in shapes]
         for group in range(groups):
             whole = part(self._whole(group))
-            for (start, end), strip in zip(spans, strips, strict=True):
+            for (start, end), strip in zip(strip_spans(columns, device_type), strips, strict=True):
                 strip[group] = whole[start:end, start:]
         return strips
 

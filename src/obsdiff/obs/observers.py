@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import ClassVar, Protocol, Self
 
@@ -101,6 +102,11 @@ def observer_for(needs: Collection[str]) -> str:
     known = ("diagonal", "gram", *PRECISIONS)
     what = ", ".join(sorted(wanted - set(known))) or f"{' and '.join(sorted(wanted))} at once"
     raise UserError(f"nothing measures {what}; needs are of {', '.join((*known, *GRADIENTS, GATES))}")
+
+
+def sums_held(observer: str, columns: int, groups: int = 1, device_type: str = "cpu") -> int:
+    """How many float32 sums an observer holds of a site, on such a device."""
+    return sum(map(math.prod, OBSERVERS[observer].shapes(groups, columns, device_type)))
 
 
 def exact(observer: str) -> str:

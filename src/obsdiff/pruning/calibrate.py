@@ -147,7 +147,7 @@ class _Request:
 def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -> Statistics:
     """Layer inputs, added to the empty ``statistics`` or found in the store."""
     subject, chosen, store, fingerprint = request.subject, request.sites, request.store, statistics.fingerprint
-    partial_store = None
+    partial_store, device = None, device_of(subject.denoiser)
     if store is not None:
         check_store(store)
         if (store / INDEX).exists():
@@ -157,9 +157,8 @@ def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -
             return found
         part = "" if world_size() == 1 else f"-{rank()}-of-{world_size()}"
         partial_store = store.with_name(store.name + UNFINISHED + part)
-        device = device_of(subject.denoiser)
         statistics = _continue_partial(partial_store, statistics, chosen, device) or statistics
-    check_precision(needs, device_of(subject.denoiser))
+    check_precision(needs, device)
     prompts, settings = request.prompts, request.settings
     told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, settings.call)
     _measure(subject, chosen, told, settings, statistics, partial_store, request.quiet or rank() > 0)

@@ -6,12 +6,11 @@ Nothing here looks at values or runs anything. Activations come as they were cou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from obsdiff.criteria import METHODS
-from obsdiff.obs.observers import OBSERVERS, PASSES
+from obsdiff.obs.observers import PASSES, sums_held
 from obsdiff.peaks import Moment, Peaks
 from obsdiff.pruning.memory_shapes import Batches, Scan, Shapes, SiteShape, Solving
 
@@ -50,8 +49,7 @@ def statistics_bytes(site: SiteShape, solving: Solving) -> int:
 
 def sums(site: SiteShape, solving: Solving) -> int:
     """How many are kept of a group: the strips of the upper triangle, or n squares."""
-    shapes = OBSERVERS["gram" if solving.gram else "diagonal"].shapes(1, site.columns, solving.device_type)
-    return sum(map(math.prod, shapes))
+    return sums_held("gram" if solving.gram else "diagonal", site.columns, device_type=solving.device_type)
 
 
 def moments_bytes(site: SiteShape, solving: Solving) -> int:
