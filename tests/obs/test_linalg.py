@@ -1,7 +1,18 @@
 import pytest
 import torch
 
-from obsdiff.obs.linalg import FACTORED, MIRRORED, SingularHessian, all_finite, damped, inverse, mirror_, upper_factor
+from obsdiff.obs.linalg import (
+    BLOCKED,
+    MIRRORED,
+    SingularHessian,
+    all_finite,
+    damped,
+    inverse,
+    mirror_,
+    quadratic_error,
+    quadratic_forms,
+    upper_factor,
+)
 
 
 def test_factor_is_the_upper_factor_of_the_hessian():
@@ -14,7 +25,7 @@ def test_factor_is_the_upper_factor_of_the_hessian():
     torch.testing.assert_close(inverse(hessian)[0], torch.linalg.inv(damped(hessian, 0.01)), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("columns", [1, FACTORED - 1, FACTORED, FACTORED + 1, 3 * FACTORED + 44])
+@pytest.mark.parametrize("columns", [1, BLOCKED - 1, BLOCKED, BLOCKED + 1, 3 * BLOCKED + 44])
 def test_factoring_by_blocks_is_as_exact_as_float32_can_be(columns):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
@@ -25,9 +36,9 @@ def test_factoring_by_blocks_is_as_exact_as_float32_can_be(columns):
     assert float((factor - exact).norm() / exact.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("column", [0, FACTORED, 2 * FACTORED - 1, 2 * FACTORED + 5])
+@pytest.mark.parametrize("column", [0, BLOCKED, 2 * BLOCKED - 1, 2 * BLOCKED + 5])
 def test_a_failure_is_noticed_in_every_block(column):
-    diagonal = torch.ones(2 * FACTORED + 6)
+    diagonal = torch.ones(2 * BLOCKED + 6)
     diagonal[column] = -0.05
     with pytest.warns(RuntimeWarning, match="not positive definite at dampening 0.01"):
         factor, used = upper_factor(torch.diag(diagonal))
@@ -42,6 +53,20 @@ def test_the_lower_triangle_becomes_the_upper_one_whatever_it_was(columns):
     matrix[torch.ones_like(matrix, dtype=torch.bool).tril(-1)] = float("nan")
     assert mirror_(matrix) is matrix
     assert torch.equal(matrix, wanted)
+
+
+@pytest.mark.parametrize("columns", [1, BLOCKED - 1, BLOCKED, 3 * BLOCKED + 44])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_quadratic_forms_are_those_of_each_row_from_the_upper_triangle(columns, rows):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * columns, columns, generator=generator)
+    hessian, changes = x.T @ x, torch.randn(rows, columns, generator=generator)
+    exact = torch.stack([row @ hessian.double() @ row for row in changes.double()])[:, None]
+    below = torch.ones_like(hessian, dtype=torch.bool).tril(-1)
+    below &= torch.arange(columns)[:, None] // BLOCKED > torch.arange(columns) // BLOCKED  # own blocks are whole
+    found = quadratic_forms(changes, hessian.masked_fill(below, float("nan")))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    assert quadratic_error(changes, hessian) == pytest.approx(float(exact.sum()), rel=1e-6)
 
 
 def test_a_failed_factorisation_is_retried_and_says_so():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # relative to mean diag(H), the published default
 RETRIES = 5
-FACTORED = 128  # columns factored at a time; torch's routine alone spends half of its time on copies of the whole
+BLOCKED = 128  # columns at a time; torch's own Cholesky routine spends half of its time on copies of the whole
 LAUNCHED = 1024  # of products by parts on a GPU, where each part is a launch
 MIRRORED = 256  # columns of the tiles that are transposed: a cache holds two
 
@@ -66,7 +66,7 @@ def _factored(hessian: Tensor, damping: float) -> Tensor | None:
     With the columns behind them known, those of a block are ``R_b R_bbᵀ = H_b − R_> R_b>ᵀ``, whose own rows give
     R_bb (Golub & Van Loan, Matrix Computations, 4.2.6, in reversed order).
     """
-    step = LAUNCHED if hessian.is_cuda else FACTORED
+    step = LAUNCHED if hessian.is_cuda else BLOCKED
     added = damping * hessian.diagonal().mean()
     factor, failures = torch.zeros_like(hessian), []
     for end in range(len(hessian), 0, -step):
@@ -100,15 +100,26 @@ def inverse(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, float]:
 
 def quadratic_error(delta: Tensor, hessian: Tensor) -> float:
     """``tr(Δ H Δᵀ)``: the weighted mean squared output error of a weight change (OBS-Diff eq. 3), never negative."""
-    return max(0.0, _trace(delta.to(hessian.dtype), hessian))
+    return max(0.0, float(quadratic_forms(delta.to(hessian.dtype), hessian).sum(dtype=torch.float64)))
 
 
-def _trace(delta: Tensor, hessian: Tensor, base: int = 256) -> float:
-    """``tr(Δ H Δᵀ)`` for symmetric H by halves, from its upper triangle: half the work of the full product."""
-    n = len(hessian)
-    if n <= base:
-        return float(((delta @ hessian) * delta).sum(dtype=torch.float64))
-    half = n // 2
-    left, right = delta[:, :half], delta[:, half:]
-    across = 2 * float(((left @ hessian[:half, half:]) * right).sum(dtype=torch.float64))
-    return across + _trace(left, hessian[:half, :half], base) + _trace(right, hessian[half:, half:], base)
+def quadratic_forms(rows: Tensor, hessian: Tensor) -> Tensor:
+    """``w H wᵀ`` of each row w, (rows, 1), from the upper triangle of a symmetric H: little more than half the work of
+    ``W H``.
+
+    Of some columns at a time, ``w_b H_bb w_bᵀ + 2 w_< H_<b w_bᵀ``, where < are those before them.
+    """
+    step = LAUNCHED if hessian.is_cuda else BLOCKED
+    total = torch.zeros(len(rows), 1, dtype=hessian.dtype, device=hessian.device)
+    for start in range(0, len(hessian), step):
+        end = min(start + step, len(hessian))
+        own = rows[:, start:end]
+        seen = own @ hessian[start:end, start:end]
+        seen.addmm_(rows[:, :start], hessian[:start, start:end], alpha=2)
+        total += row_products(seen, own)
+    return total
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of the rows of two matrices, (rows, 1)."""
+    return torch.linalg.vecdot(a, b).unsqueeze(1)

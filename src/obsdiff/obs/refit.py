@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from obsdiff.obs.linalg import quadratic_forms, row_products
+
 STEPS = 8
 TOLERANCE = 0.004  # stop when a step lowers the error by less than this share of it
 SOLVED = 1e-8  # a row whose squared residual fell to this share of its start is near float32 rounding
@@ -52,33 +54,29 @@ def refit(
     scale = kept / diagonal.clamp_min(1e-6 * float(diagonal.mean()))  # preconditions, and keeps all steps on the mask
     change = dense - weight
     residual = change @ hessian
-    error = _row_products(residual, change).sum(dtype=torch.float64)
+    error = row_products(residual, change).sum(dtype=torch.float64)
     result = weight.clone()
     direction, preconditioned = residual * scale, torch.empty_like(residual)
-    product = _row_products(residual, direction)
+    product = row_products(residual, direction)
     solved = SOLVED * product
     taken = 0
     while taken < steps:
         taken += 1
-        curved = direction @ hessian
-        curvature = _row_products(direction, curved)
+        if taken < steps:
+            curved = direction @ hessian
+            curvature = row_products(direction, curved)
+        else:  # no step follows that would ask for the residual
+            curvature = quadratic_forms(direction, hessian)
         # A solved row stays: what is left of its residual is rounding, and H may be singular along it.
         step = torch.where((product > solved) & (curvature > 0), product / curvature, 0.0)
         result.addcmul_(step, direction)
-        residual.addcmul_(step, curved, value=-1)
         decrease = (step * product).sum(dtype=torch.float64)
         error -= decrease
-        if float(decrease) <= tolerance * max(float(error), 0.0):
+        if taken == steps or float(decrease) <= tolerance * max(float(error), 0.0):
             break
+        residual.addcmul_(step, curved, value=-1)
         torch.mul(residual, scale, out=preconditioned)
-        updated = _row_products(residual, preconditioned)
+        updated = row_products(residual, preconditioned)
         torch.addcmul(preconditioned, torch.where(product > 0, updated / product, 0.0), direction, out=direction)
         product = updated
-    result.mul_(kept)
-    error = _row_products(residual, torch.sub(dense, result, out=change)).sum(dtype=torch.float64)
-    return Refitted(result, max(float(error), 0.0), taken)
-
-
-def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of the rows of two matrices, (rows, 1)."""
-    return torch.linalg.vecdot(a, b).unsqueeze(1)
+    return Refitted(result.mul_(kept), max(float(error), 0.0), taken)

@@ -180,12 +180,17 @@ def _measured(
 
 def _joined(shape: torch.Size, parts: list[_Part]) -> LayerResult:
     """The groups of a convolution as one layer."""
-    weight = torch.stack([part.weight for part in parts]).view(shape)
-    mask = torch.stack([part.mask for part in parts if part.mask is not None]).view(shape)
+    weight = _stacked([part.weight for part in parts]).view(shape)
+    mask = _stacked([part.mask for part in parts if part.mask is not None]).view(shape)
     shifts = [part.bias_shift for part in parts if part.bias_shift is not None]
     steps = [part.refit_steps for part in parts if part.refit_steps is not None]
     shift = torch.cat(shifts) if shifts else None
     return LayerResult(weight, mask, _relative(parts), shift, max(steps, default=None))
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """One below the other; a single one is not copied."""
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
 def _relative(parts: Sequence[_Part]) -> float | None:
