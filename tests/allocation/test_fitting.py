@@ -50,6 +50,19 @@ def test_configs_and_weights_give_the_same_plan(options, pipe):
     assert loaded.host_bytes == pytest.approx(from_configs.host_bytes, rel=0.05)
 
 
+def test_recorded_calls_go_to_the_disk_where_the_host_does_not_hold_them(options):
+    none = replace(options.evaluation, num_images=0)
+    calibration = replace(options.calibration, streamed=True, batch_size=1, num_prompts=64)
+    options = replace(options, calibration=calibration, evaluation=none)
+    held = plan_from_configs(options, "cpu")
+    assert not held.options.calibration.calls_on_disk and held.memory.batches.on_disk == 0
+    away = plan_from_configs(replace(options, host_memory=held.memory.host_bytes - 1), "cpu")
+    assert away.options.calibration == replace(calibration, calls_on_disk=True)
+    assert held.memory.host_bytes - away.memory.host_bytes == away.memory.batches.on_disk > 0
+    told = full_plan(away)
+    assert "recorded calls meanwhile" in told and "recorded calls meanwhile" not in full_plan(held)
+
+
 def test_batches_become_smaller_before_packages_become_more(options):
     whole = plan_from_configs(options, "cpu").memory.host_bytes
     limited = plan_from_configs(replace(options, host_memory=whole - 1), "cpu")

@@ -44,7 +44,12 @@ def test_a_preset_runs(name, monkeypatch, capsys):
     main(arguments)
     [line] = capsys.readouterr().out.splitlines()
     found = json.loads(line)
-    assert found["preset"] == name and found["streamed"] and abs(found["sparsity"] - 0.5) < 0.01
+    assert (
+        found["preset"] == name
+        and found["streamed"]
+        and not found["calls_on_disk"]
+        and abs(found["sparsity"] - 0.5) < 0.01
+    )
     assert 0 < found["mean_layer_error"] < 1 and 0 < found["weights_bytes"] < 64e6
 
 

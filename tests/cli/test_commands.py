@@ -326,6 +326,7 @@ def test_bench_prints_one_json_line(capsys, tmp_path, monkeypatch):
         [],
         ["--statistics", str(tmp_path / "s")],
         ["--streamed", "true"],
+        ["--streamed", "true", "--calls_on_disk", "true"],
         ["--statistics", str(tmp_path / "s"), "--pattern", "2:4"],
     ):
         capsys.readouterr()
@@ -338,7 +339,11 @@ def test_bench_prints_one_json_line(capsys, tmp_path, monkeypatch):
         assert abs(found["sparsity"] - 0.5) < 1e-3 and found["streamed"] is ("--streamed" in more)
         assert 0.5 < found["planned_memory_bytes"] / found["peak_memory_bytes"] < 2
         assert (found["calibrate_cpu_s"] is None) is found["streamed"] and found["processes"] == 1
+        assert found["calls_on_disk"] is ("--calls_on_disk" in more)
     assert found["statistics_reused"] is True and found["calibrate_s"] == 0
+    with pytest.raises(SystemExit):
+        main(["bench", "prune", "--calls_on_disk", "true"])
+    assert "calls_on_disk is of a streamed calibration's calls" in capsys.readouterr().err
 
 
 @pytest.mark.slow

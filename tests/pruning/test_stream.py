@@ -23,6 +23,7 @@ from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Prune
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.stream import Stream, stream
 from obsdiff.pruning.trajectories import CallCounter
+from obsdiff.spill import Spill
 from tests.conftest import CALL, make_pipe
 from tests.families import unets
 from tests.families.pipelines import PIPELINES, each
@@ -119,6 +120,24 @@ def test_only_what_the_next_stage_reads_is_held(pipe, prompts):
             assert held == list(graph.stages[max(stage - 1, 0) : stage])
 
 
+@pytest.mark.parametrize("name", ["sd35", "sdxl", "wan22"])
+def test_calls_on_a_disk_give_the_same_to_the_bit(name, tmp_path):
+    """Memory holds no answer of a stage then, and places in the file are taken again."""
+    found = []
+    for folder in (None, tmp_path / "new"):
+        pipe, told, _ = of_family(name)
+        by = stream(pipe, told, batch_size=2)
+        by.spill = None if folder is None else Spill(folder)
+        report = obsdiff.prune(pipe, "unstructured:0.6", statistics=by)
+        weights = [tensor for part in by.subject.components.values() for tensor in part.state_dict().values()]
+        held = [t.nbytes for call in by._calls for t in tensors_in(call.answers) if not t.is_meta]
+        found.append((weights, report.layer_error, sum(held)))
+    (weights, errors, held), (same, same_errors, none) = found
+    assert all(map(torch.equal, weights, same)) and errors == same_errors
+    assert none == 0 < held <= by.spill._end < 2.5 * held
+    assert not list((tmp_path / "new").iterdir())
+
+
 @pytest.mark.parametrize("name", ["sd35", "flux", "ddpm", "wan22"])
 def test_what_is_held_is_what_was_planned(name):
     """At its most; Flux has two lists of stages, Wan 2.2 two denoisers."""
@@ -136,6 +155,10 @@ def test_what_is_held_is_what_was_planned(name):
     asked = PruneOptions(pipeline=name, output="-", pattern="unstructured:0.5", calibration=calibration)
     planned = plan_loaded(subject, replace(asked, evaluation=EvaluationOptions(num_images=0)))
     assert 0.7 * planned.memory.batches.recorded < held < 1.3 * planned.memory.batches.recorded
+    away = plan_loaded(subject, replace(asked, calibration=replace(calibration, calls_on_disk=True))).memory.batches
+    assert away.recorded + away.on_disk == planned.memory.batches.recorded and away.on_disk > 0
+    given = {id(t): t.nbytes for call in by._calls for t in tensors_in(call.arguments)}
+    assert sum(given.values()) <= away.recorded
     stages = [moment.name for moment in planned.memory.moments if moment.name.startswith("calibrating")]
     assert stages[0] == f"calibrating, stage 1 of {len(stages)}" and len(stages) == len({s.stage for s in graph.sites})
 
@@ -213,10 +236,16 @@ def test_the_whole_way(pipe_folder, tmp_path, capsys):
     assert report["calibration"]["streamed"] and report["layer_error"]["mean"] > 0
     main(["inspect", str(tmp_path / "out")])
     assert "log_decrease weights, stage by stage" in capsys.readouterr().out
+    main([*arguments[:4], str(tmp_path / "disk"), *arguments[5:], "--calibration.calls_on_disk", "true"])
+    same = json.loads((tmp_path / "disk" / "report.json").read_text())
+    assert same["layer_error"] == report["layer_error"]
+    assert {file.name for file in tmp_path.iterdir()} == {"out", "disk"}
+    capsys.readouterr()
     for more, told in (
         (["--statistics", str(tmp_path / "s")], "a statistics folder cannot hold"),
         (["--calibration.packages", "2"], "leave out --calibration.packages"),
         (["--allocation", "measured"], "leave out --calibration.streamed, or give its plan.yaml"),
+        (["--calibration.streamed", "false", "--calibration.calls_on_disk", "true"], "is of a streamed calibration's"),
     ):
         with pytest.raises(SystemExit):
             main([*arguments[:4], str(tmp_path / "no"), *arguments[5:], *more])

@@ -28,6 +28,7 @@ RANKS = [
         "names",
         "paths",
         "peaks",
+        "spill",
         "devices",
         "quiet",
         "numbers",

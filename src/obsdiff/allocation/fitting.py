@@ -85,7 +85,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class _Work:
-    """What does not depend on batches and packages."""
+    """What does not depend on batches and packages; of a streamed calibration the bytes of the recorded calls, and of
+    what a stage has answered to them."""
 
     subject: Subject
     plan: Plan
@@ -96,21 +97,24 @@ class _Work:
     scan: Scan | None
     on_host: bool
     recorded: int
+    answers: int
 
     def memory(self, prompts: int, images: int, packages: int) -> MemoryPlan:
         """With these batches and so many packages."""
-        stored = self.statistics is not None
+        stored, settings = self.statistics is not None, self.options.calibration
+        on_disk = self.answers if settings.calls_on_disk else 0
+        held = self.recorded + self.answers - on_disk
         if stored or not self.plan.entries:
             passes: Any = [[site.name for site in sites_of(self.subject.graph, self.plan, stored)]]
-        elif self.options.calibration.streamed:
+        elif settings.streamed:
             passes = stage_packages(self.subject.graph, self.plan)
         else:
             passes = packages_of(self.subject.graph, self.plan, packages)
         return memory_plan(
             self.shapes,
             self.solving,
-            Batches(prompts, images, tuple(map(tuple, passes)), self.recorded),
-            prompts=self.options.calibration.num_prompts,
+            Batches(prompts, images, tuple(map(tuple, passes)), held, on_disk),
+            prompts=settings.num_prompts,
             images=self.options.evaluation.num_images,
             on_host=self.on_host,
             scan=self.scan,
@@ -196,13 +200,17 @@ def _planned(
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics), device)
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
     each = 2 if asks_twice(subject, call) else 1
-    recorded = 0
+    recorded = answers = 0
     if settings.streamed:
         own = settings.num_prompts * largest_share(settings.num_prompts, settings.batch_size, started_processes())
-        recorded = round(own * each * (calls.arguments + steps * (calls.sample + calls.waiting)))
+        recorded = round(own * each * (calls.arguments + steps * calls.sample))
+        answers = round(own * each * steps * calls.waiting)
     on_host = torch.device(device).type == "cpu"
-    work = _Work(subject, plan, options, statistics, shapes, solving, scan, on_host, recorded)
+    work = _Work(subject, plan, options, statistics, shapes, solving, scan, on_host, recorded, answers)
     memory, chosen = _fit(work, room)
+    if settings.streamed and not room.holds(memory):
+        work = replace(work, options=replace(options, calibration=replace(settings, calls_on_disk=True)))
+        memory, chosen = _fit(work, room)
     spent = None
     if torch.device(device).type == "cpu" or torch.cuda.is_available():
         scanned, levels = (0.0, 1) if scan is None else (scan.calls, scan.levels)

@@ -113,6 +113,11 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
     packages, streamed = packages_for(options, statistics), options.calibration.streamed
     if streamed and options.calibration.packages is not None:
         raise UserError("a streamed calibration goes stage by stage; leave out --calibration.packages")
+    if options.calibration.calls_on_disk and not streamed:
+        raise UserError(
+            "--calibration.calls_on_disk is of a streamed calibration's calls; leave it out, or add "
+            "--calibration.streamed true"
+        )
     if pattern is None and (statistics is not None or sensitivity is not None):
         name = "statistics" if statistics is not None else "sensitivity"
         raise UserError(f"{pattern_of(options)} alone keeps no {name}; leave out --{name}, or add a pattern")

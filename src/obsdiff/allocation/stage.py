@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.shorten import prune_shorter, stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 from obsdiff.pruning.stream import Stream, stream
+from obsdiff.spill import Spill
 
 LESS = "--calibration.streamed true holds the Hessians of one stage, --dtype bfloat16 half the weights"
 
@@ -317,6 +319,8 @@ def _prune_layers(
     if found is not None and options.calibration.streamed:
         told, needs = _told(subject, options, prompts), needs_for(options, None)
         found = stream(subject, told, **_settings(options, None), needs=needs, quiet=quiet)
+        if options.calibration.calls_on_disk:
+            found.spill = Spill(_place_of_calls(way))
     ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
     if allocates(options) or statistics is not None or (ranked and packages_for(options, statistics) == 1):
         found = measure(plan.sites(graph))
@@ -344,6 +348,11 @@ def _prune_layers(
     report.notes += notes + rank_notes(ranks)
     report.time_s["allocate"] = allocate_s
     return report
+
+
+def _place_of_calls(way: _Way) -> Path:
+    """The disk of what is kept meanwhile; where nothing is, that of temporary files."""
+    return Path(tempfile.gettempdir()) if way.folders.solved is None else way.folders.solved.parent
 
 
 def weighting_of(options: PruningOptions, statistics: Path | None) -> str:

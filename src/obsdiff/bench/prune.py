@@ -24,11 +24,18 @@ from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Prune
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.stream import stream
 from obsdiff.ranks import from_all, world_size
+from obsdiff.spill import Spill
 from obsdiff.versions import versions
 
 
 def bench_prune(
-    name: str, preset: Preset, pattern: str, method: str, packages: int | None, store: str | None
+    name: str,
+    preset: Preset,
+    pattern: str,
+    method: str,
+    packages: int | None,
+    store: str | None,
+    calls_on_disk: bool = False,
 ) -> dict[str, Any]:
     """Time the bare denoiser calls of one calibration pass, then a whole prune; several processes share the latter.
 
@@ -37,6 +44,7 @@ def bench_prune(
         pattern, method: How layers are pruned.
         packages: Calibration passes; None: stage by stage (:mod:`obsdiff.pruning.stream`).
         store: Folder to keep the calibration in, or to find it.
+        calls_on_disk: Whether recorded calls wait on the working directory's disk, stage by stage.
 
     Returns:
         ``forward_only_s, calibrate_s, solve_s, total_s, ratio`` (total / forward_only), ``peak_memory_bytes`` and what
@@ -53,7 +61,27 @@ def bench_prune(
         check_precision(needs, pipe.device)
     forward_s = forward_only(pipe, conditioning, work)
     weights_bytes, before_bytes = pipeline_bytes(pipe), resident_memory_bytes()
-    planned = _planned(subject_of(pipe, conditioning), preset, pattern, method, packages, store)
+    calibration = CalibrationOptions(
+        num_prompts=work.num_prompts,
+        steps=work.steps,
+        guidance_scale=work.guidance_scale,
+        batch_size=work.batch_size,
+        packages=packages,
+        streamed=packages is None,
+        calls_on_disk=calls_on_disk,
+        precision=work.precision,
+    )
+    options = PruneOptions(
+        pattern=pattern,
+        method=method,
+        allocation="uniform",
+        calibration=calibration,
+        pipeline=preset.pipeline,
+        output="",
+        statistics=store,
+        evaluation=EvaluationOptions(num_images=0),
+    )
+    planned = _planned(subject_of(pipe, conditioning), options)
     started, began, measuring_s = time.perf_counter(), time.process_time(), 0.0
     subject = subject_of(pipe, conditioning)  # traced once, as a run does
 
@@ -70,6 +98,7 @@ def bench_prune(
     statistics: Any = measure
     if packages is None:
         statistics = stream(subject, conditioning, **settings, needs=needs)
+        statistics.spill = Spill(Path()) if calls_on_disk else None
     elif store is not None and packages == 1:
         statistics = measure(set())
     # on the output's disk, as in a run; where no file is nameless, the masks of the report outlast the folder
@@ -96,6 +125,7 @@ def bench_prune(
         "preset": name,
         "packages": report.packages,
         "streamed": report.streamed,
+        "calls_on_disk": calls_on_disk,
         "statistics_reused": reused,
         "pattern": pattern,
         "method": method,
@@ -111,30 +141,8 @@ def bench_prune(
     }
 
 
-def _planned(
-    subject: Subject, preset: Preset, pattern: str, method: str, packages: int | None, store: str | None
-) -> int | None:
+def _planned(subject: Subject, options: PruneOptions) -> int | None:
     """Bytes that the plan of such a prune counts on the pipeline's device; None where it cannot be made."""
-    work = preset.work
-    calibration = CalibrationOptions(
-        num_prompts=work.num_prompts,
-        steps=work.steps,
-        guidance_scale=work.guidance_scale,
-        batch_size=work.batch_size,
-        packages=packages,
-        streamed=packages is None,
-        precision=work.precision,
-    )
-    options = PruneOptions(
-        pattern=pattern,
-        method=method,
-        allocation="uniform",
-        calibration=calibration,
-        pipeline=preset.pipeline,
-        output="",
-        statistics=store,
-        evaluation=EvaluationOptions(num_images=0),
-    )
     try:
         planned = plan_loaded(subject, options).memory
     except Exception:  # whatever a model does to counting its call: it is pruned all the same

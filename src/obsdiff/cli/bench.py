@@ -47,6 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 options.method,
                 None if options.streamed else options.packages,
                 options.statistics,
+                options.calls_on_disk,
             )
             if rank() == 0:
                 print(json.dumps(found))

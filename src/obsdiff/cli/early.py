@@ -162,6 +162,8 @@ def check_bench(options: BenchOptions | BenchScanOptions) -> None:
             raise UserError(
                 "a streamed calibration goes stage by stage and keeps nothing; leave out packages, statistics"
             )
+        if options.calls_on_disk and not options.streamed:
+            raise UserError("calls_on_disk is of a streamed calibration's calls; leave it out, or add --streamed true")
         _optional(options.statistics, "statistics", whole=True)
     elif options.pipeline is not None:
         check_source(options.pipeline)

@@ -256,6 +256,7 @@ def _kept(unit: Unit, dense: Dense, prompts: Sequence[str]) -> tuple[Path | None
     calibration = asdict(options.calibration)
     if calibration["precision"] in (None, "float32"):  # as before there was a choice
         del calibration["precision"]
+    del calibration["calls_on_disk"]  # a streamed one is not kept
     measured = [dense.content, prompts, calibration, options.seed, str(depth_of(options))]
     measured.append(weighting_of(options, None))
     # no store holds what was measured with earlier layers pruned; all others tell each method its layer errors

@@ -45,7 +45,8 @@ def full_plan(planned: Planned) -> str:
     ]
     store = f", statistics {bytes_text(memory.store_bytes)}" if memory.store_bytes else ""
     kept = f", solves and dense weights meanwhile {bytes_text(memory.kept_bytes)}" if memory.kept_bytes else ""
-    lines.append(f"disk: output {bytes_text(memory.output_bytes)}{store}{kept}")
+    calls = f", recorded calls meanwhile {bytes_text(batches.on_disk)}" if batches.on_disk else ""
+    lines.append(f"disk: output {bytes_text(memory.output_bytes)}{store}{kept}{calls}")
     lines.append(f"time: {_time(planned)}")
     if started_processes() > 1:
         lines.append("note: memory is that of each process")

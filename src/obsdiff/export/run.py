@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from obsdiff.allocation.announce import announce
-from obsdiff.allocation.fitting import plan_loaded
+from obsdiff.allocation.fitting import Planned, plan_loaded
 from obsdiff.allocation.planning import check_options
 from obsdiff.allocation.stage import (
     Folders,
@@ -101,8 +101,12 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
             print(f"evaluation: {len(evaluated)} images each by the dense and the pruned pipeline", file=sys.stderr)
         print(f"the result will lie in {options.output}", file=sys.stderr)
     flops_dense = denoiser_flops(subject, call_arguments(pipe))
-    if not quiet:
-        print(_memory(subject, options, flops_dense), file=sys.stderr)
+    if not quiet or options.calibration.calls_on_disk:
+        planned = _plan(subject, options, flops_dense)
+        if isinstance(planned, Planned):
+            check_space(Path(options.output), pipeline_bytes(pipe) + meanwhile + planned.memory.batches.on_disk)
+        if not quiet:
+            print(planned if isinstance(planned, str) else short_plan(planned), file=sys.stderr)
     suite = load_suite(info_of(pipe).alignment, options.evaluation, pipe._execution_device) if evaluated else Suite({})
 
     def draw(allow_nonfinite: bool) -> Tensor | None:
@@ -151,10 +155,10 @@ def _kept_meanwhile(subject: Subject, plan: Plan) -> int:
     return sum(kept_bytes(weight.numel(), weight.element_size()) for weight in weights)
 
 
-def _memory(subject: Subject, options: PruneOptions, flops: int) -> str:
-    """For people: what the run will take."""
+def _plan(subject: Subject, options: PruneOptions, flops: int) -> Planned | str:
+    """What the run will take; or for people, why nothing says."""
     try:
-        return short_plan(plan_loaded(subject, options, flops))
+        return plan_loaded(subject, options, flops)
     except Exception as error:  # whatever a model does to counting its call: a run needs no plan
         return f"memory is not planned: {' '.join(str(error).split())[:200]}"
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 
-def each_tensor(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same nested value with every tensor changed."""
-    if isinstance(value, Tensor):
+def each_tensor(value: Any, change: Callable[[Any], Any], kind: Any = Tensor) -> Any:
+    """The same nested value with every tensor changed, or everything of another ``kind``."""
+    if isinstance(value, kind):
         return change(value)
     if isinstance(value, tuple | list):
-        return type(value)(each_tensor(inner, change) for inner in value)
+        return type(value)(each_tensor(inner, change, kind) for inner in value)
     if isinstance(value, dict):
-        return {key: each_tensor(inner, change) for key, inner in value.items()}
+        return {key: each_tensor(inner, change, kind) for key, inner in value.items()}
     return value
 
 

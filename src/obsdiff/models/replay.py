@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from obsdiff.models.denoisers import device_of, parts_of
 from obsdiff.models.nested import copied_to, each_tensor, tensors_in
+from obsdiff.spill import Spill, Spilled
 
 
 @dataclass
@@ -28,17 +29,38 @@ class MadeCall:
         model: The denoiser, and
         prefix: of its stages' names: "" for a single one.
         arguments: By name.
-        answers: By stage, on the host; of those that nothing will read any more, shapes alone (on the meta device).
+        answers: By stage, on the host, or where they are in the file of ``spill``; of those that nothing will read any
+            more, shapes alone (on the meta device).
+        spill: Where answers wait; None: in memory.
     """
 
     model: nn.Module
     prefix: str
     arguments: dict[str, Any]
     answers: dict[str, Any] = field(default_factory=dict)
+    spill: Spill | None = None
 
     def passes(self, stages: Collection[str]) -> bool:
         """Whether any of the stages is its denoiser's."""
         return any(stage.startswith(self.prefix) for stage in stages)
+
+    def keep(self, stage: str, answer: Any) -> None:
+        """Take what a stage has answered; who made it may go on writing into it."""
+        self.answers[stage] = copied_to(answer, "cpu") if self.spill is None else each_tensor(answer, self.spill.put)
+
+    def answered(self, stage: str, device: torch.device) -> Any:
+        """What a stage has answered, on a device, to do with as one likes; of what was let go zeros, not to be written
+        into."""
+
+        def placed(kept: Tensor | Spilled) -> Tensor:
+            if isinstance(kept, Spilled):
+                assert self.spill is not None
+                return self.spill.take(kept, device)
+            if kept.is_meta:
+                return torch.zeros((), dtype=kept.dtype, device=device).expand(kept.shape)
+            return kept.to(device, copy=True)
+
+        return each_tensor(self.answers[stage], placed, Tensor | Spilled)
 
     def forget(self, stages: Sequence[str], passing: Collection[str]) -> None:
         """Let answers go that only the stage behind them reads, where that has answered.
@@ -49,7 +71,15 @@ class MadeCall:
         """
         for before, after in pairwise(stages):
             if before in passing and before in self.answers and after in self.answers:
-                self.answers[before] = each_tensor(self.answers[before], _shape)
+                self.answers[before] = each_tensor(self.answers[before], self._shape, Tensor | Spilled)
+
+    def _shape(self, kept: Tensor | Spilled) -> Tensor:
+        """Shape and dtype alone."""
+        if isinstance(kept, Tensor):
+            return kept.to("meta")
+        assert self.spill is not None
+        self.spill.release(kept)
+        return kept.like
 
 
 class Reached(Exception):
@@ -62,7 +92,6 @@ class Replay:
     def __init__(self, stages: Sequence[str], passing: Collection[str]) -> None:
         self._stages, self._passing = stages, passing
         self._call: MadeCall | None = None
-        self._zeros: dict[Any, Tensor] = {}
 
     def run(self, call: MadeCall) -> Any:
         """The denoiser's answer, or None if a hook has seen enough."""
@@ -80,20 +109,11 @@ class Replay:
         assert call is not None
         if name not in call.answers:
             found = forward(*args, **kwargs)
-            call.answers[name] = copied_to(found, "cpu")
+            call.keep(name, found)
             if self._passing:
                 call.forget(self._stages, self._passing)
             return found
-        device = device_of(call.model)
-        return each_tensor(call.answers[name], lambda tensor: self._placed(tensor, device))
-
-    def _placed(self, tensor: Tensor, device: torch.device) -> Tensor:
-        if not tensor.is_meta:
-            return tensor.to(device, copy=True)  # who reads it may write into it
-        key = (tensor.shape, tensor.dtype)
-        if key not in self._zeros:
-            self._zeros[key] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-        return self._zeros[key]
+        return call.answered(name, device_of(call.model))
 
 
 @contextmanager
@@ -158,17 +178,12 @@ def passing_stages(
             made: MadeCall | None = None
             for names in tried:
                 if made is None:
-                    made = replace(call, answers={})
+                    made = replace(call, answers={}, spill=None)
                     wanted = list(tensors_in(replay.run(made)))
                 done = stages[: stages.index(names[-1]) + 1]
-                again = replace(call, answers={name: a for name, a in made.answers.items() if name in done})
+                again = replace(made, answers={name: a for name, a in made.answers.items() if name in done})
                 if not all(map(torch.equal, tensors_in(replay.run(again)), wanted)):
                     passing.difference_update(names)
                     made = None  # their answers are needed to try the lists behind them
         found |= passing
     return frozenset(found)
-
-
-def _shape(tensor: Tensor) -> Tensor:
-    """Shape and dtype alone."""
-    return tensor.to("meta")

@@ -49,21 +49,21 @@ def refit(
         steps: At most this many steps.
         tolerance: Relative decrease at which the refit is settled; 0 runs all steps.
     """
-    kept = mask.to(weight.dtype)
     diagonal = hessian.diagonal()
-    scale = kept / diagonal.clamp_min(1e-6 * float(diagonal.mean()))  # preconditions, and keeps all steps on the mask
+    scale = mask / diagonal.clamp_min(1e-6 * float(diagonal.mean()))  # preconditions, and keeps all steps on the mask
     change = dense - weight
     residual = change @ hessian
     error = row_products(residual, change).sum(dtype=torch.float64)
+    del change
     result = weight.clone()
-    direction, preconditioned = residual * scale, torch.empty_like(residual)
+    direction, curved = residual * scale, torch.empty_like(residual)
     product = row_products(residual, direction)
     solved = SOLVED * product
     taken = 0
     while taken < steps:
         taken += 1
         if taken < steps:
-            curved = direction @ hessian
+            torch.matmul(direction, hessian, out=curved)
             curvature = row_products(direction, curved)
         else:  # no step follows that would ask for the residual
             curvature = quadratic_forms(direction, hessian)
@@ -75,8 +75,8 @@ def refit(
         if taken == steps or float(decrease) <= tolerance * max(float(error), 0.0):
             break
         residual.addcmul_(step, curved, value=-1)
-        torch.mul(residual, scale, out=preconditioned)
+        preconditioned = torch.mul(residual, scale, out=curved)
         updated = row_products(residual, preconditioned)
         torch.addcmul(preconditioned, torch.where(product > 0, updated / product, 0.0), direction, out=direction)
         product = updated
-    return Refitted(result.mul_(kept), max(float(error), 0.0), taken)
+    return Refitted(result.mul_(mask), max(float(error), 0.0), taken)

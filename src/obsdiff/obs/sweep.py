@@ -50,14 +50,18 @@ def sweep(
     block = sub_block * max(1, BLOCK // sub_block)
     compared = sub_block * max(1, compared // sub_block)
     work = torch.cat([weight.T for weight in weights], dim=1).contiguous()  # (columns, rows): a column is contiguous
+    # diag H, of some rows at a time: a square of the whole would be held
+    power = None if even else torch.cat([some.square().sum(dim=1) for some in factor.split(BLOCK)])
+    counts = [
+        _counts(weight, pattern, compared, power)
+        for weight, pattern in zip(work.split(rows, dim=1), patterns, strict=True)
+    ]
     change = torch.empty_like(work)  # Δᵀ of the columns that are done
     pivots = torch.zeros_like(work)  # R_ii where a weight goes, 0 where it stays: work · pivots are the errors
     parts = list(zip(work.split(rows, dim=1), pivots.split(rows, dim=1), patterns, strict=True))
     nm_parts = [(part, part[2].m) for part in parts if isinstance(part[2], NM)]
     diagonal = factor.diagonal()[:, None]
     errors = torch.zeros_like(work[:block])
-    power = None if even else factor.square().sum(dim=1)  # diag H
-    counts = [_counts(weight, pattern, compared, power) for weight, _, pattern in parts]
     # views of single columns, made once: the innermost loop is bound by their number, not by arithmetic
     work_at, pivots_at, errors_at = work.unbind(), pivots.unbind(), errors.unbind()
 
@@ -96,6 +100,7 @@ def sweep(
         work[start:end].mul_(pivots[start:end] == 0)  # exact zeros
         torch.sub(work[start:end], dense, out=change[start:end])
 
+    del change
     kept = pivots == 0
     return [
         (part.T.contiguous(), mask.T.contiguous())

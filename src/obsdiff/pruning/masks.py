@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from obsdiff.errors import MALFORMED, UserError, brief
 from obsdiff.pruning.plan import WEIGHT
-from obsdiff.pruning.spill import Spill, Spilled
+from obsdiff.spill import Spill, Spilled
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from obsdiff.criteria import METHODS
+from obsdiff.obs.linalg import BLOCKED, LAUNCHED
 from obsdiff.obs.observers import PASSES, sums_held
 from obsdiff.peaks import Moment, Peaks
 from obsdiff.pruning.memory_shapes import Batches, Scan, Shapes, SiteShape, Solving
@@ -66,9 +67,9 @@ def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels:
     """The workspace of solving a site's single weights, its results included, beyond its statistics.
 
     With n columns, R rows of all layers, r of the largest, all of it float32 and for one group: the Cholesky factor and
-    the blocks of a wide one (2 n²); of the sweep the factor, the weights, their changes, pivots and results
-    (n² + 4.5 R n) and three blocks of 128 columns; of admm the spectrum with LAPACK's workspace (5 n²); of the refit
-    the solutions, and nine matrices like the largest layer; of methods that sort rows, sorted indices. Results (weight
+    three of the blocks that it is made by; of the sweep the factor, the weights, their changes, pivots and results
+    (n² + 3.5 R n) and three blocks of 128 columns; of admm the spectrum with LAPACK's workspace (5 n²); of the refit
+    the solutions, and five matrices like the largest layer; of methods that sort rows, sorted indices. Results (weight
     and mask) are 1.25 R n, twice where groups are joined. Weights in half precision are held in float32, too.
 
     Args:
@@ -81,15 +82,16 @@ def solve_bytes(site: SiteShape, solving: Solving, element: int = FLOAT, levels:
     largest = max(site.rows, default=0)
     dense = 0 if element == FLOAT else total * n
     gram = solving.measured and solving.gram
-    work = [2.5 * total * n]
+    work = [(1.25 if site.groups == 1 else 2.5) * total * n]
     if solving.method in SWEEPS:
-        work += [2 * n * n, n * n + 4.5 * total * n + 3 * min(BLOCK, n) * total]
+        by = LAUNCHED if solving.device_type == "cuda" else BLOCKED
+        work += [n * n + 3 * min(by, n) * n, n * n + 3.5 * total * n + 3 * min(BLOCK, n) * total]
     elif solving.method == "admm":
-        work += [5 * n * n, 2 * n * n + 8 * largest * n + 1.25 * total * n]
+        work += [5 * n * n, n * n + 7.25 * largest * n + 1.25 * total * n]
     else:
-        work += [SCORED.get(solving.method, 2.25) * largest * n + 0.25 * total * n]
+        work += [SCORED.get(solving.method, 1.0) * largest * n + 0.25 * total * n]
     if solving.refits and gram:
-        work += [2.25 * total * n + 9 * largest * n]
+        work += [2.25 * total * n + 5 * largest * n]
     square = moments_bytes(site, solving) if gram else 0
     return square + int(FLOAT * (dense + max(work)))
 

@@ -146,9 +146,11 @@ class Batches:
         images: Per call of an evaluation.
         packages: The sites of each calibration pass, or of each stage of a streamed one, by name.
         recorded: Bytes of the calls that a streamed calibration holds, with what a stage has answered; 0: it is none.
+        on_disk: Bytes of what a stage has answered, where that waits on a disk.
     """
 
     prompts: int
     images: int
     packages: tuple[tuple[str, ...], ...]
     recorded: int = 0
+    on_disk: int = 0

@@ -33,10 +33,10 @@ from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport, count_parameters
 from obsdiff.pruning.shorten import prune_shorter
 from obsdiff.pruning.solved import Solved, check_solved
-from obsdiff.pruning.spill import Spill
 from obsdiff.pruning.statistics import Statistics, check_measured_on, check_serves
 from obsdiff.pruning.stream import Stream
 from obsdiff.pruning.surgery import become_shrunk, shrunk_config, undone_on_error, zero_share
+from obsdiff.spill import Spill
 
 ZEROED = 0.01  # more exact zeros in a layer than this were put there
 Calibrate = Callable[[set[str]], Statistics]

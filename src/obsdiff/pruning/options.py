@@ -29,6 +29,8 @@ class CalibrationOptions:
             published, unless statistics are kept or an allocation needs one calibration; 1 for the others.
         streamed: Go through the denoiser stage by stage: its calls are recorded once, and each stage is measured on
             what the pruned ones before it make of them. Holds the statistics of one stage, and the recorded calls.
+        calls_on_disk: What a stage answers to the recorded calls waits for the next one on the output's disk, in a file
+            without a name, in place of the host's memory; chosen where host_memory does not hold it. Needs streamed.
         tokens: Tokens drawn of each sequence at each call; default: all.
         padding: Count what prompts are padded with as tokens too, as published; for denoisers that attend to it.
         weighting: Timestep weights: log_decrease, log_increase, linear_decrease, linear_increase or uniform, with
@@ -50,6 +52,7 @@ class CalibrationOptions:
     batch_size: int = 4
     packages: int | None = None
     streamed: bool = False
+    calls_on_disk: bool = False
     tokens: int | None = None
     padding: bool = False
     weighting: str | None = None

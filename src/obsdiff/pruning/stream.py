@@ -37,6 +37,7 @@ from obsdiff.pruning.fingerprint import Settings, fingerprint_of
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.trajectories import CallCounter, counted_calls, noise_seeds, run_trajectories, seen_calls
 from obsdiff.ranks import own_share, rank
+from obsdiff.spill import Spill
 
 
 def stream(
@@ -98,6 +99,8 @@ class Stream:
     Attributes:
         subject: The pipeline.
         fingerprint: What the numbers depend on.
+        spill: Where what stages have answered to the calls waits for the next one; set before the first is recorded.
+            None: in host memory.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Stream:
         self._told = told[self._share]
         self._seeds = noise_seeds(settings.seed, len(told))[self._share]
         self._calls: list[_Call] | None = None
+        self.spill: Spill | None = None
         self._passing: frozenset[str] = frozenset()  # stages whose answers only the next one reads
 
     def runs(self, subject: Subject) -> bool:
@@ -199,7 +203,7 @@ class Stream:
             earlier = [call.arguments for call in calls[-2:] if call.part is now]
             given = kept_once(arguments_of(model, args, kwargs) | {"return_dict": False}, earlier)
             step = counter.calls, counter.index, counter.total
-            calls.append(_Call(model, prefixes[id(model)], given, part=now, step=step))
+            calls.append(_Call(model, prefixes[id(model)], given, spill=self.spill, part=now, step=step))
 
         subject, settings = self.subject, self._settings
         prefixes = {id(model): prefix for prefix, model in parts_of(subject.denoiser).items()}

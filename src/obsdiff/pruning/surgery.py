@@ -17,7 +17,7 @@ from obsdiff.models.graph import Graph, Group, own_name, shapes_with
 from obsdiff.models.obsdiff_shrunk import projecting_class, selecting_class, shrunk_class, sizes_of
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.obs.select import count_nonzero
-from obsdiff.pruning.spill import Spill, Spilled
+from obsdiff.spill import Spill, Spilled
 
 _ABSENT = object()
 

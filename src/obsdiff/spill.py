@@ -40,6 +40,7 @@ class Spill:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed with this object
         weakref.finalize(self, self._file.close)
         self._end = 0
+        self._free: dict[int, list[int]] = {}  # places by their bytes
 
     def put(self, tensor: Tensor) -> Spilled:
         """Write a tensor; what holds its memory can let go.
@@ -50,17 +51,23 @@ class Spill:
         like = torch.empty_like(tensor, device="meta", requires_grad=False)
         if isinstance(tensor, nn.Parameter):
             like = nn.Parameter(like, tensor.requires_grad)
-        there = Spilled(self._end, like)
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        free = self._free.get(content.nbytes)
+        offset = free.pop() if free else self._end
         with clear_failures(self._folder):
-            self._file.seek(self._end)
+            self._file.seek(offset)
             self._file.write(content.data)
             self._file.flush()  # a full disk is told here
-        self._end += content.nbytes
-        return there
+        self._end = max(self._end, offset + content.nbytes)
+        return Spilled(offset, like)
+
+    def release(self, spilled: Spilled) -> None:
+        """Its place may be taken by another tensor of as many bytes; it cannot be read any more."""
+        self._free.setdefault(spilled.like.nbytes, []).append(spilled.offset)
 
     def take(self, spilled: Spilled, device: torch.device | str = "cpu") -> Tensor:
-        """Read one again: another object with the same values, on ``device``; a parameter, where it was one.
+        """Read one again: another object with the same values, on ``device``, laid out as it was; a parameter, where it
+        was one.
 
         Raises:
             OSError: It cannot be read whole.
@@ -70,7 +77,10 @@ class Spill:
         if (count := self._file.readinto(data)) != len(data):
             raise OSError(f"{count} of {len(data)} bytes could be read")
         value = torch.frombuffer(data, dtype=spilled.like.dtype) if data else torch.empty(0, dtype=spilled.like.dtype)
-        like, value = spilled.like, value.view(spilled.like.shape).to(device)
+        like, value = spilled.like, value.view(spilled.like.shape)
+        if not like.is_contiguous():
+            value = torch.empty_like(like, device="cpu").copy_(value)  # else what reads it may round otherwise
+        value = value.to(device)
         return nn.Parameter(value, like.requires_grad) if isinstance(like, nn.Parameter) else value
 
     def close(self) -> None:

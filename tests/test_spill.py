@@ -14,8 +14,8 @@ from torch import nn
 import obsdiff
 from obsdiff.pruning.masks import Masks, load_masks, save_masks
 from obsdiff.pruning.solved import remove_solved
-from obsdiff.pruning.spill import Spill
 from obsdiff.pruning.surgery import undone_on_error
+from obsdiff.spill import Spill
 from tests.conftest import make_pipe
 
 
@@ -36,6 +36,27 @@ def test_parameters_come_back_bit_by_bit(tmp_path, dtype):
         assert back.dtype == dtype and back.shape == value.shape and not back.requires_grad
         assert back.tolist() == value.tolist()
     assert spill.take(trained).requires_grad
+
+
+def test_a_tensor_comes_back_laid_out_as_it_was(tmp_path):
+    """What reads it may round otherwise, by its strides."""
+    spill = Spill(tmp_path)
+    turned = torch.randn(2, 3, 4).permute(2, 0, 1)
+    images = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for tensor in (turned, images, torch.randn(3, 1).expand(3, 4)):
+        back = spill.take(spill.put(tensor))
+        assert torch.equal(back, tensor) and back.stride() == tensor.clone().stride()
+
+
+def test_places_that_were_released_are_taken_again(tmp_path):
+    spill = Spill(tmp_path)
+    kept, gone, other = spill.put(torch.ones(4)), spill.put(torch.ones(4)), spill.put(torch.ones(6))
+    end = spill._end
+    spill.release(gone)
+    assert spill.put(torch.zeros(6)).offset == end  # no such place is free
+    taken = spill.put(torch.arange(4.0))
+    assert taken.offset == gone.offset and spill.put(torch.zeros(4)).offset != gone.offset
+    assert [spill.take(t).tolist() for t in (kept, taken, other)] == [[1] * 4, [0, 1, 2, 3], [1] * 6]
 
 
 def test_what_is_cut_off_is_no_weight(tmp_path):
