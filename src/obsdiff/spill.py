@@ -72,12 +72,11 @@ class Spill:
         Raises:
             OSError: It cannot be read whole.
         """
-        data = bytearray(spilled.like.nbytes)
+        like = spilled.like
+        value = torch.empty(like.shape, dtype=like.dtype)  # aligned as others are: a product may round by that, too
         self._file.seek(spilled.offset)
-        if (count := self._file.readinto(data)) != len(data):
-            raise OSError(f"{count} of {len(data)} bytes could be read")
-        value = torch.frombuffer(data, dtype=spilled.like.dtype) if data else torch.empty(0, dtype=spilled.like.dtype)
-        like, value = spilled.like, value.view(spilled.like.shape)
+        if (count := self._file.readinto(value.reshape(-1).view(torch.uint8).numpy().data)) != like.nbytes:
+            raise OSError(f"{count} of {like.nbytes} bytes could be read")
         if not like.is_contiguous():
             value = torch.empty_like(like, device="cpu").copy_(value)  # else what reads it may round otherwise
         value = value.to(device)

@@ -11,6 +11,7 @@ from obsdiff.allocation.fitting import Room, plan_from_configs, plan_loaded
 from obsdiff.errors import UserError
 from obsdiff.export.memory_report import full_plan, short_plan
 from obsdiff.models.subject import subject_of
+from obsdiff.numbers import bytes_text
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions, ScanOptions
 
 PLAIN = PruneOptions(
@@ -50,7 +51,7 @@ def test_configs_and_weights_give_the_same_plan(options, pipe):
     assert loaded.host_bytes == pytest.approx(from_configs.host_bytes, rel=0.05)
 
 
-def test_recorded_calls_go_to_the_disk_where_the_host_does_not_hold_them(options):
+def test_recorded_calls_go_to_the_disk_where_the_host_does_not_hold_them(options, monkeypatch):
     none = replace(options.evaluation, num_images=0)
     calibration = replace(options.calibration, streamed=True, batch_size=1, num_prompts=64)
     options = replace(options, calibration=calibration, evaluation=none)
@@ -59,8 +60,14 @@ def test_recorded_calls_go_to_the_disk_where_the_host_does_not_hold_them(options
     away = plan_from_configs(replace(options, host_memory=held.memory.host_bytes - 1), "cpu")
     assert away.options.calibration == replace(calibration, calls_on_disk=True)
     assert held.memory.host_bytes - away.memory.host_bytes == away.memory.batches.on_disk > 0
-    told = full_plan(away)
-    assert "recorded calls meanwhile" in told and "recorded calls meanwhile" not in full_plan(held)
+    told = f"recorded calls meanwhile {bytes_text(away.memory.batches.on_disk)}"
+    assert told in full_plan(away)
+    assert "calls meanwhile" not in full_plan(held) and "calls wait" not in short_plan(held)
+    assert f"recorded calls wait on the disk: {bytes_text(away.memory.batches.on_disk)}" in short_plan(away)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shared = plan_from_configs(replace(options, calibration=replace(calibration, calls_on_disk=True)), "cpu").memory
+    assert shared.batches.on_disk == away.memory.batches.on_disk  # all processes write
+    assert shared.batches.recorded == pytest.approx(away.memory.batches.recorded / 4, rel=0.01)
 
 
 def test_batches_become_smaller_before_packages_become_more(options):

@@ -85,8 +85,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class _Work:
-    """What does not depend on batches and packages; of a streamed calibration the bytes of the recorded calls, and of
-    what a stage has answered to them."""
+    """What does not depend on batches and packages; of a streamed calibration the bytes of the recorded calls, of what
+    a stage has answered to them, and of what it has in all processes."""
 
     subject: Subject
     plan: Plan
@@ -98,12 +98,13 @@ class _Work:
     on_host: bool
     recorded: int
     answers: int
+    all_answers: int
 
     def memory(self, prompts: int, images: int, packages: int) -> MemoryPlan:
         """With these batches and so many packages."""
         stored, settings = self.statistics is not None, self.options.calibration
-        on_disk = self.answers if settings.calls_on_disk else 0
-        held = self.recorded + self.answers - on_disk
+        away = settings.calls_on_disk
+        held, on_disk = self.recorded + (0 if away else self.answers), self.all_answers if away else 0
         if stored or not self.plan.entries:
             passes: Any = [[site.name for site in sites_of(self.subject.graph, self.plan, stored)]]
         elif settings.streamed:
@@ -200,13 +201,13 @@ def _planned(
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics), device)
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
     each = 2 if asks_twice(subject, call) else 1
-    recorded = answers = 0
+    recorded = answers = all_answers = 0
     if settings.streamed:
         own = settings.num_prompts * largest_share(settings.num_prompts, settings.batch_size, started_processes())
         recorded = round(own * each * (calls.arguments + steps * calls.sample))
-        answers = round(own * each * steps * calls.waiting)
+        answers, all_answers = (round(n * each * steps * calls.waiting) for n in (own, settings.num_prompts))
     on_host = torch.device(device).type == "cpu"
-    work = _Work(subject, plan, options, statistics, shapes, solving, scan, on_host, recorded, answers)
+    work = _Work(subject, plan, options, statistics, shapes, solving, scan, on_host, recorded, answers, all_answers)
     memory, chosen = _fit(work, room)
     if settings.streamed and not room.holds(memory):
         work = replace(work, options=replace(options, calibration=replace(settings, calls_on_disk=True)))

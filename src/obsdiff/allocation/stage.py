@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -47,9 +46,11 @@ from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.shorten import prune_shorter, stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
 from obsdiff.pruning.stream import Stream, stream
-from obsdiff.spill import Spill
 
-LESS = "--calibration.streamed true holds the Hessians of one stage, --dtype bfloat16 half the weights"
+LESS = (
+    "--calibration.streamed true holds the Hessians of one stage, --calibration.calls_on_disk true its answers on the "
+    "disk, --dtype bfloat16 half the weights"
+)
 
 
 def calibration_prompts(pipe: Any, options: PruningOptions) -> list[str]:
@@ -120,12 +121,14 @@ class Folders:
         reconstruction: Stages that a reconstruction has finished.
         solved: Solved layers, where their statistics are kept or streamed; replaced dense weights and masks wait
             on that disk, too.
+        calls: On whose disk the calls of a streamed calibration wait, if that is asked for.
     """
 
     statistics: Path | None = None
     sensitivity: Path | None = None
     reconstruction: Path | None = None
     solved: Path | None = None
+    calls: Path | None = None
 
 
 def prune_stage(
@@ -155,6 +158,8 @@ def prune_stage(
         UserError: The request cannot be met.
     """
     check_options(options, folders.statistics, folders.sensitivity)
+    if options.calibration.calls_on_disk and folders.calls is None:
+        raise UserError("calibration.calls_on_disk needs a folder for them, and none is given")
     if not keeps_solves(options, folders.statistics):
         folders = replace(folders, solved=None)
     way = _Way(folders, prune_again, quiet)
@@ -320,7 +325,8 @@ def _prune_layers(
         told, needs = _told(subject, options, prompts), needs_for(options, None)
         found = stream(subject, told, **_settings(options, None), needs=needs, quiet=quiet)
         if options.calibration.calls_on_disk:
-            found.spill = Spill(_place_of_calls(way))
+            assert way.folders.calls is not None
+            found.keep_on_disk(way.folders.calls)
     ranked = plan.structured and any(group.basis is not None for group in plan.groups(graph))
     if allocates(options) or statistics is not None or (ranked and packages_for(options, statistics) == 1):
         found = measure(plan.sites(graph))
@@ -348,11 +354,6 @@ def _prune_layers(
     report.notes += notes + rank_notes(ranks)
     report.time_s["allocate"] = allocate_s
     return report
-
-
-def _place_of_calls(way: _Way) -> Path:
-    """The disk of what is kept meanwhile; where nothing is, that of temporary files."""
-    return Path(tempfile.gettempdir()) if way.folders.solved is None else way.folders.solved.parent
 
 
 def weighting_of(options: PruningOptions, statistics: Path | None) -> str:

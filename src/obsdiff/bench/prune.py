@@ -24,7 +24,6 @@ from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, Prune
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.stream import stream
 from obsdiff.ranks import from_all, world_size
-from obsdiff.spill import Spill
 from obsdiff.versions import versions
 
 
@@ -98,7 +97,8 @@ def bench_prune(
     statistics: Any = measure
     if packages is None:
         statistics = stream(subject, conditioning, **settings, needs=needs)
-        statistics.spill = Spill(Path()) if calls_on_disk else None
+        if calls_on_disk:
+            statistics.keep_on_disk(Path())
     elif store is not None and packages == 1:
         statistics = measure(set())
     # on the output's disk, as in a run; where no file is nameless, the masks of the report outlast the folder

@@ -222,7 +222,7 @@ def _pruned(unit: Unit, dense: Dense, folder: Path) -> dict[str, Any]:
     dense_bytes = pipeline_bytes(pipe)
     prompts = calibration_prompts(pipe, options)
     store, scan = _kept(unit, dense, prompts)
-    report = prune_stage(subject, options, prompts, Folders(store, scan))
+    report = prune_stage(subject, options, prompts, Folders(store, scan, calls=folder.parent))
     if store is not None and not needs_for(options, None) - PASSES:
         _leave_out_calibration(report, store)
     if unit.scratch:

@@ -22,6 +22,8 @@ def short_plan(planned: Planned) -> str:
     lines.append(f"host memory: about {bytes_text(memory.host_bytes)} while {memory.host.name} ({_listed(parts)})")
     if planned.time is not None:
         lines[-1] += f"; about {duration(planned.time.total_s)}"
+    if on_disk := memory.batches.on_disk:
+        lines.append(f"recorded calls wait on the disk: {bytes_text(on_disk)}")
     return "\n".join(lines)
 
 

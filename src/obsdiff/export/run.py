@@ -123,7 +123,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
         subject,
         options,
         prompts,
-        Folders(statistics, sensitivity, stages, solves),
+        Folders(statistics, sensitivity, stages, solves, solves.parent),
         prune_again=options.prune_again,
         quiet=quiet,
     )

@@ -145,8 +145,9 @@ class Batches:
         prompts: Per call of a calibration.
         images: Per call of an evaluation.
         packages: The sites of each calibration pass, or of each stage of a streamed one, by name.
-        recorded: Bytes of the calls that a streamed calibration holds, with what a stage has answered; 0: it is none.
-        on_disk: Bytes of what a stage has answered, where that waits on a disk.
+        recorded: Bytes of the calls that a streamed calibration holds, with what a stage has answered, unless that
+            waits on a disk; 0: it is none.
+        on_disk: Bytes of what waits there, of all processes.
     """
 
     prompts: int

@@ -12,6 +12,7 @@ import operator
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,8 +100,6 @@ class Stream:
     Attributes:
         subject: The pipeline.
         fingerprint: What the numbers depend on.
-        spill: Where what stages have answered to the calls waits for the next one; set before the first is recorded.
-            None: in host memory.
     """
 
     def __init__(
@@ -118,12 +117,25 @@ class Stream:
         self._told = told[self._share]
         self._seeds = noise_seeds(settings.seed, len(told))[self._share]
         self._calls: list[_Call] | None = None
-        self.spill: Spill | None = None
+        self._spill: Spill | None = None
         self._passing: frozenset[str] = frozenset()  # stages whose answers only the next one reads
 
     def runs(self, subject: Subject) -> bool:
         """Whether its calls are those of the same denoisers."""
         return all(map(operator.is_, self.subject.components.values(), subject.components.values()))
+
+    def keep_on_disk(self, folder: Path) -> None:
+        """Let what a stage answers to the calls wait for the next one in a file without a name, not in host memory.
+
+        Args:
+            folder: On whose disk; made where it is not there.
+
+        Raises:
+            UserError: It cannot be written, or calls are recorded already.
+        """
+        if self._calls is not None:
+            raise UserError("the calls of this stream are recorded already; say where they wait before")
+        self._spill = Spill(folder)
 
     @torch.no_grad()
     def record(self) -> list[_Call]:
@@ -203,7 +215,7 @@ class Stream:
             earlier = [call.arguments for call in calls[-2:] if call.part is now]
             given = kept_once(arguments_of(model, args, kwargs) | {"return_dict": False}, earlier)
             step = counter.calls, counter.index, counter.total
-            calls.append(_Call(model, prefixes[id(model)], given, spill=self.spill, part=now, step=step))
+            calls.append(_Call(model, prefixes[id(model)], given, spill=self._spill, part=now, step=step))
 
         subject, settings = self.subject, self._settings
         prefixes = {id(model): prefix for prefix, model in parts_of(subject.denoiser).items()}

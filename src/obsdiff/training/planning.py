@@ -52,8 +52,8 @@ TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.
 STEP = "one step"
 LESS_RECORDING = "a smaller --data.record_batch_size"
 LESS_PRUNING = (
-    "--model.pruning.allocation uniform, --model.pruning.calibration.streamed true, a smaller "
-    "--model.pruning.calibration.batch_size"
+    "--model.pruning.allocation uniform, --model.pruning.calibration.streamed true (with calls_on_disk true), a "
+    "smaller --model.pruning.calibration.batch_size"
 )
 LESS_TRAINING = (
     "a smaller --data.batch_size with --trainer.accumulate_grad_batches, --model.trained.gradient_checkpointing true, "

@@ -244,7 +244,7 @@ def _prune(
     if rank() == 0:
         announce(subject, plan, options, len(prompts), store)
     stages, solves = output / RECONSTRUCTION, output / SOLVED
-    folders = Folders(store, scan, stages, solves)
+    folders = Folders(store, scan, stages, solves, output)
     report = prune_stage(subject, options, prompts, folders, quiet=rank() > 0)
     if rank() == 0:
         with whole_folder(folder, FILE, replace=True) as temporary:
