@@ -15,6 +15,7 @@ from obsdiff.obs.pattern import parse_request
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.report import PruneReport
+from obsdiff.pruning.stream import Stream
 
 RECIPE = "configs/recover/distill.yaml"
 
@@ -228,6 +229,16 @@ def test_what_is_measured_alike_is_kept_in_one_place_and_nothing_else(tmp_path):
         assert places("unstructured:0.5", "uniform", other)[0] == store
     assert places("unstructured:0.5", "uniform", "obs-diff")[0] is None  # four calibrations
     assert places("depth:1", "uniform")[0] is None  # no layer is solved
+
+
+def test_recorded_calls_wait_on_the_disk_of_the_comparison(tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(Stream, "keep_on_disk", lambda self, folder: places.append(folder))
+    calibration = CalibrationOptions(num_prompts=2, steps=2, streamed=True, calls_on_disk=True)
+    given = options(methods=["obs"], reference="obs", allocations=["uniform"], calibration=calibration)
+    dense = Dense("digits-sd3", "cpu", tmp_path / "shared", EvaluationOptions())
+    running._pruned(units_of(given)[0][0], dense, tmp_path / "pruned")
+    assert places == [tmp_path]
 
 
 @pytest.mark.parametrize(("method", "left"), [("magnitude", {}), ("taylor", {"rows": 6, "inputs": False})])

@@ -9,6 +9,7 @@ import torch
 
 import obsdiff
 from obsdiff.allocation.fitting import plan_loaded
+from obsdiff.allocation.stage import prune_stage
 from obsdiff.cli.main import main
 from obsdiff.embedded.digits import digit_prompts
 from obsdiff.evaluation.flops import denoiser_flops
@@ -19,7 +20,7 @@ from obsdiff.models.nested import copied_to, tensors_in
 from obsdiff.models.replay import MadeCall
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.collect import collecting
-from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
+from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions, PruningOptions
 from obsdiff.pruning.statistics import Statistics
 from obsdiff.pruning.stream import Stream, stream
 from obsdiff.pruning.trajectories import CallCounter
@@ -218,6 +219,9 @@ def test_bad_requests(pipe, prompts):
         obsdiff.prune(make_pipe(), "unstructured:0.5", statistics=by)
     with pytest.raises(obsdiff.UserError, match="measured on the whole denoiser"):
         stream(pipe, prompts, needs={"gates"})
+    nowhere = PruningOptions(pattern="2:4", calibration=CalibrationOptions(streamed=True, calls_on_disk=True))
+    with pytest.raises(obsdiff.UserError, match="calls_on_disk needs a folder"):
+        prune_stage(pipe, nowhere, prompts)
 
 
 def test_a_stage_that_runs_twice_is_refused(pipe, prompts):
@@ -256,7 +260,8 @@ def test_the_whole_way(pipe_folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_as_the_stage_before_a_recovery(pipe_folder, tmp_path):
-    fit(pipe_folder, tmp_path / "run", "--model.pruning.calibration.streamed=true", steps=2)
+    streamed = [f"--model.pruning.calibration.{name}=true" for name in ("streamed", "calls_on_disk")]
+    fit(pipe_folder, tmp_path / "run", *streamed, steps=2)
     assert_zero(tmp_path / "run")
     report = json.loads((tmp_path / "run" / "recovered" / "report.json").read_text())
     calls = denoiser_flops(subject_of(make_pipe()), CALL) * 2 * CALL["num_inference_steps"] * 4
