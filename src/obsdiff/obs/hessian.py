@@ -310,21 +310,21 @@ class Gram(Centred):
             start = self.centre.shape[1] - strip.shape[2]
             yield start, start + strip.shape[1], strip
 
-    def _whole(self, group: int) -> Tensor:
-        """A new symmetric (n, n)."""
+    def _whole(self, group: int, over: float = 1.0) -> Tensor:
+        """A new symmetric (n, n), divided by ``over``."""
         assert self.comoment, "these moments were let go"
         n = self.centre.shape[1]
         whole = self.centre.new_empty(n, n, dtype=torch.float32)
         for start, end, strip in self._placed():
-            whole[start:end, start:] = strip[group]
+            torch.div(strip[group], over, out=whole[start:end, start:])
         return mirror_(whole)
 
     def covariance(self, group: int = 0) -> Tensor:
         """``C = Σ α (x − μ)(x − μ)ᵀ / Σ α``, symmetric float32 (n, n), a new tensor."""
-        whole = self._whole(group)
+        whole = self._whole(group, self.weight_sum)
         if self.disposable and group == len(self.centre) - 1:
             self.comoment = []
-        return whole.div_(self.weight_sum)
+        return whole
 
     def hessian(self, group: int = 0) -> Tensor:
         """``H = Σ α x xᵀ / Σ α = C + μ μᵀ``, symmetric float32 (n, n) (OBS-Diff eq. 5 up to a constant)."""

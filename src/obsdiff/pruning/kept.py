@@ -59,7 +59,7 @@ class KeptParts:
         """
         if rank() > 0:
             return
-        there = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        there = {key: _alone(tensor.detach().cpu().contiguous()) for key, tensor in tensors.items()}
         with whole_file(self._files[name]) as temporary:
             save_file(there, temporary, {"key": self.key, **said})
 
@@ -70,6 +70,11 @@ class KeptParts:
             if said.get("key") == self.key:
                 return said
         return None
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor that shares no memory with another one of the same storage, which safetensors refuses."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def check_kept(folder: Path, index: str, what: str) -> None:
