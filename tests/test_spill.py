@@ -1,4 +1,4 @@
-"""Dense weights that lie on a disk while a prune may have to put them back."""
+"""Tensors on a disk: dense weights that a prune may have to put back, masks, and what stages have answered."""
 
 import copy
 import errno

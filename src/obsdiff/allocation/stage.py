@@ -121,7 +121,7 @@ class Folders:
         reconstruction: Stages that a reconstruction has finished.
         solved: Solved layers, where their statistics are kept or streamed; replaced dense weights and masks wait
             on that disk, too.
-        calls: On whose disk the calls of a streamed calibration wait, if that is asked for.
+        calls: On whose disk answers to the calls of a streamed calibration wait, if that is asked for.
     """
 
     statistics: Path | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # relative to mean diag(H), the published default
 RETRIES = 5
-BLOCKED = 128  # columns at a time; torch's own Cholesky routine spends half of its time on copies of the whole
+BLOCKED = 128  # columns of factors and forms at a time; torch's own factor spends half of its time on copies
 LAUNCHED = 1024  # of products by parts on a GPU, where each part is a launch
 MIRRORED = 256  # columns of the tiles that are transposed: a cache holds two
 

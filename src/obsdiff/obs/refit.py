@@ -75,7 +75,7 @@ def refit(
         if taken == steps or float(decrease) <= tolerance * max(float(error), 0.0):
             break
         residual.addcmul_(step, curved, value=-1)
-        preconditioned = torch.mul(residual, scale, out=curved)
+        preconditioned = torch.mul(residual, scale, out=curved)  # which has served
         updated = row_products(residual, preconditioned)
         torch.addcmul(preconditioned, torch.where(product > 0, updated / product, 0.0), direction, out=direction)
         product = updated
