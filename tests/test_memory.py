@@ -174,3 +174,14 @@ def test_a_prune_goes_on_with_smaller_batches(pipe_folder, tmp_path, monkeypatch
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("obsdiff prune: ")]
     assert ended.value.code == 2 and "in batches of 2; --calibration.streamed true holds" in line
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only getrusage knows")
+def test_the_peak_is_not_that_of_what_started_the_process():
+    """Which is what getrusage says of a process that another one became."""
+    told = "import obsdiff.memory as m, resource; "
+    told += "print(m.peak_memory_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    large = f"import os, sys; held = b'1' * 2**31; os.execv(sys.executable, [sys.executable, '-c', {told!r}])"
+    done = subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, check=True)
+    peak, counted = map(int, done.stdout.split())
+    assert 2**27 < peak < 2**31 <= counted

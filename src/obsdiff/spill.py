@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.files import clear_failures
+
+_regions: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()  # by address
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Spill:
     Args:
         folder: On whose disk; made where it is not there.
     """
+
+    step_bytes = 1  # that places begin at multiples of
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -58,7 +64,7 @@ class Spill:
             self._file.seek(offset)
             self._file.write(content.data)
             self._file.flush()  # a full disk is told here
-        self._end = max(self._end, offset + content.nbytes)
+        self._end = max(self._end, -(-(offset + content.nbytes) // self.step_bytes) * self.step_bytes)
         return Spilled(offset, like)
 
     def release(self, spilled: Spilled) -> None:
@@ -85,3 +91,53 @@ class Spill:
     def close(self) -> None:
         """Let the file go."""
         self._file.close()
+
+
+class Shelf(Spill):
+    """Tensors whose memory is a file, so that what is not read of them takes none."""
+
+    step_bytes = mmap.ALLOCATIONGRANULARITY
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._regions: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+    def mapped(self, tensor: Tensor) -> Tensor:
+        """A tensor with the same values, laid out as it is, whose memory is the file: what is read of it comes from
+        there and stays in memory until :meth:`drop`, what is written into it goes there. Its place is free when it is
+        gone.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        if not tensor.nbytes:
+            return tensor.detach()
+        like = torch.empty_like(tensor, device="meta")  # dense, if the tensor has gaps
+        laid = (
+            tensor.detach() if like.stride() == tensor.stride() else torch.empty_like(like, device="cpu").copy_(tensor)
+        )
+        spilled = self.put(laid.as_strided((laid.numel(),), (1,)))
+        region = mmap.mmap(self._file.fileno(), like.nbytes, offset=spilled.offset)
+        weakref.finalize(region, self.release, spilled).atexit = False
+        value = torch.frombuffer(region, dtype=like.dtype).as_strided(like.shape, like.stride())
+        self._regions.add(region)
+        _regions[value.data_ptr()] = region
+        return value
+
+    def drop(self) -> None:
+        """Let all that was read of mapped tensors leave memory; it comes back as it is read again."""
+        for region in list(self._regions):
+            _drop(region)
+
+
+def in_turn(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same tensors; of each that is mapped, what was read of it leaves memory before the next one comes."""
+    for tensor in tensors:
+        yield tensor
+        if (region := _regions.get(tensor.data_ptr())) is not None:
+            _drop(region)
+
+
+def _drop(region: mmap.mmap) -> None:
+    if hasattr(region, "madvise"):  # else the system decides alone
+        region.madvise(mmap.MADV_DONTNEED)

@@ -327,6 +327,7 @@ def test_bench_prints_one_json_line(capsys, tmp_path, monkeypatch):
         ["--statistics", str(tmp_path / "s")],
         ["--streamed", "true"],
         ["--streamed", "true", "--calls_on_disk", "true"],
+        ["--weights_on_disk", "true"],
         ["--statistics", str(tmp_path / "s"), "--pattern", "2:4"],
     ):
         capsys.readouterr()
@@ -340,6 +341,7 @@ def test_bench_prints_one_json_line(capsys, tmp_path, monkeypatch):
         assert 0.5 < found["planned_memory_bytes"] / found["peak_memory_bytes"] < 2
         assert (found["calibrate_cpu_s"] is None) is found["streamed"] and found["processes"] == 1
         assert found["calls_on_disk"] is ("--calls_on_disk" in more)
+        assert found["weights_on_disk"] is ("--weights_on_disk" in more)
     assert found["statistics_reused"] is True and found["calibrate_s"] == 0
     with pytest.raises(SystemExit):
         main(["bench", "prune", "--calls_on_disk", "true"])

@@ -39,7 +39,7 @@ class Emptied(Turns):
     """In place of a second device: weights that are away read as something else."""
 
     def __init__(self, device):
-        super().__init__(device)
+        super().__init__(device, None)
         self.kept, self.moves = {}, []
 
     def away(self, module):
@@ -69,7 +69,7 @@ class Emptied(Turns):
 def emptied(monkeypatch):
     """Offloads a pipeline so; returns what takes turns."""
     made = []
-    monkeypatch.setattr(offloading, "Turns", lambda device: made.append(Emptied(device)) or made[-1])
+    monkeypatch.setattr(offloading, "Turns", lambda device, _: made.append(Emptied(device)) or made[-1])
 
     def away(pipe):
         offload(pipe, "cpu")

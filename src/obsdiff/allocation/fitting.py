@@ -156,7 +156,10 @@ def plan_loaded(subject: Subject, options: PruneOptions, flops: int | None = Non
         flops: Of one call with one image without guidance, if they are known.
     """
     device, on_host = str(subject.pipe._execution_device), options.offload or subject.pipe.device.type == "cpu"
-    imports = resident_memory_bytes() - (sum(component_bytes(subject.pipe).values()) if on_host else 0)
+    weights = (
+        bytes_at_hand(subject)["denoiser"] if options.weights_on_disk else sum(component_bytes(subject.pipe).values())
+    )
+    imports = resident_memory_bytes() - (weights if on_host else 0)
     if options.offload:  # counting a call of its own would count the blocks that move
         subject = open_unloaded(options.pipeline, options.dtype)
     return _planned(subject, options, device, Room(), imports, flops)[0]
@@ -196,8 +199,8 @@ def _planned(
     calls = call_shapes(subject, call, sites_of(graph, plan, stored), observer, drawn)
     imports = resident_memory_bytes() if imports is None else imports
     shapes = shapes_of(subject, plan, calls, stored, max(imports, 0) + RUN_BYTES)
-    if options.offload:
-        shapes = replace(shapes, at_hand=bytes_at_hand(subject))
+    if options.offload or options.weights_on_disk:
+        shapes = replace(shapes, at_hand=bytes_at_hand(subject), on_disk=options.weights_on_disk)
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics), device)
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
     each = 2 if asks_twice(subject, call) else 1
@@ -223,6 +226,10 @@ def _planned(
     notes = [calls.note] if calls.note else []
     if options.offload:
         notes.append("the time that it takes to move blocks to the device and back is not counted")
+    if options.weights_on_disk:
+        notes.append(
+            "the time that it takes to read blocks, where the system's cache does not hold them, is not counted"
+        )
     if options.reconstruction.asked:
         notes.append("the reconstruction of stages is not counted")
     if plan.removed or parse_request(options.pattern) != of_layers(parse_request(options.pattern)):
@@ -297,6 +304,9 @@ def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:
         away = replace(uniform, offload=True, calibration=streamed)
         instead = " in place of --calibration.packages" if calibration.packages else ""
         ways.append((f"--allocation uniform --calibration.streamed true --offload true{instead}", away))
+    if torch.device(device).type == "cpu" and not options.weights_on_disk:
+        ways.append(("--weights_on_disk true", replace(options, weights_on_disk=True)))
+        ways.append(("--allocation uniform --weights_on_disk true", replace(uniform, weights_on_disk=True)))
     if options.evaluation.num_images:
         none = replace(options.evaluation, num_images=0)
         ways.append(("--evaluation.num_images 0", replace(options, evaluation=none)))

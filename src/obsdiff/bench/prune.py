@@ -16,6 +16,7 @@ from obsdiff.criteria import find_method
 from obsdiff.errors import UserError
 from obsdiff.export.places import pipeline_bytes
 from obsdiff.memory import peak_memory_bytes, resident_memory_bytes
+from obsdiff.models.offload import offload
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.precision import check_precision
 from obsdiff.pruning.calibrate import calibrate
@@ -35,6 +36,7 @@ def bench_prune(
     packages: int | None,
     store: str | None,
     calls_on_disk: bool = False,
+    weights_on_disk: bool = False,
 ) -> dict[str, Any]:
     """Time the bare denoiser calls of one calibration pass, then a whole prune; several processes share the latter.
 
@@ -44,6 +46,7 @@ def bench_prune(
         packages: Calibration passes; None: stage by stage (:mod:`obsdiff.pruning.stream`).
         store: Folder to keep the calibration in, or to find it.
         calls_on_disk: Whether recorded calls wait on the working directory's disk, stage by stage.
+        weights_on_disk: Whether weights rest there, in the bare calls, too.
 
     Returns:
         ``forward_only_s, calibrate_s, solve_s, total_s, ratio`` (total / forward_only), ``peak_memory_bytes`` and what
@@ -58,6 +61,8 @@ def bench_prune(
     if work.precision is not None and "gram" in needs:
         needs |= {work.precision}
         check_precision(needs, pipe.device)
+    if weights_on_disk:
+        offload(pipe, pipe.device, Path())
     forward_s = forward_only(pipe, conditioning, work)
     weights_bytes, before_bytes = pipeline_bytes(pipe), resident_memory_bytes()
     calibration = CalibrationOptions(
@@ -78,6 +83,7 @@ def bench_prune(
         pipeline=preset.pipeline,
         output="",
         statistics=store,
+        weights_on_disk=weights_on_disk,
         evaluation=EvaluationOptions(num_images=0),
     )
     planned = _planned(subject_of(pipe, conditioning), options)
@@ -126,6 +132,7 @@ def bench_prune(
         "packages": report.packages,
         "streamed": report.streamed,
         "calls_on_disk": calls_on_disk,
+        "weights_on_disk": weights_on_disk,
         "statistics_reused": reused,
         "pattern": pattern,
         "method": method,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from obsdiff.cli.early import check_bench
+from obsdiff.cli.early import check_bench, check_on_cpu
 from obsdiff.cli.options import BenchOptions, BenchScanOptions, BenchTrainOptions
 from obsdiff.cli.parse import clear_errors, fail, parse_options
 
@@ -38,7 +38,9 @@ def main(args: Sequence[str] | None = None) -> None:
         from obsdiff.ranks import joined_processes, rank
 
         preset = _preset(options, options.preset)
-        with joined_processes(preset.work.device) as device, freed_at_once(options.streamed):
+        if options.weights_on_disk:
+            check_on_cpu("weights_on_disk", preset.work.device)
+        with joined_processes(preset.work.device) as device, freed_at_once(options.streamed or options.weights_on_disk):
             preset = replace(preset, work=replace(preset.work, device=device))
             found = bench_prune(
                 options.preset,
@@ -48,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 None if options.streamed else options.packages,
                 options.statistics,
                 options.calls_on_disk,
+                options.weights_on_disk,
             )
             if rank() == 0:
                 print(json.dumps(found))

@@ -169,6 +169,17 @@ def check_bench(options: BenchOptions | BenchScanOptions) -> None:
         check_source(options.pipeline)
 
 
+def check_on_cpu(option: str, device: str) -> None:
+    """Refuse an option that is for the host's memory alone.
+
+    Raises:
+        UserError: The run is on a device that has its own.
+    """
+    if not device.startswith("cpu"):
+        raise UserError(f"--{option} is for runs on the cpu, and this one is on {device}; leave it out (prune has "
+                        "--offload true for a device)")  # fmt: skip
+
+
 def _denoiser(file: str | None) -> str | None:
     path = check_denoiser_file(file)
     return None if path is None else str(path)

@@ -99,6 +99,7 @@ class BenchOptions:
         packages: Calibration passes.
         streamed: Calibrate stage by stage instead, as prune's calibration.streamed.
         calls_on_disk: Recorded calls wait on the disk of the working directory, as prune's calibration.calls_on_disk.
+        weights_on_disk: Weights rest there, too, as prune's weights_on_disk.
         stages: Keep so many blocks of each list, of their true shapes, so that a large model starts anywhere.
         side: Pixels along a side of the images; default: the preset's.
         device: Such as cpu or cuda; default: the preset's.
@@ -117,6 +118,7 @@ class BenchOptions:
     packages: int = 1
     streamed: bool = False
     calls_on_disk: bool = False
+    weights_on_disk: bool = False
     stages: int | None = None
     side: int | None = None
     device: str | None = None

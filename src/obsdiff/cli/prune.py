@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from obsdiff.cli.early import checked_prune, kept
+from obsdiff.cli.early import check_on_cpu, checked_prune, kept
 from obsdiff.cli.parse import clear_errors, parse_options
 from obsdiff.errors import UserError
 from obsdiff.paths import unfinished_stages
@@ -28,7 +28,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
         device = options.device if options.dry_run and options.device else choose_device(options.device)
         if options.offload and device.startswith("cpu"):
-            raise UserError("--offload spares the memory of a device, and this run is on the cpu; leave it out")
+            raise UserError(
+                "--offload spares the memory of a device, and this run is on the cpu; leave it out, or give "
+                "--weights_on_disk true"
+            )
+        if options.weights_on_disk:
+            check_on_cpu("weights_on_disk", device)
 
         from obsdiff.allocation.planning import check_options
         from obsdiff.export.places import check_places
@@ -57,8 +62,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(full_plan(planned))
                 return
             options = planned.options
-        # before anything is loaded: a streamed prune is for what memory hardly holds
-        with joined_processes(device) as device, freed_at_once(options.calibration.streamed):
+        # before anything is loaded: these are for what memory hardly holds
+        scarce = options.calibration.streamed or options.weights_on_disk
+        with joined_processes(device) as device, freed_at_once(scarce):
             pipe = load_pipeline(
                 options.pipeline,
                 dtype=options.dtype,
@@ -68,6 +74,8 @@ def main(args: Sequence[str] | None = None) -> None:
             )
             if options.offload:
                 offload(pipe, device)
+            if options.weights_on_disk:
+                offload(pipe, device, Path(options.output).parent)
             report = prune_run(pipe, options)
             if rank() == 0:
                 print(prune_summary(report, options.output))

@@ -24,6 +24,8 @@ def short_plan(planned: Planned) -> str:
         lines[-1] += f"; about {duration(planned.time.total_s)}"
     if on_disk := memory.batches.on_disk:
         lines.append(f"recorded calls wait on the disk: {bytes_text(on_disk)}")
+    if resting := memory.resting_bytes:
+        lines.append(f"weights rest on the disk: {bytes_text(resting)}")
     return "\n".join(lines)
 
 
@@ -48,7 +50,8 @@ def full_plan(planned: Planned) -> str:
     store = f", statistics {bytes_text(memory.store_bytes)}" if memory.store_bytes else ""
     kept = f", solves and dense weights meanwhile {bytes_text(memory.kept_bytes)}" if memory.kept_bytes else ""
     calls = f", recorded calls meanwhile {bytes_text(batches.on_disk)}" if batches.on_disk else ""
-    lines.append(f"disk: output {bytes_text(memory.output_bytes)}{store}{kept}{calls}")
+    rest = f", resting weights meanwhile {bytes_text(memory.resting_bytes)}" if memory.resting_bytes else ""
+    lines.append(f"disk: output {bytes_text(memory.output_bytes)}{store}{kept}{calls}{rest}")
     lines.append(f"time: {_time(planned)}")
     if started_processes() > 1:
         lines.append("note: memory is that of each process")

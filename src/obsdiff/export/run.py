@@ -36,7 +36,7 @@ from obsdiff.files import check_space, write_json, write_text
 from obsdiff.memory import peak_memory_bytes, within_memory
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
-from obsdiff.models.offload import is_offloaded
+from obsdiff.models.offload import is_offloaded, shelf_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.pattern import Depth
 from obsdiff.paths import unfinished_solves, unfinished_stages
@@ -89,7 +89,8 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     check_options(options, statistics, sensitivity)
     subject, plan = prepare(pipe, options, options.prune_again)
     check_products(subject, options, statistics)
-    meanwhile = _kept_meanwhile(subject, plan) if keeps_solves(options, statistics) else 0
+    keeps = keeps_solves(options, statistics)
+    meanwhile = _kept_meanwhile(subject, plan, keeps) if keeps or options.weights_on_disk else 0
     check_space(Path(options.output), pipeline_bytes(pipe) + meanwhile)
     prompts = calibration_prompts(pipe, options)
     evaluated = evaluation_prompts(pipe, options.evaluation, options.calibration)
@@ -149,10 +150,11 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     return report
 
 
-def _kept_meanwhile(subject: Subject, plan: Plan) -> int:
-    """Bytes on the disk before the output is written, at most."""
+def _kept_meanwhile(subject: Subject, plan: Plan, keeps: bool) -> int:
+    """Bytes on the disk before the output is written, at most: of solves that are kept, or of pruned weights that rest
+    beside dense ones alone."""
     weights = map(subject.graph.weight, plan.layers(subject.graph))
-    return sum(kept_bytes(weight.numel(), weight.element_size()) for weight in weights)
+    return sum(kept_bytes(w.numel(), w.element_size()) if keeps else w.nbytes for w in weights)
 
 
 def _plan(subject: Subject, options: PruneOptions, flops: int) -> Planned | str:
@@ -218,6 +220,7 @@ def _report(
         "seed": done.seed,
         "device": str(subject.pipe._execution_device),
         "offload": is_offloaded(subject.denoiser),
+        "weights_on_disk": shelf_of(subject.denoiser) is not None,
         "versions": versions(),
         "calibration": None
         if measured is None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from obsdiff.errors import UserError
 from obsdiff.models.offload import Turn
+from obsdiff.spill import in_turn
 
 PLAIN = (nn.Linear, nn.Conv2d)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,7 +36,8 @@ def check_layers(denoiser: nn.Module, names: Sequence[str], times: Mapping[str, 
     check_in_memory(denoiser)
     _check_untied(denoiser, names)
     for name in names:
-        for what, tensor in denoiser.get_submodule(name).named_parameters(recurse=False):
+        own = dict(denoiser.get_submodule(name).named_parameters(recurse=False))
+        for what, tensor in zip(own, in_turn(own.values()), strict=True):
             total = tensor.sum(dtype=torch.float32)  # one pass; only an infinite sum needs a second look
             if not bool(torch.isfinite(total)) and not bool(torch.isfinite(tensor).all()):
                 raise UserError(

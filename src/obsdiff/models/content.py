@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from obsdiff.spill import in_turn
+
 TEXT = ("text_encoder*", "tokenizer*")  # turn prompts into embeds, and nothing else
 DECODING = ("vae", "safety_checker", "feature_extractor", "image_encoder")  # latents do not depend on them
 RELEASED = "obsdiff_released"  # on a model that is out of memory (:mod:`obsdiff.models.released`): its hash
@@ -56,11 +58,11 @@ def model_hash(model: nn.Module) -> str:
     The hash of unchanged tensors is remembered: the same memory at the same version with the same sum of bits.
     """
     state = model.state_dict(keep_vars=True)
-    seal = tuple(_seal(name, tensor) for name, tensor in state.items())
+    seal = tuple(_seal(name, tensor) for name, tensor in zip(state, in_turn(state.values()), strict=True))
     if (known := _known.get(model)) is not None and known[0] == seal:
         return known[1]
     digest = hashlib.sha256()
-    for name, tensor in state.items():
+    for name, tensor in zip(state, in_turn(state.values()), strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor))
     _known[model] = seal, digest.hexdigest()

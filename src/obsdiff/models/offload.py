@@ -1,5 +1,7 @@
 """Weights that rest in host memory, for pipelines that are larger than the device: on it is the block that runs.
 
+Or they rest in a file, for pipelines that host memory hardly holds, and in it is the block that runs.
+
 The offloading of diffusers and accelerate takes a block from the device as soon as it has answered. Here it stays until
 another one runs, since a streamed calibration asks the same block call after call, and solves its layers then.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +19,12 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from obsdiff.errors import UserError
+from obsdiff.files import check_space
+from obsdiff.memory import trim_memory
 from obsdiff.models.denoisers import denoisers_of, parts_of
 from obsdiff.models.families import find_family
 from obsdiff.models.graph import stages_of
+from obsdiff.spill import Shelf
 
 
 class Turn(ModelHook):
@@ -27,10 +33,11 @@ class Turn(ModelHook):
     Attributes:
         execution_device: Where it runs; pipelines ask for this name.
         bring: Brings it there.
+        shelf: The file that the weights rest in; None: they rest in host memory.
     """
 
-    def __init__(self, device: torch.device, bring: Callable[[nn.Module], object]) -> None:
-        self.execution_device, self.bring = device, bring
+    def __init__(self, turns: Turns, bring: Callable[[nn.Module], object]) -> None:
+        self.execution_device, self.shelf, self.bring = turns.device, turns.shelf, bring
 
     def __deepcopy__(self, _: Any) -> ModelHook:
         return ModelHook()  # copies are made without weights, to count what they do
@@ -41,17 +48,25 @@ class Turn(ModelHook):
 
 
 class Turns:
-    """Which one of several modules has its weights on the device."""
+    """Which one of several modules has its weights on the device.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Attributes:
+        device: Where it runs.
+        shelf: The file that all weights rest in, to be read and written at any time, where the device is the host;
+            None: they rest in host memory, and only what is on the device can be worked on.
+    """
+
+    def __init__(self, device: torch.device, shelf: Shelf | None = None) -> None:
+        self.device, self.shelf = device, shelf
         self._there: nn.Module | None = None
 
     def give(self, module: nn.Module) -> None:
         """Let it be this one; the one before goes first, so that the device never holds two."""
         if self._there is module:
             return
-        if self._there is not None:
+        if self.shelf is not None:
+            self.shelf.drop()
+        elif self._there is not None:
             self._there.to("cpu")
             self._there = None
         try:
@@ -66,36 +81,51 @@ class Turns:
         part.to(self.device)
 
 
-def offload(pipe: Any, device: torch.device | str) -> Any:
-    """Let a pipeline run on a device that need not hold it.
+@torch.inference_mode(False)  # as in obsdiff.models.released
+def offload(pipe: Any, device: torch.device | str, folder: Path | str | None = None) -> Any:
+    """Let a pipeline run on a device, or with a memory, that need not hold it.
 
-    Text encoders, autoencoder and the denoiser's blocks are on the device one at a time, the rest of the denoiser
-    always. Every call moves all blocks once, so that large batches are worth their memory. Its calibration is
-    :func:`obsdiff.stream`.
+    Text encoders, autoencoder and the denoiser's blocks are there one at a time, the rest of the denoiser always. Every
+    call moves (or reads) all blocks once, so that large batches are worth their memory. On a device other than the host
+    its calibration is :func:`obsdiff.stream`.
 
     Args:
-        pipe: Changed in place; all of it goes to host memory. ``pipe.remove_all_hooks()`` and ``pipe.to(...)`` undo it.
+        pipe: Changed in place; all of it goes to host memory, or to the disk. ``pipe.remove_all_hooks()`` and
+            ``pipe.to(...)`` undo the former; weights on a disk stay there until they are replaced or copied.
         device: Where to run.
+        folder: On whose disk the weights rest, in a file without a name that is gone with them, for a ``device`` that
+            is the host. The system reads them as they are used; all else is as with weights in memory. None: they rest
+            there.
 
     Raises:
-        UserError: It is offloaded already.
+        UserError: It is offloaded already, weights on a disk are wanted by another device, or cannot be written (some
+            may be there then; they are what they were).
     """
+    if folder is not None and torch.device(device).type != "cpu":
+        raise UserError(f"weights rest on a disk for runs on the cpu; on {device} leave the folder out")
     models = denoisers_of(pipe)
     if any(hasattr(module, "_hf_hook") for model in models.values() for module in model.modules()):
         raise UserError("this pipeline is offloaded already; call pipe.remove_all_hooks() first")
     pipe.to("cpu")
-    turns = Turns(torch.device(device))
-    taking = turns_of(pipe)
+    taking, shelf = turns_of(pipe), None
+    if folder is not None:
+        resting = [tensor for module in taking for tensor in (*module.parameters(), *module.buffers())]
+        check_space(Path(folder), sum(tensor.nbytes for tensor in resting))
+        shelf = Shelf(Path(folder))
+        for tensor in resting:
+            tensor.data = shelf.mapped(tensor)
+        trim_memory()
+    turns = Turns(torch.device(device), shelf)
     for module in taking:
-        add_hook_to_module(module, Turn(turns.device, turns.give))
+        add_hook_to_module(module, Turn(turns, turns.give))
     inside = {id(part) for module in taking for part in module.modules()}
     for model in models.values():
         for name, part in model.named_modules():
             if id(part) not in inside:
                 part._apply(lambda tensor: tensor.to(turns.device), recurse=False)
             elif any(fnmatchcase(name, rule) for rule in find_family(model).shared):
-                add_hook_to_module(part, Turn(turns.device, turns.lend))
-        add_hook_to_module(model, Turn(turns.device, lambda _: None))  # the pipeline asks it where to run
+                add_hook_to_module(part, Turn(turns, turns.lend))
+        add_hook_to_module(model, Turn(turns, lambda _: None))  # the pipeline asks it where to run
     return pipe
 
 
@@ -118,9 +148,20 @@ def bring(module: nn.Module) -> None:
         hook.bring(module)
 
 
+def turn_of(denoiser: nn.Module) -> Turn | None:
+    """What makes a denoiser's blocks take turns, if they do."""
+    hooks = (getattr(model, "_hf_hook", None) for model in parts_of(denoiser).values())
+    return next((hook for hook in hooks if isinstance(hook, Turn)), None)
+
+
+def shelf_of(denoiser: nn.Module) -> Shelf | None:
+    """The file that its weights rest in, if they do."""
+    return None if (turn := turn_of(denoiser)) is None else turn.shelf
+
+
 def is_offloaded(denoiser: nn.Module) -> bool:
-    """Whether a denoiser's blocks take turns on a device."""
-    return any(isinstance(getattr(model, "_hf_hook", None), Turn) for model in parts_of(denoiser).values())
+    """Whether a denoiser's blocks take turns on a device, and cannot be worked on elsewhere."""
+    return (turn := turn_of(denoiser)) is not None and turn.shelf is None
 
 
 def refuse_offloaded(denoiser: nn.Module, what: str) -> None:

@@ -31,12 +31,14 @@ class MemoryPlan(Peaks):
         batches: As chosen.
         store_bytes: Of a statistics folder; 0 without.
         kept_bytes: Of what lies on the disk until the output is written (:func:`kept_bytes`); 0 if nothing does.
+        resting_bytes: Of weights that rest on the disk, pruned ones beside dense ones; 0 if none do.
         output_bytes: Of the folder that is written.
     """
 
     batches: Batches
     store_bytes: int
     kept_bytes: int
+    resting_bytes: int
     output_bytes: int
 
 
@@ -168,7 +170,9 @@ def memory_plan(
     measured = [site for site in shapes.sites if solving.measured]
     store = sum(statistics_bytes(site, solving) for site in measured) if solving.stored else 0
     moments = tuple(_moments(shapes, solving, batches, prompts, images, on_host, scan))
-    masks = sum(changed_bytes(site, shapes.element)[1] for site in shapes.sites)
+    left = [changed_bytes(site, shapes.element) for site in shapes.sites]
+    changed, masks = sum(weights for weights, _ in left), sum(mask for _, mask in left)
+    whole = sum(shapes.weights.values())
     return MemoryPlan(
         moments=moments,
         on_host=on_host,
@@ -177,14 +181,15 @@ def memory_plan(
         kept_bytes=kept_bytes(sum(site.weights for site in shapes.sites), shapes.element)
         if _keeps(solving, batches)
         else 0,
-        output_bytes=sum(shapes.weights.values()) + masks,
+        resting_bytes=whole + changed if shapes.on_disk else 0,
+        output_bytes=whole + masks,
     )
 
 
 def _moments(
     shapes: Shapes, solving: Solving, batches: Batches, prompts: int, images: int, on_host: bool, scan: Scan | None
 ) -> Iterator[Moment]:
-    whole, offloaded = {"weights": sum(shapes.weights.values())}, bool(shapes.at_hand)
+    whole, offloaded = {"weights": sum(shapes.weights.values())}, bool(shapes.at_hand) and not shapes.on_disk
     weights, encoding = shapes.weights_while("denoiser"), shapes.weights_while("text")
     drawn = images * shapes.image
     at_first = {"process": shapes.imports}
@@ -232,14 +237,15 @@ def _moments(
             held -= own if solving.once and not solving.stored else 0
             for site in together:
                 new, mask = changed_bytes(site, shapes.element)
-                changed, masks = (changed, masks) if spilled else (changed + new, masks + mask)
+                changed, masks = changed + (0 if spilled or shapes.on_disk else new), masks + (0 if spilled else mask)
     if images:
         after = process | {"masks": masks, "images": (1 + COPIES) * drawn}
         yield Moment("drawing pruned images", drawing, after)
     one = {"weights": max(shapes.weights.values(), default=0)}  # a component at a time comes back from the device
     fetched = {} if on_host or offloaded else one
     all_masks = sum(changed_bytes(site, shapes.element)[1] for site in shapes.sites)
-    yield Moment("writing", weights, process | {"masks": all_masks, "images": 2 * drawn} | fetched)
+    written = whole if shapes.on_disk else weights
+    yield Moment("writing", written, process | {"masks": all_masks, "images": 2 * drawn} | fetched)
 
 
 def _drawing(shapes: Shapes, batch: int) -> dict[str, int]:

@@ -115,8 +115,9 @@ class Shapes:
         prompt: Bytes of one encoded prompt.
         image: Bytes of one image, float32.
         imports: What the process holds before anything is loaded.
-        at_hand: Of weights that rest on the host, what the device holds at most while the "denoiser" runs, while "text"
-            is encoded, and while latents "decode"; empty: it holds all.
+        at_hand: Of weights that rest on the host or on a disk, what the device holds at most while the "denoiser" runs,
+            while "text" is encoded, and while latents "decode"; empty: it holds all.
+        on_disk: Whether they rest there, and the device is the host.
     """
 
     weights: Mapping[str, int]
@@ -131,6 +132,7 @@ class Shapes:
     image: int
     imports: int = 0
     at_hand: Mapping[str, int] = field(default_factory=dict)
+    on_disk: bool = False
 
     def weights_while(self, running: str) -> dict[str, int]:
         """Bytes of weights that the device holds meanwhile, as a part of a moment."""

@@ -15,7 +15,7 @@ from obsdiff.models.content import model_hash
 from obsdiff.models.denoisers import parts_of, shrunk_of
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import info_of
-from obsdiff.models.offload import bring, is_offloaded, refuse_offloaded
+from obsdiff.models.offload import bring, is_offloaded, refuse_offloaded, shelf_of
 from obsdiff.models.subject import subject_of
 from obsdiff.numbers import check_number, check_seed, check_whole
 from obsdiff.obs.linalg import DAMPING
@@ -156,7 +156,7 @@ def prune(
         if kept is None or not all(map(kept.holds, passes)):
             statistics.record()  # before anything is pruned
     seen = streamed
-    with undone_on_error(solved, is_offloaded(graph.denoiser)) as edits:
+    with undone_on_error(solved, is_offloaded(graph.denoiser), shelf_of(graph.denoiser)) as edits:
         job = Job(edits, graph, plan, options, report, quiet, kept)
         for package in passes:
             there = kept is not None and streamed and kept.holds(package)

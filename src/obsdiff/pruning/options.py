@@ -239,6 +239,8 @@ class PruneOptions(PruningOptions):
         host_memory: The same for the host's memory, and for runs on the cpu.
         offload: Let weights rest in host memory, and have on the device one block at a time, for pipelines that are
             larger than it; needs calibration.streamed.
+        weights_on_disk: For runs on the cpu: let weights rest on the output's disk, in a file without a name, and have
+            one block at a time in memory. The result is the same.
         dry_run: Say what the run would take of memory and time, from the pipeline's configs alone, and end; nothing is
             loaded, measured or written.
         evaluation: How the result is measured.
@@ -257,6 +259,7 @@ class PruneOptions(PruningOptions):
     device_memory: str | int | None = None
     host_memory: str | int | None = None
     offload: bool = False
+    weights_on_disk: bool = False
     dry_run: bool = False
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 

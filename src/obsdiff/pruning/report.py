@@ -13,6 +13,7 @@ from obsdiff.obs.select import count_nonzero
 from obsdiff.pruning.masks import Masks
 from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.surgery import measured_sparsity
+from obsdiff.spill import in_turn
 
 
 @dataclass
@@ -92,6 +93,6 @@ def count_parameters(denoiser: nn.Module, report: PruneReport) -> None:
     """Fill in what is left of a denoiser: its parameters, and what the plan's layers came to."""
     parameters = list(denoiser.parameters())
     report.parameters["pruned"] = sum(p.numel() for p in parameters)
-    report.parameters["nonzero"] = sum(map(count_nonzero, parameters))
+    report.parameters["nonzero"] = sum(map(count_nonzero, in_turn(parameters)))
     if report.plan.entries:
         report.sparsity = measured_sparsity(denoiser, report.plan.entries, report.parameters)

@@ -25,7 +25,7 @@ from obsdiff.models.denoisers import device_of, parts_of
 from obsdiff.models.info import call_arguments
 from obsdiff.models.modes import eval_mode
 from obsdiff.models.nested import kept_once
-from obsdiff.models.offload import is_offloaded
+from obsdiff.models.offload import turn_of
 from obsdiff.models.replay import MadeCall, answering, passing_stages, stopping
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.observers import PASSES, observer_for, rounding
@@ -169,7 +169,7 @@ class Stream:
         with eval_mode(self.subject.pipe), rounding_calls(graph, self._observer):
             first, last = (of(site.stage for site in chosen) for of in (min, max))
             asked = graph.stages[first : last + 1]
-            if is_offloaded(graph.denoiser):
+            if turn_of(graph.denoiser) is not None:
                 self._go_on(graph.stages[:first])
             with (
                 collecting(self.subject, chosen, self._told, self._settings, statistics, counter) as collector,

@@ -17,7 +17,7 @@ from obsdiff.models.graph import Graph, Group, own_name, shapes_with
 from obsdiff.models.obsdiff_shrunk import projecting_class, selecting_class, shrunk_class, sizes_of
 from obsdiff.obs.pattern import Pattern, Structured
 from obsdiff.obs.select import count_nonzero
-from obsdiff.spill import Spill, Spilled
+from obsdiff.spill import Shelf, Spill, Spilled, in_turn
 
 _ABSENT = object()
 
@@ -28,14 +28,18 @@ class Edits:
     Args:
         spill: Where old parameters are put away; None: they stay in memory.
         on_host: Whether that has to be the host's.
+        shelf: The file that parameters rest in, and new ones will, too; None: they are in memory.
     """
 
-    def __init__(self, spill: Spill | None = None, on_host: bool = False) -> None:
+    def __init__(self, spill: Spill | None = None, on_host: bool = False, shelf: Shelf | None = None) -> None:
         self._old: dict[tuple[int, str], tuple[Any, Any]] = {}  # by attribute its owner and value
-        self._spill, self._on_host = spill, on_host
+        self._spill, self._on_host, self._shelf = spill, on_host, shelf
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, remembered."""
+        if self._shelf is not None and isinstance(value, nn.Parameter):
+            value.data = self._shelf.mapped(value)
+            self._shelf.drop()  # the old one has been read
         if (id(owner), name) not in self._old:
             old = getattr(owner, name)
             if self._spill is not None and isinstance(old, nn.Parameter):
@@ -102,15 +106,16 @@ class Edits:
 
 
 @contextmanager
-def undone_on_error(folder: Path | None = None, on_host: bool = False) -> Iterator[Edits]:
+def undone_on_error(folder: Path | None = None, on_host: bool = False, shelf: Shelf | None = None) -> Iterator[Edits]:
     """Edits that are taken back if the block fails or is interrupted: no weight changes by halves.
 
     Args:
         folder: On whose disk replaced parameters wait, so that memory need not hold them; None: in memory.
         on_host: Whether that has to be the host's, whatever device they were on.
+        shelf: The file that parameters rest in, and new ones will, too: what is replaced needs no other.
     """
-    with nullcontext() if folder is None else closing(Spill(folder)) as spill:
-        edits = Edits(spill, on_host)
+    with nullcontext() if folder is None or shelf is not None else closing(Spill(folder)) as spill:
+        edits = Edits(spill, on_host, shelf)
         try:
             yield edits
         except BaseException as error:
@@ -231,7 +236,7 @@ def become_shrunk(edits: Edits, denoiser: nn.Module, shapes: Mapping[str, Any]) 
 
 def zero_share(*weights: Tensor) -> float:
     """Share of the entries of all weights together that are exactly zero."""
-    return 1 - sum(map(count_nonzero, weights)) / sum(w.numel() for w in weights)
+    return 1 - sum(map(count_nonzero, in_turn(weights))) / sum(w.numel() for w in weights)
 
 
 def measured_sparsity(denoiser: nn.Module, pruned: Mapping[str, Pattern], parameters: Mapping[str, int]) -> float:
