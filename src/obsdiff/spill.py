@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from obsdiff.files import clear_failures
 
-_regions: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()  # by address
+PART_BYTES = 2**26
+_pages: dict[int, _Pages] = {}  # of mapped tensors, by address
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,6 @@ class Spill:
         folder: On whose disk; made where it is not there.
     """
 
-    step_bytes = 1  # that places begin at multiples of
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         with clear_failures(folder):
@@ -58,14 +57,18 @@ class Spill:
         if isinstance(tensor, nn.Parameter):
             like = nn.Parameter(like, tensor.requires_grad)
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        free = self._free.get(content.nbytes)
-        offset = free.pop() if free else self._end
         with clear_failures(self._folder):
+            offset = self._place(content.nbytes)
             self._file.seek(offset)
             self._file.write(content.data)
             self._file.flush()  # a full disk is told here
-        self._end = max(self._end, -(-(offset + content.nbytes) // self.step_bytes) * self.step_bytes)
+        self._end = max(self._end, offset + content.nbytes)
         return Spilled(offset, like)
+
+    def _place(self, count: int) -> int:
+        """Where so many bytes may lie."""
+        free = self._free.get(count)
+        return free.pop() if free else self._end
 
     def release(self, spilled: Spilled) -> None:
         """Its place may be taken by another tensor of as many bytes; it cannot be read any more."""
@@ -93,14 +96,31 @@ class Spill:
         self._file.close()
 
 
-class Shelf(Spill):
-    """Tensors whose memory is a file, so that what is not read of them takes none."""
+@dataclass(frozen=True)
+class _Pages:
+    """Where a mapped tensor lies: in one of the parts of a file that are mapped as a whole, since each takes a file
+    descriptor."""
 
-    step_bytes = mmap.ALLOCATIONGRANULARITY
+    part: mmap.mmap
+    start: int
+    count: int
+
+    def drop(self) -> None:
+        """Let what was read of it leave memory."""
+        if hasattr(self.part, "madvise"):  # else the system decides alone
+            self.part.madvise(mmap.MADV_DONTNEED, self.start, self.count)
+
+
+class Shelf(Spill):
+    """Tensors whose memory is a file, so that what is not read of them takes none.
+
+    Processes that are forked from this one share them: what one writes, all read.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._regions: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._parts: dict[int, mmap.mmap] = {}  # by their first byte in the file, rising
+        self._mapped_end = 0
 
     def mapped(self, tensor: Tensor) -> Tensor:
         """A tensor with the same values, laid out as it is, whose memory is the file: what is read of it comes from
@@ -112,32 +132,43 @@ class Shelf(Spill):
         """
         if not tensor.nbytes:
             return tensor.detach()
-        like = torch.empty_like(tensor, device="meta")  # dense, if the tensor has gaps
-        laid = (
-            tensor.detach() if like.stride() == tensor.stride() else torch.empty_like(like, device="cpu").copy_(tensor)
-        )
+        laid = tensor.detach()
+        like = torch.empty_like(laid, device="meta")  # dense, if the tensor has gaps
+        if like.stride() != laid.stride():
+            laid = torch.empty_like(like, device="cpu").copy_(laid)
         spilled = self.put(laid.as_strided((laid.numel(),), (1,)))
-        region = mmap.mmap(self._file.fileno(), like.nbytes, offset=spilled.offset)
-        weakref.finalize(region, self.release, spilled).atexit = False
-        value = torch.frombuffer(region, dtype=like.dtype).as_strided(like.shape, like.stride())
-        self._regions.add(region)
-        _regions[value.data_ptr()] = region
+        first = max(first for first in self._parts if first <= spilled.offset)
+        pages = _Pages(self._parts[first], spilled.offset - first, like.nbytes)
+        view = memoryview(pages.part)[pages.start : pages.start + pages.count]
+        value = torch.frombuffer(view, dtype=like.dtype).as_strided(like.shape, like.stride())
+        _pages[value.data_ptr()] = pages
+        weakref.finalize(view, self._gone, value.data_ptr(), spilled).atexit = False
         return value
 
     def drop(self) -> None:
         """Let all that was read of mapped tensors leave memory; it comes back as it is read again."""
-        for region in list(self._regions):
-            _drop(region)
+        for part in self._parts.values():
+            _Pages(part, 0, len(part)).drop()
+
+    def _place(self, count: int) -> int:
+        if self._free.get(count):
+            return super()._place(count)
+        self._end = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        if self._end + count > self._mapped_end:
+            size = max(count, PART_BYTES, self._end // 4)  # so that there are few, however large it becomes
+            self._file.truncate(self._end + size)  # takes no room before it is written
+            self._parts[self._end] = mmap.mmap(self._file.fileno(), size, offset=self._end)
+            self._mapped_end = self._end + size
+        return self._end
+
+    def _gone(self, address: int, spilled: Spilled) -> None:
+        del _pages[address]
+        self.release(spilled)
 
 
 def in_turn(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same tensors; of each that is mapped, what was read of it leaves memory before the next one comes."""
     for tensor in tensors:
         yield tensor
-        if (region := _regions.get(tensor.data_ptr())) is not None:
-            _drop(region)
-
-
-def _drop(region: mmap.mmap) -> None:
-    if hasattr(region, "madvise"):  # else the system decides alone
-        region.madvise(mmap.MADV_DONTNEED)
+        if (pages := _pages.get(tensor.data_ptr())) is not None:
+            pages.drop()

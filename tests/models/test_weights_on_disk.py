@@ -14,14 +14,19 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff.allocation.fitting import plan_from_configs
+from obsdiff.allocation import joint
+from obsdiff.allocation.fitting import RUN_BYTES, plan_from_configs, plan_loaded
+from obsdiff.allocation.shapes import bytes_at_hand, bytes_outside
 from obsdiff.allocation.stage import prune_stage
 from obsdiff.cli.main import main
 from obsdiff.export.memory_report import full_plan, short_plan
+from obsdiff.export.run import prune_run
+from obsdiff.memory import resident_memory_bytes
 from obsdiff.models.content import component_hashes, model_hash
-from obsdiff.models.offload import blocks_of, is_offloaded, offload, shelf_of, turn_of, turns_of
+from obsdiff.models.offload import blocks_of, is_offloaded, offload, shelf_of, turn_of
 from obsdiff.models.subject import subject_of
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions, PruningOptions
+from obsdiff.pruning.surgery import Edits
 from obsdiff.spill import Shelf, in_turn
 from tests.conftest import make_pipe
 from tests.families.pipelines import PIPELINES, each
@@ -65,6 +70,18 @@ def test_a_mapped_tensor_is_what_it_was(tmp_path, dtype):
         assert found.stride() == torch.empty_like(value).stride() and found.data_ptr() % 64 == 0
     empty = torch.empty(0, 3, dtype=dtype)
     assert shelf.mapped(empty).shape == (0, 3) and not list(tmp_path.iterdir())
+
+
+@linux
+def test_file_descriptors_do_not_grow_with_tensors(tmp_path):
+    count, shelf = len(os.listdir("/proc/self/fd")), Shelf(tmp_path)
+    held = [shelf.mapped(torch.full((5000,), float(value))) for value in range(500)]
+    large = shelf.mapped(torch.full((2**25,), -1.0))  # more than a part
+    held += [shelf.mapped(torch.full((5000,), float(value))) for value in range(500, 600)]
+    assert len(os.listdir("/proc/self/fd")) <= count + 4
+    assert all(bool((tensor == value).all()) for value, tensor in enumerate(held)) and bool((large == -1).all())
+    shelf.drop()
+    assert in_memory(tmp_path) == 0 and float(large[-1]) == -1 and float(held[-1][-1]) == 599
 
 
 @linux
@@ -144,20 +161,21 @@ def test_it_is_the_same_pipeline_and_not_offloaded(tmp_path, images):
 
 
 @linux
-def test_memory_holds_one_block_of_the_weights(tmp_path, prompts, images):
-    pipe = make_pipe()
+def test_memory_holds_one_block_of_the_weights(tmp_path):
+    pipe = obsdiff.load_pipeline("digits-sd3")
     blocks = blocks_of(pipe.transformer)
-    pages = [sum(-(-p.nbytes // 4096) * 4096 for p in block.parameters()) for block in blocks]
+    around = 2**17  # the system brings 64 KiB at a time
+    pages = [sum(-(-p.nbytes // 4096) * 4096 for p in block.parameters()) + around for block in blocks]
+    assert sum(pages) > 3 * max(pages)
     offload(pipe, "cpu", tmp_path)
     most = []
     for at, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, at=at: most.append((at, in_memory(tmp_path))))
-    images(pipe)
+    pipe("seven", num_inference_steps=2)
     assert {at for at, _ in most} == set(range(len(blocks)))
     assert all(0 < held <= pages[at] for at, held in most)
-    assert len(turns_of(pipe)) > len(blocks)  # text encoders and autoencoder take turns, too
     most.clear()
-    obsdiff.prune(pipe, "unstructured:0.5", statistics=obsdiff.calibrate(pipe, prompts))
+    obsdiff.prune(pipe, "unstructured:0.5", statistics=obsdiff.calibrate(pipe, ["a seven", "a two"], steps=2))
     assert most and all(0 < held <= pages[at] for at, held in most)
     model_hash(pipe.transformer)
     assert in_memory(tmp_path) <= max(pages)
@@ -193,16 +211,23 @@ def test_a_disk_that_is_full_is_told(tmp_path, monkeypatch, images):
             offload(pipe, "cpu", tmp_path)
     real, put = Shelf.put, []
 
-    def full(self, tensor):
+    class Full:
+        def __init__(self, file):
+            self.seek, self.truncate, self.fileno, self.close = file.seek, file.truncate, file.fileno, file.close
+
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def until_full(self, tensor):
         put.append(tensor)
         if len(put) == 5:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._file = Full(self._file)
         return real(self, tensor)
 
-    monkeypatch.setattr(Shelf, "put", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Shelf, "put", until_full)
+    with pytest.raises(obsdiff.UserError, match=r"cannot write .*: No space left"):
         offload(pipe, "cpu", tmp_path)
-    assert turn_of(pipe.transformer) is None and torch.equal(images(pipe), wanted)
+    assert len(put) == 5 and turn_of(pipe.transformer) is None and torch.equal(images(pipe), wanted)
 
 
 def test_the_command(pipe_folder, tmp_path, capsys):
@@ -229,6 +254,7 @@ def test_the_command(pipe_folder, tmp_path, capsys):
             "--weights_on_disk is for runs on the cpu",
         ),
         (["--offload", "true", "--device", "cpu", "--calibration.streamed", "true"], "give --weights_on_disk true"),
+        (["--weights_on_disk", "true", "--reconstruction.steps", "2"], "leave it out, or --weights_on_disk"),
     ],
 )
 def test_bad_requests(pipe_folder, tmp_path, capsys, more, message):
@@ -242,6 +268,44 @@ def test_the_benchmark_refuses_a_device(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["bench", "prune", "--weights_on_disk", "true", "--preset", "sd35-large"])
     assert "--weights_on_disk is for runs on the cpu, and this one is on cuda" in capsys.readouterr().err
+
+
+def test_a_run_of_another_pipeline_is_refused(pipe, pipe_folder, tmp_path):
+    asked = PruneOptions(
+        pipeline=str(pipe_folder), output=str(tmp_path / "out"), pattern="unstructured:0.5", weights_on_disk=True
+    )
+    with pytest.raises(obsdiff.UserError, match=r"call obsdiff\.offload\(pipe, \"cpu\", folder\) before"):
+        prune_run(pipe, asked)
+
+
+@linux
+def test_trials_of_an_allocation_rest_there_too(tmp_path, prompts, monkeypatch):
+    pipe, held = make_pipe(), []
+    offload(pipe, "cpu", tmp_path)
+
+    class Seen(Edits):
+        def undo(self):
+            held.extend(owner.weight.data_ptr() in obsdiff.spill._pages for owner, _ in self._old.values())
+            super().undo()
+
+    monkeypatch.setattr(joint, "Edits", Seen)
+    prune_stage(pipe, PruningOptions(pattern="unstructured:0.5", allocation="measured"), prompts)
+    assert len(held) > 10 and all(held)
+
+
+def test_a_run_plans_what_it_takes_beside_what_is_loaded(pipe_folder, tmp_path):
+    pipe = offload(obsdiff.load_pipeline(pipe_folder), "cpu", tmp_path)
+    asked = PruneOptions(
+        pipeline=str(pipe_folder), output="-", pattern="unstructured:0.5", allocation="uniform", weights_on_disk=True,
+        evaluation=EvaluationOptions(num_images=0),
+    )  # fmt: skip
+    model_hash(pipe.transformer)
+    subject = subject_of(pipe)
+    planned = plan_loaded(subject, asked).memory
+    there = next(moment for moment in planned.moments if moment.name.startswith("calibrating"))
+    outside = bytes_outside(subject)
+    assert there.host["process"] + outside == pytest.approx(resident_memory_bytes() + RUN_BYTES, rel=0.05)
+    assert there.device["weights"] == bytes_at_hand(subject)["denoiser"] > outside > 0
 
 
 @pytest.mark.parametrize("streamed", [False, True])

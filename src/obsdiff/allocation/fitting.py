@@ -12,13 +12,22 @@ import torch
 
 from obsdiff.allocation.planning import allocates, calibrates_once, check_options, first_plan, needs_for, packages_for
 from obsdiff.allocation.request import check_offload
-from obsdiff.allocation.shapes import bytes_at_hand, component_bytes, scan_of, shapes_of, sites_of, solving_of
+from obsdiff.allocation.shapes import (
+    bytes_at_hand,
+    bytes_outside,
+    component_bytes,
+    scan_of,
+    shapes_of,
+    sites_of,
+    solving_of,
+)
 from obsdiff.errors import UserError
 from obsdiff.evaluation.call_memory import call_shapes
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.memory import resident_memory_bytes
 from obsdiff.models.info import call_arguments
 from obsdiff.models.loading import split_source
+from obsdiff.models.offload import shelf_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.models.weightless import open_weightless
 from obsdiff.numbers import bytes_text, parse_bytes
@@ -156,9 +165,10 @@ def plan_loaded(subject: Subject, options: PruneOptions, flops: int | None = Non
         flops: Of one call with one image without guidance, if they are known.
     """
     device, on_host = str(subject.pipe._execution_device), options.offload or subject.pipe.device.type == "cpu"
-    weights = (
-        bytes_at_hand(subject)["denoiser"] if options.weights_on_disk else sum(component_bytes(subject.pipe).values())
-    )
+    weights = sum(component_bytes(subject.pipe).values())
+    if (shelf := shelf_of(subject.denoiser)) is not None:
+        shelf.drop()
+        weights = bytes_outside(subject)
     imports = resident_memory_bytes() - (weights if on_host else 0)
     if options.offload:  # counting a call of its own would count the blocks that move
         subject = open_unloaded(options.pipeline, options.dtype)

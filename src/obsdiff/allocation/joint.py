@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from obsdiff.allocation.candidates import Solver
 from obsdiff.allocation.probe import Probe
 from obsdiff.allocation.restart import Restart
+from obsdiff.models.offload import shelf_of
 from obsdiff.pruning.apply import Job, apply_package
 from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.report import PruneReport
@@ -19,7 +20,7 @@ def joint_errors(solver: Solver, plans: Sequence[Plan], probe: Probe) -> list[fl
     graph, options, restart = solver.graph, solver.options, Restart(solver.graph, probe)
     errors = []
     for plan in plans:
-        edits = Edits()
+        edits = Edits(shelf=shelf_of(graph.denoiser))
         try:
             report = PruneReport(plan.pattern, options.method, options.refits, options.seed, plan)
             apply_package(Job(edits, graph, plan, options, report, quiet=True), plan.sites(graph), solver.statistics)

@@ -17,6 +17,7 @@ from obsdiff.allocation.scan import BROKEN
 from obsdiff.errors import UserError
 from obsdiff.models.conditioning import Conditioning
 from obsdiff.models.info import call_arguments
+from obsdiff.models.offload import shelf_of
 from obsdiff.models.subject import Subject
 from obsdiff.obs.pattern import Depth
 from obsdiff.pruning.apply import Job, apply_package
@@ -88,7 +89,7 @@ def choose_number(
     runs, trials, alone = 1, list[Trial](), dict[str, float]()
 
     def tried(removed: tuple[str, ...], error: float) -> Trial | None:
-        edits = Edits()
+        edits = Edits(shelf=shelf_of(subject.denoiser))
         try:
             shorter = shorten(edits, subject, removed) if removed else subject
             if removed and dense_cost(shorter, budget.kind, call) <= budget.share * whole:

@@ -259,7 +259,7 @@ def _check_calibration(calibration: CalibrationOptions) -> None:
 
 
 def check_offload(options: PruneOptions) -> None:
-    """Refuse to offload what needs the denoiser whole.
+    """Refuse to offload, or to let rest on a disk, what needs the denoiser whole.
 
     Raises:
         UserError: Naming the option.
@@ -270,6 +270,11 @@ def check_offload(options: PruneOptions) -> None:
         raise UserError(
             "a reconstruction (--reconstruction.steps, --reconstruction.closed_form) has the dense denoiser beside the "
             "pruned one; leave it out, or --offload"
+        )
+    if options.weights_on_disk and options.reconstruction.asked:
+        raise UserError(
+            "a reconstruction (--reconstruction.steps, --reconstruction.closed_form) has the dense denoiser in memory; "
+            "leave it out, or --weights_on_disk"
         )
 
 

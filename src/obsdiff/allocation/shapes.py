@@ -47,9 +47,15 @@ def bytes_at_hand(subject: Subject) -> dict[str, int]:
     blocks = [_bytes(block) for model in models.values() for block in blocks_of(model)]
     texts = {name for name in sizes if any(fnmatchcase(name, kind) for kind in TEXT)}
     others = [size for name, size in sizes.items() if name not in texts and name not in models]
-    outside = sum(sizes[name] for name in models) - sum(blocks)
+    outside = bytes_outside(subject)
     largest = {"denoiser": blocks, "text": [sizes[name] for name in texts], "decode": others}
     return {what: outside + max(found, default=0) for what, found in largest.items()}
+
+
+def bytes_outside(subject: Subject) -> int:
+    """Bytes of a denoiser's weights that never rest: those of no block."""
+    models = subject.components.values()
+    return sum(map(_bytes, models)) - sum(_bytes(block) for model in models for block in blocks_of(model))
 
 
 def _bytes(model: nn.Module) -> int:

@@ -22,6 +22,7 @@ from obsdiff.allocation.stage import (
     prepare,
     prune_stage,
 )
+from obsdiff.errors import UserError
 from obsdiff.evaluation.evaluate import Images, evaluation_of
 from obsdiff.evaluation.flops import denoiser_flops
 from obsdiff.evaluation.intervals import finite_images
@@ -49,7 +50,7 @@ from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.solved import remove_solved
 from obsdiff.pruning.statistics import INDEX
-from obsdiff.ranks import rank, wait_for_all
+from obsdiff.ranks import rank, wait_for_all, world_size
 from obsdiff.versions import versions
 
 SHOWN = 8  # pairs in samples.png
@@ -88,6 +89,9 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     check_places(options)
     check_options(options, statistics, sensitivity)
     subject, plan = prepare(pipe, options, options.prune_again)
+    if options.weights_on_disk and shelf_of(subject.denoiser) is None:
+        raise UserError('weights_on_disk is of a pipeline whose weights rest there; call obsdiff.offload(pipe, "cpu", '
+                        "folder) before")  # fmt: skip
     check_products(subject, options, statistics)
     keeps = keeps_solves(options, statistics)
     meanwhile = _kept_meanwhile(subject, plan, keeps) if keeps or options.weights_on_disk else 0
@@ -154,7 +158,7 @@ def _kept_meanwhile(subject: Subject, plan: Plan, keeps: bool) -> int:
     """Bytes on the disk before the output is written, at most: of solves that are kept, or of pruned weights that rest
     beside dense ones alone."""
     weights = map(subject.graph.weight, plan.layers(subject.graph))
-    return sum(kept_bytes(w.numel(), w.element_size()) if keeps else w.nbytes for w in weights)
+    return sum(kept_bytes(w.numel(), w.element_size()) if keeps else world_size() * w.nbytes for w in weights)
 
 
 def _plan(subject: Subject, options: PruneOptions, flops: int) -> Planned | str:

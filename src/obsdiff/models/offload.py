@@ -24,6 +24,7 @@ from obsdiff.memory import trim_memory
 from obsdiff.models.denoisers import denoisers_of, parts_of
 from obsdiff.models.families import find_family
 from obsdiff.models.graph import stages_of
+from obsdiff.ranks import world_size
 from obsdiff.spill import Shelf
 
 
@@ -110,7 +111,7 @@ def offload(pipe: Any, device: torch.device | str, folder: Path | str | None = N
     taking, shelf = turns_of(pipe), None
     if folder is not None:
         resting = [tensor for module in taking for tensor in (*module.parameters(), *module.buffers())]
-        check_space(Path(folder), sum(tensor.nbytes for tensor in resting))
+        check_space(Path(folder), world_size() * sum(tensor.nbytes for tensor in resting))
         shelf = Shelf(Path(folder))
         for tensor in resting:
             tensor.data = shelf.mapped(tensor)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.obs.linalg import LAUNCHED, all_finite, mirror_
-from obsdiff.obs.precision import products_in
+from obsdiff.obs.precision import MOST_ROWS, add_upper_int8_product, products_in
 from obsdiff.ranks import add_up, rank, world_size
 
 STRIP = 128  # rows of a product, below which a processor is not busy
@@ -344,3 +344,19 @@ class BFloat16Gram(Gram):
 
     gives = frozenset({"gram", "diagonal", "bfloat16"})
     precision = "bfloat16"
+
+
+class Int8Gram(Gram):
+    """Of inputs rounded to 8 bits of the largest of their column in a call."""
+
+    gives = frozenset({"gram", "diagonal", "int8"})
+    precision = "int8"
+
+    def accumulate(self, u: Tensor, weight: float) -> None:
+        if u.shape[1] < FEW:
+            super().accumulate(u, weight)
+            return
+        for group, inputs in enumerate(u):
+            strips = [strip[group] for strip in self.comoment]
+            for rows in inputs.split(MOST_ROWS):
+                add_upper_int8_product(strips, rows, weight)

@@ -12,7 +12,7 @@ from torch import Tensor
 from obsdiff.errors import UserError
 from obsdiff.names import PRECISIONS
 from obsdiff.obs.diagonal import Diagonal
-from obsdiff.obs.hessian import BFloat16Gram, Gram, TF32Gram
+from obsdiff.obs.hessian import BFloat16Gram, Gram, Int8Gram, TF32Gram
 
 
 class Observer(Protocol):
@@ -79,6 +79,7 @@ OBSERVERS: dict[str, type[Observer]] = {
     "gram": Gram,
     "gram in tf32": TF32Gram,
     "gram in bfloat16": BFloat16Gram,
+    "gram in int8": Int8Gram,
 }
 """What serves a need is looked for from the top: the cheapest of those that any device has, then the others."""
 GRADIENTS: dict[str, float] = {"loss_gradient": 0.0, "large_loss_gradient": 0.05}

@@ -1,17 +1,21 @@
-"""Products of float32 matrices with rounded factors and sums in float32, by torch's own switch."""
+"""Products of float32 matrices with rounded factors: of floats by torch's own switch, with sums in float32, or of
+integers, with exact sums."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from obsdiff.errors import UserError
 from obsdiff.names import PRECISIONS
 
-SWITCHES = {"float32": "ieee", "tf32": "tf32", "bfloat16": "bf16"}  # our name, torch's
+SWITCHES = {"float32": "ieee", "tf32": "tf32", "bfloat16": "bf16", "int8": "ieee"}  # our name, torch's for floats
+DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")  # of 8-bit integers, as torch calls what a CPU has
+MOST_ROWS = 2**17  # whose products of 8-bit integers an int32 holds
 
 
 @contextmanager
@@ -39,6 +43,8 @@ def offers(precision: str, device: torch.device) -> bool:
     of numbers that tell."""
     if precision == "float32":
         return True
+    if precision == "int8":
+        return device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, DOT_PRODUCTS))
     if device.type not in ("cpu", "cuda"):
         return False
     barely = torch.full((256, 256), 1 + 2**-12, dtype=torch.float32, device=device)  # 1 in both
@@ -63,3 +69,22 @@ def check_precision(needs: Collection[str], device: torch.device) -> None:
     there = " or ".join(name for name in PRECISIONS if offers(name, device))
     what = "this CPU" if device.type == "cpu" else f"this {device.type} device"
     raise UserError(f"{what} has no products in {wanted[0]}; use precision {there}")
+
+
+def add_upper_int8_product(strips: Sequence[Tensor], x: Tensor, weight: float) -> None:
+    """``H += weight · Σ x̃ x̃ᵀ`` in the strips of H's upper triangle, with each column of x rounded to 8 bits of its
+    largest value: x̃ = s ∘ q, q integers from -127 to 127, so the sums over rows are exact.
+
+    Args:
+        strips: (rows, n − start) float32 each.
+        x: (rows, n), at most :data:`MOST_ROWS`; what is not finite stays so.
+        weight: Of them.
+    """
+    scale = (x.abs().amax(0) / 127).clamp_min_(torch.finfo(torch.float32).tiny)  # aminmax takes six times as long
+    rounded = (x / scale).round_().to(torch.int8)
+    for strip in strips:
+        start = x.shape[1] - strip.shape[1]
+        left, right = rounded[:, start : start + len(strip)], rounded[:, start:]
+        # torch has no public name for it; what it gives is int32
+        product = torch._int_mm(left.T, right) * scale[start:]
+        strip.addcmul_(product, scale[start : start + len(strip), None], value=weight)

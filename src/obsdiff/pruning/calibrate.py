@@ -81,7 +81,8 @@ def calibrate(
         needs: What the statistics are for: "gram" serves every method that goes by layer inputs, "diagonal" (of H)
             only those that need no more (wanda, dsnot), at a fraction of time and memory; beside "gram" one of
             :data:`obsdiff.names.PRECISIONS`, where the device has it ("tf32", "bfloat16": products that make Hessians
-            and those of the blocks' linear layers round what they multiply, unless it is one vector a call); and of
+            and those of the blocks' linear layers round what they multiply, unless it is one vector a call; "int8":
+            those that make Hessians, to 8 bits of a channel's largest); and of
             :data:`obsdiff.obs.observers.PASSES`, each of which is a pass of its own
             (:mod:`obsdiff.pruning.gradients`, :mod:`obsdiff.pruning.gates`) whose result no store keeps.
         quiet: No progress bar.

@@ -20,7 +20,7 @@ from obsdiff.models.rows import CallRows
 from obsdiff.models.subject import Subject
 from obsdiff.obs.hessian import activation_matrices, weight_matrices
 from obsdiff.obs.observers import OBSERVERS, exact
-from obsdiff.obs.precision import products_in
+from obsdiff.obs.precision import SWITCHES, products_in
 from obsdiff.obs.timesteps import timestep_weights
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.statistics import Statistics
@@ -141,7 +141,7 @@ class Collector:
 
 @contextmanager
 def rounding_calls(graph: Graph, observer: str) -> Iterator[None]:
-    """Products of the stages' linear layers in the precision of a calibration, too, where it is a reduced one.
+    """Products of the stages' linear layers in the precision of a calibration, too, where floats are rounded to it.
 
     Layers that read one vector a call stay in float32, and so does what is before the stages: ranks go by the least
     eigenvalues of what modulations read.
@@ -151,7 +151,7 @@ def rounding_calls(graph: Graph, observer: str) -> Iterator[None]:
         observer: A name of :data:`obsdiff.obs.observers.OBSERVERS`.
     """
     precision, device = OBSERVERS[observer].precision, device_of(graph.denoiser)
-    stages = map(graph.layer, graph.stages if precision != "float32" else ())
+    stages = map(graph.layer, () if SWITCHES[precision] == "ieee" else graph.stages)
     inside = {id(m): m for stage in stages for m in stage.modules() if isinstance(m, nn.Linear)}
     running = ExitStack()  # of one layer
 

@@ -31,7 +31,8 @@ class MemoryPlan(Peaks):
         batches: As chosen.
         store_bytes: Of a statistics folder; 0 without.
         kept_bytes: Of what lies on the disk until the output is written (:func:`kept_bytes`); 0 if nothing does.
-        resting_bytes: Of weights that rest on the disk, pruned ones beside dense ones; 0 if none do.
+        resting_bytes: Of weights that rest on the disk, pruned ones beside dense ones, at most; 0 if none do. Of each
+            process.
         output_bytes: Of the folder that is written.
     """
 
@@ -178,7 +179,7 @@ def memory_plan(
         on_host=on_host,
         batches=batches,
         store_bytes=store,
-        kept_bytes=kept_bytes(sum(site.weights for site in shapes.sites), shapes.element)
+        kept_bytes=kept_bytes(sum(site.weights for site in shapes.sites), 0 if shapes.on_disk else shapes.element)
         if _keeps(solving, batches)
         else 0,
         resting_bytes=whole + changed if shapes.on_disk else 0,

@@ -39,8 +39,9 @@ class CalibrationOptions:
             the others).
         precision: Of the products that make Hessians, and of the blocks' linear layers meanwhile: float32, or what they
             multiply rounded to tf32 (CUDA) or bfloat16 (CPUs with AMX) with sums in float32, where the device has such
-            products; layers that read one vector a call stay in float32. Default: that of the stored statistics, else
-            float32.
+            products; layers that read one vector a call stay in float32. Or int8 (CPUs with VNNI), of Hessians alone:
+            each input is rounded to 8 bits of the largest of its channel in a call, and sums are exact. Default: that
+            of the stored statistics, else float32.
         damping: Dampening relative to the mean of a Hessian's diagonal.
     """
 
@@ -239,8 +240,8 @@ class PruneOptions(PruningOptions):
         host_memory: The same for the host's memory, and for runs on the cpu.
         offload: Let weights rest in host memory, and have on the device one block at a time, for pipelines that are
             larger than it; needs calibration.streamed.
-        weights_on_disk: For runs on the cpu: let weights rest on the output's disk, in a file without a name, and have
-            one block at a time in memory. The result is the same.
+        weights_on_disk: For runs on the cpu: once they are loaded, let weights rest on the output's disk, in a file
+            without a name, and have one block at a time in memory until all are written. The result is the same.
         dry_run: Say what the run would take of memory and time, from the pipeline's configs alone, and end; nothing is
             loaded, measured or written.
         evaluation: How the result is measured.
