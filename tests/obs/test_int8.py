@@ -31,10 +31,8 @@ def test_the_product_is_that_of_rounded_columns(columns):
     x[:, 0] = 0.0
     wanted = 1.5 * rounded(x).T @ rounded(x)
     strips = [torch.zeros(end - start, columns - start) for start, end in hessian.strip_spans(columns)]
-    given = x.clone()
     for _ in range(2):
-        add_upper_int8_product(strips, given, 0.75)
-    assert torch.equal(given, x)
+        add_upper_int8_product(strips, x.clone(), 0.75)
     sizes = wanted.diagonal().sqrt()
     for (start, end), strip in zip(hessian.strip_spans(columns), strips, strict=True):
         scale = (sizes[start:end, None] * sizes[start:]).clamp_min(1e-30)

@@ -118,7 +118,7 @@ class Centred(ABC):
 
     @abstractmethod
     def accumulate(self, u: Tensor, weight: float) -> None:
-        """``comoment += weight · Σ u uᵀ`` over inputs u (groups, tokens, n), as far as it is kept."""
+        """``comoment += weight · Σ u uᵀ`` over inputs u (groups, tokens, n), as far as it is kept; u may change."""
 
     @abstractmethod
     def about(self, centre: Tensor) -> list[Tensor]:

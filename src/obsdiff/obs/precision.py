@@ -77,11 +77,12 @@ def add_upper_int8_product(strips: Sequence[Tensor], x: Tensor, weight: float) -
 
     Args:
         strips: (rows, n − start) float32 each.
-        x: (rows, n), at most :data:`MOST_ROWS`; what is not finite stays so.
+        x: (rows, n), at most :data:`MOST_ROWS`, overwritten; what is not finite stays so in H.
         weight: Of them.
     """
-    scale = (x.abs().amax(0) / 127).clamp_min_(torch.finfo(torch.float32).tiny)  # aminmax takes six times as long
-    rounded = (x / scale).round_().to(torch.int8)
+    largest = torch.maximum(x.amax(0), x.amin(0).neg_())  # aminmax takes six times as long
+    scale = largest.div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+    rounded = x.div_(scale).round_().to(torch.int8)
     for strip in strips:
         start = x.shape[1] - strip.shape[1]
         left, right = rounded[:, start : start + len(strip)], rounded[:, start:]
