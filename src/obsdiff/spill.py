@@ -114,7 +114,7 @@ class _Pages:
 class Shelf(Spill):
     """Tensors whose memory is a file, so that what is not read of them takes none.
 
-    Processes that are forked from this one share them: what one writes, all read.
+    Processes that are forked from this one share them, and may only read.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -40,7 +40,9 @@ def test_the_product_is_that_of_rounded_columns(columns):
 
 
 def test_parts_are_added_and_no_sum_overflows(monkeypatch):
-    assert MOST_ROWS * 127**2 < 2**31
+    most = [torch.zeros(2, 2)]
+    add_upper_int8_product(most, torch.full((MOST_ROWS, 2), 3.0), 1.0)
+    torch.testing.assert_close(most[0], torch.full((2, 2), 9.0 * MOST_ROWS))
     torch.manual_seed(0)
     x, seen = torch.randn(2, 500, 40), []
     whole, parts = Int8Gram.empty(40, 2), Int8Gram.empty(40, 2)
@@ -85,6 +87,10 @@ def test_what_is_not_finite_stays_so(value):
 
 
 def test_a_device_without_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_vnni": True})
+    with monkeypatch.context() as patched:  # what two products do that saturate at 16 bits
+        patched.setattr(torch, "_int_mm", lambda a, b: (a.int() @ b.int()).clamp_min(-128 * 2**15))
+        assert not offers("int8", CPU)
     for name in DOT_PRODUCTS:
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda name=name: {name: True})
         check_precision({"gram", "int8"}, CPU)

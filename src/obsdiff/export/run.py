@@ -14,6 +14,7 @@ from torch import Tensor
 from obsdiff.allocation.announce import announce
 from obsdiff.allocation.fitting import Planned, plan_loaded
 from obsdiff.allocation.planning import check_options
+from obsdiff.allocation.request import check_offload
 from obsdiff.allocation.stage import (
     Folders,
     calibration_prompts,
@@ -89,12 +90,13 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     check_places(options)
     check_options(options, statistics, sensitivity)
     subject, plan = prepare(pipe, options, options.prune_again)
+    check_offload(options)
     if options.weights_on_disk and shelf_of(subject.denoiser) is None:
         raise UserError('weights_on_disk is of a pipeline whose weights rest there; call obsdiff.offload(pipe, "cpu", '
                         "folder) before")  # fmt: skip
     check_products(subject, options, statistics)
     keeps = keeps_solves(options, statistics)
-    meanwhile = _kept_meanwhile(subject, plan, keeps) if keeps or options.weights_on_disk else 0
+    meanwhile = _kept_meanwhile(subject, plan, keeps)
     check_space(Path(options.output), pipeline_bytes(pipe) + meanwhile)
     prompts = calibration_prompts(pipe, options)
     evaluated = evaluation_prompts(pipe, options.evaluation, options.calibration)
@@ -155,10 +157,12 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
 
 
 def _kept_meanwhile(subject: Subject, plan: Plan, keeps: bool) -> int:
-    """Bytes on the disk before the output is written, at most: of solves that are kept, or of pruned weights that rest
-    beside dense ones alone."""
+    """Bytes on the disk before the output is written: of solves that are kept with the dense weights, or of pruned ones
+    that rest beside these, in each process."""
     weights = map(subject.graph.weight, plan.layers(subject.graph))
-    return sum(kept_bytes(w.numel(), w.element_size()) if keeps else world_size() * w.nbytes for w in weights)
+    if shelf_of(subject.denoiser) is None:
+        return sum(kept_bytes(w.numel(), w.element_size()) for w in weights) if keeps else 0
+    return sum((kept_bytes(w.numel(), 0) if keeps else 0) + world_size() * w.nbytes for w in weights)
 
 
 def _plan(subject: Subject, options: PruneOptions, flops: int) -> Planned | str:

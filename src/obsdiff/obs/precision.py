@@ -39,12 +39,12 @@ def products_in(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def offers(precision: str, device: torch.device) -> bool:
-    """Whether ``device`` has products of that precision. torch ignores the switch where there are none, so one is made,
-    of numbers that tell."""
+    """Whether ``device`` has products of that precision. torch ignores what it is told where there are none, so one is
+    made, of numbers that tell."""
     if precision == "float32":
         return True
     if precision == "int8":
-        return device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, DOT_PRODUCTS))
+        return device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, DOT_PRODUCTS)) and _multiplies()
     if device.type not in ("cpu", "cuda"):
         return False
     barely = torch.full((256, 256), 1 + 2**-12, dtype=torch.float32, device=device)  # 1 in both
@@ -55,6 +55,13 @@ def offers(precision: str, device: torch.device) -> bool:
     except RuntimeError:  # torch knows no such switch of this device
         return False
     return bool((total == len(barely)).all())
+
+
+def _multiplies() -> bool:
+    """Whether products of the largest 8-bit integers are exact: without the instructions, of which an environment
+    variable may keep oneDNN, two of them overflow 16 bits."""
+    most = torch.full((256, 256), 127, dtype=torch.int8)
+    return bool((torch._int_mm(most.T, -most) == -256 * 127**2).all())
 
 
 def check_precision(needs: Collection[str], device: torch.device) -> None:

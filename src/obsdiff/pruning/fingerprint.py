@@ -27,7 +27,7 @@ class Settings:
         seed: Noise seed; each prompt draws from a seed of its own.
         weighting: Timestep weights, see :mod:`obsdiff.obs.timesteps`.
         tokens: Tokens of each sequence to use at each call, drawn at random; None uses all.
-        batch_size: Prompts per pipeline call; changes nothing but speed and memory.
+        batch_size: Prompts per pipeline call; changes nothing but speed and memory, and what int8 rounds away.
     """
 
     call: Mapping[str, Any]

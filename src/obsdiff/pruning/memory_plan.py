@@ -31,8 +31,7 @@ class MemoryPlan(Peaks):
         batches: As chosen.
         store_bytes: Of a statistics folder; 0 without.
         kept_bytes: Of what lies on the disk until the output is written (:func:`kept_bytes`); 0 if nothing does.
-        resting_bytes: Of weights that rest on the disk, pruned ones beside dense ones, at most; 0 if none do. Of each
-            process.
+        resting_bytes: Of weights that rest on the disk, pruned ones beside dense ones, of each process; 0 if none do.
         output_bytes: Of the folder that is written.
     """
 

@@ -84,8 +84,8 @@ def prune(
         prune_again: Allow a pipeline that is pruned already.
         solved: Folder to keep solved layers in, so that the same prune goes on from there if it is cut off; needs
             statistics that are measured already, or a stream. Its owner removes it
-            (:func:`obsdiff.pruning.solved.remove_solved`). Dense weights that are replaced wait on the same disk, in a
-            file without a name, and not in memory; if anything fails they come back as new parameters. The report's
+            (:func:`obsdiff.pruning.solved.remove_solved`). Dense weights that are replaced wait on the same disk (or
+            stay on the one they rest on), in a file without a name; if anything fails they are put back. The report's
             masks lie in another such file, for as long as it is there.
         quiet: No progress bar.
 

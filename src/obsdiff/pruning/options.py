@@ -40,8 +40,8 @@ class CalibrationOptions:
         precision: Of the products that make Hessians, and of the blocks' linear layers meanwhile: float32, or what they
             multiply rounded to tf32 (CUDA) or bfloat16 (CPUs with AMX) with sums in float32, where the device has such
             products; layers that read one vector a call stay in float32. Or int8 (CPUs with VNNI), of Hessians alone:
-            each input is rounded to 8 bits of the largest of its channel in a call, and sums are exact. Default: that
-            of the stored statistics, else float32.
+            each input is rounded to 8 bits of the largest of its channel in a call of 32 rows and more, so batches and
+            processes change what is rounded away; sums are exact. Default: that of the stored statistics, else float32.
         damping: Dampening relative to the mean of a Hessian's diagonal.
     """
 

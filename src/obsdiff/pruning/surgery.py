@@ -28,7 +28,7 @@ class Edits:
     Args:
         spill: Where old parameters are put away; None: they stay in memory.
         on_host: Whether that has to be the host's.
-        shelf: The file that parameters rest in, and new ones will, too; None: they are in memory.
+        shelf: The file that parameters rest in, and those set in their places will, too; None: they are in memory.
     """
 
     def __init__(self, spill: Spill | None = None, on_host: bool = False, shelf: Shelf | None = None) -> None:
