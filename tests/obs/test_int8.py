@@ -59,6 +59,23 @@ def test_parts_are_added_and_no_sum_overflows(monkeypatch):
     torch.testing.assert_close(whole.covariance(1), torch.cov(x[1].T, correction=0), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+def test_parts_merge_to_the_whole_but_for_what_each_rounds_away(offset):
+    torch.manual_seed(0)
+    x = torch.randn(1, 300, 12) + offset * torch.randn(12)
+    whole, merged, exact = Int8Gram.empty(12), Int8Gram.empty(12), Gram.empty(12)
+    whole.add(x, 0.9)
+    exact.add(x, 0.9)
+    for part in x.split([3, 1, 96, 200], dim=1):
+        shard = Int8Gram.empty(12)
+        shard.add(part, 0.9)
+        merged.merge(shard)
+    for found in (whole, merged):
+        torch.testing.assert_close(found.variances(), exact.variances(), rtol=5e-3, atol=1e-3)
+    assert torch.equal(whole.centre, exact.centre) and merged.num_tokens == 300
+    torch.testing.assert_close(merged.centre, exact.centre, rtol=1e-9, atol=1e-6)
+
+
 def test_the_mean_is_not_rounded_and_few_rows_are_not():
     torch.manual_seed(0)
     x = torch.randn(1, 800, 300) + 1e4 * torch.randn(300)
@@ -88,8 +105,9 @@ def test_what_is_not_finite_stays_so(value):
 
 def test_a_device_without_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_vnni": True})
-    with monkeypatch.context() as patched:  # what two products do that saturate at 16 bits
-        patched.setattr(torch, "_int_mm", lambda a, b: (a.int() @ b.int()).clamp_min(-128 * 2**15))
+    with monkeypatch.context() as patched:  # pairs of products that saturate at 16 bits, as without the instructions
+        pairs = torch.tensor(-2 * 127**2).clamp_min(-(2**14))
+        patched.setattr(torch, "_int_mm", lambda a, b: pairs * torch.ones(len(a), b.shape[1], dtype=torch.int32) * 128)
         assert not offers("int8", CPU)
     for name in DOT_PRODUCTS:
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda name=name: {name: True})

@@ -42,7 +42,7 @@ def test_the_diagonal_is_that_of_the_brute_force(offset):
     torch.testing.assert_close(found.power(), gram.power(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", OBSERVERS.values())
+@pytest.mark.parametrize("kind", [kind for kind in OBSERVERS.values() if kind.precision != "int8"])  # see test_int8.py
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_parts_merge_to_the_whole(kind, offset):
     x = inputs(offset)
