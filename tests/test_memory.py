@@ -86,8 +86,8 @@ def test_a_streamed_prune_frees_at_once_from_before_it_loads_anything(tmp_path, 
     seen = []
 
     @contextmanager
-    def freeing(asked=True):
-        seen.append(asked)
+    def freeing(asked=True, *, large=False):
+        seen.append(asked and not large)
         yield
         seen.append("left")
 
@@ -112,6 +112,31 @@ def test_a_streamed_prune_frees_at_once_from_before_it_loads_anything(tmp_path, 
             options = PruningOptions(pattern=told[1], allocation="uniform", calibration=calibration)
             training_stage.start_from("digits-sd3", options, tmp_path, "cpu", False, lambda _: None)
     assert seen == [streamed, "loaded"]
+
+
+@pytest.mark.parametrize("command", ["prune", "bench"])
+def test_with_weights_on_a_disk_large_tensors_go_back_at_once(tmp_path, monkeypatch, command):
+    seen = []
+
+    def freeing(asked=True, *, large=False):
+        seen.append((asked, large))
+        raise KeyError
+
+    monkeypatch.setattr(memory, "freed_at_once", freeing)
+    given = {"prune": ["--pipeline", "digits-sd3", "--output", str(tmp_path / "out"), "--device", "cpu"], "bench": []}
+    main_name = ["bench", "prune"] if command == "bench" else ["prune"]
+    with pytest.raises(KeyError):
+        main([*main_name, *given[command], "--pattern", "unstructured:0.5", "--weights_on_disk", "true"])
+    assert seen == [(True, True)]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what is free")
+def test_large_ones_alone():
+    told = KEPT.split("with freed_at_once():")[0].replace("2**18) for _ in range(200)]", "size) for _ in range(200)]")
+    told = told.replace("above=True", "size, above=True")
+    told += "with freed_at_once(large=True):\n    kept(2**18)\n    kept(2**21)\n"
+    found = subprocess.run([sys.executable, "-c", told], check=True, capture_output=True, text=True).stdout.split()
+    assert int(found[0]) > 150 and int(found[1]) < 20
 
 
 def test_both_kinds_are_recognised():

@@ -20,6 +20,7 @@ from obsdiff.ranks import world_size
 R = TypeVar("R")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 AT_ONCE_BYTES = {M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**17}
+LARGE_AT_ONCE_BYTES = {M_MMAP_THRESHOLD: 2**22 + 1, M_TRIM_THRESHOLD: 2**26}
 USUAL_BYTES = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26}  # what glibc comes to by itself
 KEPT_BYTES = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**29}
 _current = USUAL_BYTES
@@ -58,14 +59,16 @@ def _of_glibc(name: str) -> Callable[..., int] | None:
 
 
 @contextmanager
-def freed_at_once(asked: bool = True) -> Iterator[None]:
-    """Meanwhile tensors of a megabyte and more come from the system and go back to it as they are freed, if ``asked``.
+def freed_at_once(asked: bool = True, *, large: bool = False) -> Iterator[None]:
+    """Meanwhile tensors of a megabyte and more come from the system and go back to it as they are freed, if ``asked``;
+    if ``large``, only those above 4 MiB, which costs little time and leaves small holes.
 
     By itself glibc takes up to 32 MiB from what it keeps, and the holes in that add up to 100 MB and more to a peak, by
     chance. It goes on filling the holes that there are: this serves before a model is loaded. For pages that are asked
     for anew a small model pays up to 1.3 times the CPU time.
     """
-    with _thresholds(AT_ONCE_BYTES if asked else _current):
+    at_once = LARGE_AT_ONCE_BYTES if large else AT_ONCE_BYTES
+    with _thresholds(at_once if asked else _current):
         yield
 
 

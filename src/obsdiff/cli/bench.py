@@ -40,7 +40,8 @@ def main(args: Sequence[str] | None = None) -> None:
         preset = _preset(options, options.preset)
         if options.weights_on_disk:
             check_on_cpu("weights_on_disk", preset.work.device)
-        with joined_processes(preset.work.device) as device, freed_at_once(options.streamed or options.weights_on_disk):
+        scarce = options.streamed or options.weights_on_disk
+        with joined_processes(preset.work.device) as device, freed_at_once(scarce, large=not options.streamed):
             preset = replace(preset, work=replace(preset.work, device=device))
             found = bench_prune(
                 options.preset,

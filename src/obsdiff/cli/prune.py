@@ -63,8 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 return
             options = planned.options
         # before anything is loaded: these are for what memory hardly holds
-        scarce = options.calibration.streamed or options.weights_on_disk
-        with joined_processes(device) as device, freed_at_once(scarce):
+        streamed, scarce = options.calibration.streamed, options.calibration.streamed or options.weights_on_disk
+        with joined_processes(device) as device, freed_at_once(scarce, large=not streamed):
             pipe = load_pipeline(
                 options.pipeline,
                 dtype=options.dtype,
