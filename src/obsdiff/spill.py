@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from obsdiff.files import clear_failures
 
-PART_BYTES = 2**26
+PART_BYTES = 2**26  # of a file, that are mapped at once at least
 _pages: dict[int, _Pages] = {}  # of mapped tensors, by address
 
 
