@@ -10,7 +10,11 @@ from obsdiff.allocation.fitting import plan_from_configs, plan_loaded
 from obsdiff.cli.main import main
 from obsdiff.memory import is_out_of_memory, peak_memory_bytes
 from obsdiff.models.subject import subject_of
+from obsdiff.obs.linalg import upper_factor
+from obsdiff.obs.pattern import NM, Unstructured
 from obsdiff.obs.precision import offers
+from obsdiff.obs.select import SORTED, count_each, drop_lowest
+from obsdiff.obs.sweep import sweep
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
 from tests.conftest import make_pipe
 
@@ -57,6 +61,34 @@ def test_stage_by_stage_too(prompts, pattern):
         masks.append(obsdiff.prune(pipe, pattern, statistics=obsdiff.stream(pipe, prompts)).masks)
     agree = [float((masks[0][name] == masks[1][name]).float().mean()) for name in masks[0]]
     assert min(agree) > 0.98
+
+
+def test_a_calibration_waits_for_the_device_once_a_call(prompts, monkeypatch):
+    waits = []
+    wait = torch.cuda.synchronize
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *given: (waits.append(given), wait(*given)))
+    statistics = obsdiff.calibrate(make_pipe().to("cuda"), prompts, steps=3, batch_size=len(prompts))
+    assert 0 < statistics.time_s["forward_only"] < statistics.time_s["calibrate"]
+    assert len(waits) < len(statistics.sites)  # 3 calls; twice for each site of each call would be many
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
+def test_a_sweep_agrees_with_the_cpu(pattern):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 312, generator=generator) @ torch.randn(312, 312, generator=generator)
+    weight, factor = torch.randn(5000, 312, generator=generator), upper_factor(x.T @ x / len(x))[0]
+    [(one, mask)] = sweep([weight], factor, [pattern], even=False)
+    [(other, other_mask)] = sweep([weight.cuda()], factor.cuda(), [pattern], even=False)
+    assert float((mask == other_mask.cpu()).float().mean()) > 0.999
+    assert float((one - other.cpu()).norm() / one.norm()) < 0.01
+
+
+@pytest.mark.parametrize("size", [1000, SORTED + 1])
+def test_a_selection_is_that_of_the_cpu(size):
+    scores = (torch.rand(size, generator=torch.Generator().manual_seed(0)) * 1000).round()  # many are equal
+    assert torch.equal(drop_lowest(scores.cuda(), size // 3).cpu(), drop_lowest(scores, size // 3))
+    halves = [(scores < 500).cuda(), (scores < 10).cuda()]
+    assert count_each(halves) == [int(half.sum()) for half in halves]
 
 
 def test_more_than_the_device_has_is_recognised():

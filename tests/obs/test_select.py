@@ -4,7 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obsdiff.obs.pattern import Unstructured
-from obsdiff.obs.select import SAMPLE, _kth_lowest, count_nonzero, drop_lowest, keep_best_per_row
+from obsdiff.obs.select import (
+    SAMPLE,
+    _first_in_order,
+    _kth_lowest,
+    count_each,
+    count_nonzero,
+    drop_lowest,
+    keep_best_per_row,
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -29,6 +37,7 @@ def test_drops_exactly_the_lowest(size, share, kind, seed):
     assert int(dropped.sum()) == count
     if 0 < count < size:
         assert float(scores[dropped].max()) <= float(scores[~dropped].min())
+    assert torch.equal(_first_in_order(scores, count), dropped)  # what a GPU goes by
     if count:  # what other devices go by finds the same threshold
         assert float(_kth_lowest(scores, count)) == float(scores.sort().values[count - 1])
 
@@ -57,6 +66,11 @@ def test_entries_that_are_not_zero_are_counted(dtype):
     values = torch.tensor([[0.0, -0.0, 1e-30], [2.0, float("nan"), 0.0]]).to(dtype)
     assert count_nonzero(values) == count_nonzero(values.T) == 3
     assert count_nonzero(torch.nn.Parameter(torch.ones(3))) == 3
+
+
+def test_masks_are_counted_each():
+    masks = [torch.tensor([True, False]), torch.tensor([[True], [True]]), torch.tensor([False])]
+    assert count_each(masks) == [1, 2, 0]
 
 
 @pytest.mark.parametrize("columns", [10, 37])

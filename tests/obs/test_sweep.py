@@ -49,11 +49,12 @@ def brute_force_selection(weight, hessian, ratio, block, even=True):
     return kept
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.9])
-def test_unstructured_equals_brute_force(ratio):
+def test_unstructured_equals_brute_force(ratio, at_once):
     weight, hessian = problem()
     factor, damping = upper_factor(hessian)
-    [(pruned, mask)] = sweep([weight], factor, [Unstructured(ratio)])
+    [(pruned, mask)] = sweep([weight], factor, [Unstructured(ratio)], at_once=at_once)
     h = damped(hessian, damping)
     assert torch.equal(mask, brute_force_selection(weight, h, ratio, 128))
     expected = brute_force_obs(weight, h, mask)
@@ -69,11 +70,12 @@ def test_selection_over_several_blocks_equals_brute_force(compared, even):
     assert torch.equal(mask, brute_force_selection(weight, damped(hessian, damping), 0.5, compared, even))
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 5)])
-def test_nm_keeps_n_of_every_m_and_compensates_as_brute_force(pattern):
+def test_nm_keeps_n_of_every_m_and_compensates_as_brute_force(pattern, at_once):
     weight, hessian = problem()
     factor, damping = upper_factor(hessian)
-    [(pruned, mask)] = sweep([weight], factor, [pattern])
+    [(pruned, mask)] = sweep([weight], factor, [pattern], at_once=at_once)
     assert bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all())
     expected = brute_force_obs(weight, damped(hessian, damping), mask)
     torch.testing.assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-3)
@@ -104,6 +106,18 @@ def test_layers_of_a_site_together_equal_each_alone():
         [(alone, alone_mask)] = sweep([part], factor, [pattern])
         assert torch.equal(mask, alone_mask)
         torch.testing.assert_close(pruned, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_columns_at_once_are_those_one_by_one(monkeypatch):
+    """Of several layers whose groups differ, over blocks, with a last one that is not full and rows in parts."""
+    monkeypatch.setattr("obsdiff.obs.sweep.ROWS", 10)
+    weight, hessian = problem(rows=24, columns=312, samples=700, seed=5)
+    factor, _ = upper_factor(hessian)
+    patterns = [NM(2, 4), Unstructured(0.5), NM(4, 8), Unstructured(0.0)]
+    asked = [sweep(weight.split(6), factor, patterns, even=False, at_once=kind) for kind in (False, True)]
+    for (one, mask), (other, other_mask) in zip(*asked, strict=True):
+        assert torch.equal(mask, other_mask)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_scale_of_the_hessian_changes_nothing():

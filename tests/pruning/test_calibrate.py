@@ -1,7 +1,9 @@
 """Statistics of the real pipeline against what its layers really saw."""
 
+import itertools
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from obsdiff.models.families.sd3 import SD3
 from obsdiff.models.info import CALL_ARGUMENTS, PipelineInfo, attach_info, info_of
 from obsdiff.models.subject import subject_of
 from obsdiff.obs.timesteps import timestep_weights
+from obsdiff.pruning import collect
 from obsdiff.pruning.options import CalibrationOptions, PruningOptions
 from obsdiff.pruning.statistics import open_statistics
 from tests.families.pipelines import PIPELINES
@@ -89,6 +92,14 @@ def test_batch_size_does_not_matter(pipe, prompts, tokens):
     for name in a:
         assert a.sites[name].num_tokens == b.sites[name].num_tokens
         torch.testing.assert_close(a.sites[name].hessian(), b.sites[name].hessian(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_time_of_bare_calls_is_that_between_hooks(pipe, prompts, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(collect, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    statistics = obsdiff.calibrate(pipe, prompts, batch_size=len(prompts))
+    # of 3 calls: one second from the begin to the first layer, between two of them, and from the last to the end
+    assert statistics.time_s["forward_only"] == 3 * (len(statistics.sites) + 1)
 
 
 def test_tokens_are_subsampled(pipe, prompts):

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from obsdiff.obs.pattern import NM, Pattern, Unstructured
-from obsdiff.obs.select import count_nonzero, drop_lowest, drop_lowest_nm, split_count
+from obsdiff.obs.select import count_each, drop_lowest, drop_lowest_nm, split_count
 
 BLOCK = 128  # columns whose scores are compared jointly, as published; also those between two large products
 SUB_BLOCK = 32  # columns updated one by one before the rest of the block sees them in one product
+ROWS = 4096  # solved for together, each a matrix of a sub-block's columns: 16 MiB
 
 
 def sweep(
@@ -21,6 +22,7 @@ def sweep(
     patterns: Sequence[Pattern],
     compared: int = BLOCK,
     even: bool = True,
+    at_once: bool | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Prune layers that read the same input with one factor.
 
@@ -39,6 +41,8 @@ def sweep(
         compared: Columns whose scores are compared jointly, from the weights as updated so far.
         even: All stretches of ``compared`` columns lose the same share, as published; otherwise each loses as many
             as it holds of the layer's lowest ``w_i² H_ii``, what dropping them costs uncompensated.
+        at_once: Columns whose choice is made together by one triangular solve in place of one after the other
+            (:func:`eliminate`); None: on a CUDA device, where each operation is a launch.
 
     Returns:
         Per layer the pruned weight (float32) and the mask (True = kept).
@@ -61,6 +65,8 @@ def sweep(
     parts = list(zip(work.split(rows, dim=1), pivots.split(rows, dim=1), patterns, strict=True))
     nm_parts = [(part, part[2].m) for part in parts if isinstance(part[2], NM)]
     diagonal = factor.diagonal()[:, None]
+    at_once = factor.is_cuda if at_once is None else at_once
+    chosen = math.gcd(*(m for _, m in nm_parts)) or sub_block  # columns between two choices
     errors = torch.zeros_like(work[:block])
     # views of single columns, made once: the innermost loop is bound by their number, not by arithmetic
     work_at, pivots_at, errors_at = work.unbind(), pivots.unbind(), errors.unbind()
@@ -88,13 +94,19 @@ def sweep(
                     if goals:
                         at = slice(start + first, min(start + first + compared, columns))
                         drop(part, at, goals[at.start // compared])
-            for i in range(first, last):
+            for i in range(first, last, chosen):
                 for part, m in nm_parts:
                     if (start + i) % m == 0:
                         drop(part, slice(start + i, start + i + m), 0)
-                error = torch.mul(work_at[start + i], pivots_at[start + i], out=errors_at[i])
-                if i + 1 < last:
-                    work[start + i + 1 : start + last].addr_(local_at[i][i + 1 : last], error, alpha=-1)
+                until = min(i + chosen, last)
+                if at_once:
+                    at = slice(start + i, start + last)
+                    errors[i:until] = eliminate(work[at], pivots[at], local[i:last, i:last], until - i)
+                    continue
+                for j in range(i, until):
+                    error = torch.mul(work_at[start + j], pivots_at[start + j], out=errors_at[j])
+                    if j + 1 < last:
+                        work[start + j + 1 : start + last].addr_(local_at[j][j + 1 : last], error, alpha=-1)
             if last < size:
                 work[start + last : end].addmm_(local[first:last, last:].T, errors[first:last], alpha=-1)
         work[start:end].mul_(pivots[start:end] == 0)  # exact zeros
@@ -106,6 +118,31 @@ def sweep(
         (part.T.contiguous(), mask.T.contiguous())
         for part, mask in zip(work.split(rows, dim=1), kept.split(rows, dim=1), strict=True)
     ]
+
+
+def eliminate(work: Tensor, pivots: Tensor, factor: Tensor, count: int) -> Tensor:
+    """Prune the first ``count`` columns, whose choice is made, of all rows at once.
+
+    One after the other their errors are ``e_i = p_i (w_i − Σ_{k<i} e_k U_ki)``, ``p_i`` being ``R_ii`` where the weight
+    goes and 0 where it stays: for each row ``(I + P Ûᵀ) e = P w``, ``Û`` the part of U above its diagonal.
+
+    Args:
+        work: Weights before any of these columns is pruned, (columns, rows); becomes what the errors leave of them.
+        pivots: p, (columns, rows).
+        factor: U of these columns, (columns, columns).
+        count: Of columns to prune.
+
+    Returns:
+        Their errors, (count, rows).
+    """
+    errors = []
+    for weight, pivot in zip(work[:count].split(ROWS, dim=1), pivots[:count].split(ROWS, dim=1), strict=True):
+        lower = pivot.T[:, :, None] * factor[:count, :count].T  # a solve for a unit diagonal reads what is below it
+        wanted = (weight * pivot).T[:, :, None]
+        errors.append(torch.linalg.solve_triangular(lower, wanted, upper=False, unitriangular=True)[..., 0].T)
+    found = torch.cat(errors, dim=1)
+    work[1:].addmm_(factor[:count, 1:].triu().T, found, alpha=-1)  # Û: a column changes those after it
+    return found
 
 
 def _counts(weight: Tensor, pattern: Pattern, compared: int, power: Tensor | None) -> list[int]:
@@ -125,4 +162,4 @@ def _counts(weight: Tensor, pattern: Pattern, compared: int, power: Tensor | Non
             split_count(pattern.ratio, weight.numel(), at * rows, end) for at, end in zip(starts, ends, strict=True)
         ]
     gone = drop_lowest(weight.square().mul_(power[:, None]), round(pattern.ratio * weight.numel()))
-    return [count_nonzero(part) for part in gone.split(compared)]
+    return count_each(gone.split(compared))

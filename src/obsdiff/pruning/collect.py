@@ -45,8 +45,7 @@ class Collector:
         self.device = device
         self.told_mask: Tensor | None = None
         self.forward_s = 0.0
-        self._hook_s = 0.0
-        self._entered = 0.0
+        self._marks: list[Any] = []  # of the call that runs: its begin, then that and the end of each hook
         self._choices: dict[tuple[tuple[str, ...], int, int], Tensor | None] = {}
 
     def begin(self, conditioning: Conditioning, seeds: Sequence[int], part: slice) -> None:
@@ -68,30 +67,35 @@ class Collector:
         steps = self.counter.total
         self.weight = timestep_weights(self.settings.weighting, steps)[self.counter.index]
         self._choices.clear()
-        self._hook_s = 0.0
-        self._entered = self._now()
+        self._marks = [self._mark()]
 
     def leave_call(self, *_: object) -> None:
         """The denoiser has answered."""
-        self.forward_s += self._now() - self._entered - self._hook_s
+        marks = [*self._marks, self._mark()]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # once for all that the call and its hooks have launched
+        self.forward_s += sum(_seconds(begin, end) for begin, end in zip(marks[::2], marks[1::2], strict=True))
 
     def see(self, site: Site, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """A layer is about to read its input."""
-        started = self._now()
+        self._marks.append(self._mark())
         x = inputs[0].detach()
-        if x.dim() == 3 and (chosen := self._chosen(site.tokens, *x.shape[:2])) is not None:
-            x = x[chosen.to(x.device)]
+        if x.dim() == 3 and (chosen := self._chosen(site.tokens, x)) is not None:
+            x = x.flatten(0, 1)[chosen]
         self.statistics.sites[site.name].add(activation_matrices(layer, x), self.weight)
-        self._hook_s += self._now() - started
+        self._marks.append(self._mark())
 
-    def _chosen(self, tokens: tuple[str, ...], sequences: int, length: int) -> Tensor | None:
-        """Bool (sequences, length): the tokens that count in this call; None if all do."""
-        key = (tokens, sequences, length)
+    def _chosen(self, tokens: tuple[str, ...], x: Tensor) -> Tensor | None:
+        """Which of all sequences' tokens in x (sequences, tokens, n) count in this call, int64; None if all do."""
+        key = (tokens, len(x), x.shape[1])
         if key not in self._choices:
-            self._choices[key] = self._choose(*key)
+            mask = self._choose(*key)
+            # places, found where the mask is: a device would have to say first how many there are
+            self._choices[key] = None if mask is None else mask.flatten().nonzero().squeeze(1).to(x.device)
         return self._choices[key]
 
     def _choose(self, tokens: tuple[str, ...], sequences: int, length: int) -> Tensor | None:
+        """Bool (sequences, length) on the CPU."""
         mask, text = None, TEXT in tokens
         padding = self._padding(sequences) if text else None
         if padding is not None and self.told_mask is not None and padding.shape[1] >= length:
@@ -133,10 +137,16 @@ class Collector:
             )
         return self.text_mask[-sequences:]  # without guidance there are no negative prompts, which come first
 
-    def _now(self) -> float:
+    def _mark(self) -> Any:
+        """A point in time; on a CUDA device one of its own, which it passes when all launched before is done."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            return torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True))
         return time.perf_counter()
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    """Between two marks that are passed."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
 @contextmanager
