@@ -47,7 +47,8 @@ def refit(
         mask: True = kept.
         hessian: Undamped H.
         steps: At most this many steps.
-        tolerance: Relative decrease at which the refit is settled; 0 runs all steps.
+        tolerance: Relative decrease at which the refit is settled; 0 runs all steps. So does a CUDA device, which would
+            have to be waited for in each step.
     """
     diagonal = hessian.diagonal()
     scale = mask / diagonal.clamp_min(1e-6 * float(diagonal.mean()))  # preconditions, and keeps all steps on the mask
@@ -72,7 +73,7 @@ def refit(
         result.addcmul_(step, direction)
         decrease = (step * product).sum(dtype=torch.float64)
         error -= decrease
-        if taken == steps or float(decrease) <= tolerance * max(float(error), 0.0):
+        if taken == steps or (not hessian.is_cuda and float(decrease) <= tolerance * max(float(error), 0.0)):
             break
         residual.addcmul_(step, curved, value=-1)
         preconditioned = torch.mul(residual, scale, out=curved)  # which has served
