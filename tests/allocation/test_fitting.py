@@ -81,7 +81,7 @@ def test_batches_become_smaller_before_packages_become_more(options):
 
 
 @pytest.mark.slow
-def test_packages_become_more_where_nobody_said_how_many(pipe_folder, tmp_path):
+def test_stages_are_gone_through_where_nobody_said_how_many_packages(pipe_folder, tmp_path):
     folder = tmp_path / "wide"  # whose Hessians outweigh the weights that change: few rows, many columns
     shutil.copytree(pipe_folder, folder)
     config = json.loads((folder / "transformer" / "config.json").read_text())
@@ -99,8 +99,8 @@ def test_packages_become_more_where_nobody_said_how_many(pipe_folder, tmp_path):
     several = plan_from_configs(replace(small, calibration=replace(small.calibration, packages=4)), "cpu").memory
     assert several.host_bytes < whole.host_bytes
     limited = plan_from_configs(replace(small, host_memory=several.host_bytes), "cpu")
-    assert 1 < len(limited.memory.batches.packages) <= 4
-    assert limited.options.calibration.packages == len(limited.memory.batches.packages)
+    assert limited.options.calibration.streamed and limited.options.calibration.packages is None
+    assert len(limited.memory.batches.packages) == 6 and limited.memory.host_bytes <= several.host_bytes
     said = replace(small, host_memory=several.host_bytes, calibration=replace(small.calibration, packages=1))
     with pytest.raises(UserError, match="this prune takes at least"):
         plan_from_configs(said, "cpu")

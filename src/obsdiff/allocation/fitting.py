@@ -1,10 +1,11 @@
-"""Choosing batches and packages so that a prune fits the memory there is, before any of it is done."""
+"""Choosing batches and a way to calibrate so that a prune fits the memory there is, before any of it is done."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from obsdiff.pruning.memory_plan import MemoryPlan, memory_plan
 from obsdiff.pruning.memory_shapes import Batches, Scan, Shapes, Solving
 from obsdiff.pruning.options import PruneOptions
 from obsdiff.pruning.plan import Plan, packages_of, stage_packages
+from obsdiff.pruning.stream import check_repeats
 from obsdiff.pruning.time_plan import Amount, Speed, TimePlan, largest_share, products_per_s, time_plan
 from obsdiff.ranks import started_processes
 
@@ -57,8 +59,13 @@ class Room:
 
     def holds(self, plan: Peaks) -> bool:
         """Whether a plan fits."""
+        return self.lacks(plan) == 0
+
+    def lacks(self, plan: Peaks) -> int:
+        """Bytes by which a plan does not fit."""
         most = plan.device_bytes + (0 if plan.on_host else CONTEXT_BYTES)
-        return (self.device is None or most <= self.device) and (self.host is None or plan.host_bytes <= self.host)
+        taken = ((most, self.device), (plan.host_bytes, self.host))
+        return sum(max(0, size - limit) for size, limit in taken if limit is not None)
 
     def exceeded(self, plan: Peaks, what: str) -> tuple[str, Moment, int]:
         """Of a plan that does not fit: what ``what`` takes and the limit, for people; when that is, and bytes of it."""
@@ -81,6 +88,7 @@ class Planned:
         prompts, steps: Of each calibration pass.
         shapes: What it was planned from.
         notes: What could not be counted.
+        chosen: For people: options with what was chosen of them, where that is not what was asked for; "" if it is.
     """
 
     options: PruneOptions
@@ -90,12 +98,13 @@ class Planned:
     steps: int
     shapes: Shapes
     notes: tuple[str, ...] = ()
+    chosen: str = ""
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What does not depend on batches and packages; of a streamed calibration the bytes of the recorded calls, of what
-    a stage has answered to them, and of what it has in all processes."""
+    """What does not depend on batches and packages; of the calls that a streamed calibration records, the bytes of
+    their arguments, of what a stage has answered to them, and of what it has in all processes."""
 
     subject: Subject
     plan: Plan
@@ -112,8 +121,10 @@ class _Work:
     def memory(self, prompts: int, images: int, packages: int) -> MemoryPlan:
         """With these batches and so many packages."""
         stored, settings = self.statistics is not None, self.options.calibration
-        away = settings.calls_on_disk
-        held, on_disk = self.recorded + (0 if away else self.answers), self.all_answers if away else 0
+        held = on_disk = 0
+        if settings.streamed:
+            away = settings.calls_on_disk
+            held, on_disk = self.recorded + (0 if away else self.answers), self.all_answers if away else 0
         if stored or not self.plan.entries:
             passes: Any = [[site.name for site in sites_of(self.subject.graph, self.plan, stored)]]
         elif settings.streamed:
@@ -129,6 +140,11 @@ class _Work:
             on_host=self.on_host,
             scan=self.scan,
         )
+
+    def calibrating(self, **changes: Any) -> _Work:
+        """With other options of the calibration."""
+        calibration = replace(self.options.calibration, **changes)
+        return replace(self, options=replace(self.options, calibration=calibration))
 
 
 def room_of(options: Any, device: str) -> Room:
@@ -200,6 +216,8 @@ def _planned(
     check_offload(options)
     check_options(options, statistics, None if options.sensitivity is None else Path(options.sensitivity))
     graph = subject.graph
+    if settings.streamed:
+        check_repeats(subject)
     plan = first_plan(graph, options)
     stored = statistics is not None
     call = call_arguments(subject.pipe, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
@@ -214,17 +232,13 @@ def _planned(
     solving = solving_of(options, plan, graph, statistics, packages_for(options, statistics), device)
     scan = scan_of(subject, plan, options, calls, settings.num_prompts, steps)
     each = 2 if asks_twice(subject, call) else 1
-    recorded = answers = all_answers = 0
-    if settings.streamed:
-        own = settings.num_prompts * largest_share(settings.num_prompts, settings.batch_size, started_processes())
-        recorded = round(own * each * (calls.arguments + steps * calls.sample))
-        answers, all_answers = (round(n * each * steps * calls.waiting) for n in (own, settings.num_prompts))
+    own = settings.num_prompts * largest_share(settings.num_prompts, settings.batch_size, started_processes())
+    recorded = round(own * each * (calls.arguments + steps * calls.sample))
+    answers, all_answers = (round(n * each * steps * calls.waiting) for n in (own, settings.num_prompts))
     on_host = torch.device(device).type == "cpu"
     work = _Work(subject, plan, options, statistics, shapes, solving, scan, on_host, recorded, answers, all_answers)
-    memory, chosen = _fit(work, room)
-    if settings.streamed and not room.holds(memory):
-        work = replace(work, options=replace(options, calibration=replace(settings, calls_on_disk=True)))
-        memory, chosen = _fit(work, room)
+    whole = _why_whole(work)
+    memory, chosen = _fit(work, room, whole)
     spent = None
     if torch.device(device).type == "cpu" or torch.cuda.is_available():
         scanned, levels = (0.0, 1) if scan is None else (scan.calls, scan.levels)
@@ -246,7 +260,10 @@ def _planned(
         notes.append("stages that go are counted as if they stayed, and what choosing them takes is not counted")
     if options.evaluation.measures:
         notes.append("networks that measure images are not counted")
-    return Planned(chosen, memory, spent, settings.num_prompts, steps, shapes, tuple(notes)), work
+    text = _told(options, chosen)
+    if chosen.calibration.packages != settings.packages:
+        text += f" (not stage by stage: {whole or 'that does not fit'})"
+    return Planned(chosen, memory, spent, settings.num_prompts, steps, shapes, tuple(notes), text), work
 
 
 def asks_twice(subject: Subject, call: Mapping[str, Any]) -> bool:
@@ -256,35 +273,68 @@ def asks_twice(subject: Subject, call: Mapping[str, Any]) -> bool:
     return subject.family.guidance == "calls" and (call.get(scale) or 0) > 1
 
 
-def _fit(work: _Work, room: Room) -> tuple[MemoryPlan, PruneOptions]:
-    """The first plan that fits: the fewest packages, then the largest batches up to those that were given; where none
-    does, the smallest."""
+def _fit(work: _Work, room: Room, whole: str) -> tuple[MemoryPlan, PruneOptions]:
+    """The first plan that fits: by the first way that does (:func:`_ways`), with the largest batches up to those that
+    were given; where none does, the one that lacks least."""
     options = work.options
     given, drawn = options.calibration.batch_size, options.evaluation.batch_size
-    least = packages_for(options, work.statistics)
-    for packages in range(least, (MOST_PACKAGES if _may_split(work) else least) + 1):
-        images = next((b for b in _halves(drawn) if room.holds(work.memory(1, b, packages))), None)
-        if images is None:
-            continue
-        prompts = next(b for b in _halves(given) if b == 1 or room.holds(work.memory(b, images, packages)))
-        return work.memory(prompts, images, packages), _with(options, prompts, images, packages, least)
-    packages = MOST_PACKAGES if _may_split(work) else least
-    return work.memory(1, 1, packages), _with(options, 1, 1, packages, least)
+    least, found = packages_for(options, work.statistics), list[tuple[MemoryPlan, PruneOptions]]()
+    for way, packages in _ways(work, least, whole):
+        images = next((b for b in _halves(drawn) if room.holds(way.memory(1, b, packages))), None)
+        if images is not None:
+            prompts = next(b for b in _halves(given) if b == 1 or room.holds(way.memory(b, images, packages)))
+            return way.memory(prompts, images, packages), _with(way.options, prompts, images)
+        found.append((way.memory(1, 1, packages), _with(way.options, 1, 1)))
+    return min(found, key=lambda planned: room.lacks(planned[0]))
 
 
-def _with(options: PruneOptions, prompts: int, images: int, packages: int, least: int) -> PruneOptions:
-    own = options.calibration.packages if packages == least else packages
+def _ways(work: _Work, least: int, whole: str) -> Iterator[tuple[_Work, int]]:
+    """Ways to calibrate, with the packages of each: as it is asked for; stage by stage where nobody said how, which
+    costs two more passes of the denoiser and nothing in quality; that with its calls on the disk; and in more packages,
+    each of which is a pass, and which cost quality."""
+    yield work, least
+    settings = work.options.calibration
+    if work.solving.measured and (settings.streamed or not whole):
+        if not settings.streamed:
+            yield work.calibrating(streamed=True), 1
+        if not settings.calls_on_disk:
+            yield work.calibrating(streamed=True, calls_on_disk=True), 1
+    if _may_split(work):
+        yield from ((work.calibrating(packages=count), count) for count in range(least + 1, MOST_PACKAGES + 1))
+
+
+def _with(options: PruneOptions, prompts: int, images: int) -> PruneOptions:
     return replace(
         options,
-        calibration=replace(options.calibration, batch_size=prompts, packages=own),
+        calibration=replace(options.calibration, batch_size=prompts),
         evaluation=replace(options.evaluation, batch_size=images),
     )
 
 
 def _may_split(work: _Work) -> bool:
-    """Whether sites may be measured in several passes: nobody said how many, and one calibration is not needed."""
-    asked, once = work.options.calibration.packages, calibrates_once(work.options, work.statistics)
-    return asked is None and not once and not work.recorded and work.solving.measured
+    """Whether sites may be measured one after the other: nobody said how, and one calibration is not needed."""
+    settings, once = work.options.calibration, calibrates_once(work.options, work.statistics)
+    return settings.packages is None and not settings.streamed and not once and work.solving.measured
+
+
+def _why_whole(work: _Work) -> str:
+    """For people: why sites cannot be measured stage by stage without being asked; "" where they can."""
+    if not _may_split(work):
+        return "the request says how"
+    try:
+        check_options(work.calibrating(streamed=True).options)
+        check_repeats(work.subject)
+    except UserError as error:
+        return str(error).rpartition("; ")[0]  # what follows is advice for one who asked
+    return ""
+
+
+def _told(asked: PruneOptions, chosen: PruneOptions, batches: bool = True) -> str:
+    """For people: what was chosen of the options, where that is not what was asked for."""
+    names = ["calibration.streamed", "calibration.calls_on_disk", "calibration.packages"]
+    names += ["calibration.batch_size", "evaluation.batch_size"] if batches else []
+    said = ((name, attrgetter(name)(asked), attrgetter(name)(chosen)) for name in names)
+    return " ".join(f"--{name} {str(then).lower()}" for name, before, then in said if before != then)
 
 
 def _halves(given: int) -> Iterator[int]:
@@ -306,29 +356,32 @@ def _what_fits(work: _Work, room: Room, device: str, most: int) -> str:
     ways: list[tuple[str, PruneOptions]] = []
     if allocates(options) or work.statistics is not None:
         ways.append(("--allocation uniform", uniform))
+    plain, said = (uniform, "--allocation uniform ") if ways else (options, "")
+    streamed = replace(plain, calibration=replace(calibration, streamed=True, packages=None))
+    said += "--calibration.streamed true"
+    split = calibration.packages is not None  # else stages are tried anyway
+    if split:
+        ways.append((said, streamed))
     if options.dtype in (None, "float32"):
         ways.append(("--dtype bfloat16", replace(options, dtype="bfloat16")))
         ways.append(("--dtype bfloat16 --allocation uniform", replace(uniform, dtype="bfloat16")))
     if torch.device(device).type != "cpu" and not (options.offload or options.reconstruction.asked):
-        streamed = replace(calibration, streamed=True, packages=None)
-        away = replace(uniform, offload=True, calibration=streamed)
-        instead = " in place of --calibration.packages" if calibration.packages else ""
-        ways.append((f"--allocation uniform --calibration.streamed true --offload true{instead}", away))
+        ways.append((f"{said} --offload true", replace(streamed, offload=True)))
     if torch.device(device).type == "cpu" and not options.weights_on_disk:
         ways.append(("--weights_on_disk true", replace(options, weights_on_disk=True)))
         ways.append(("--allocation uniform --weights_on_disk true", replace(uniform, weights_on_disk=True)))
-    if options.evaluation.num_images:
-        none = replace(options.evaluation, num_images=0)
-        ways.append(("--evaluation.num_images 0", replace(options, evaluation=none)))
+        if split:
+            ways.append((f"{said} --weights_on_disk true", replace(streamed, weights_on_disk=True)))
     for text, other in ways:
         try:
-            planned, _ = _planned(open_unloaded(other.pipeline, other.dtype), other, device, room)
+            subject = work.subject if other.dtype == options.dtype else open_unloaded(other.pipeline, other.dtype)
+            planned, _ = _planned(subject, other, device, room)
         except UserError:
             continue  # this way is none with these options
         if room.holds(planned.memory):
-            chosen = planned.options.calibration.packages
-            more = f" --calibration.packages {chosen}" if chosen not in (None, calibration.packages) else ""
+            more = _told(other, planned.options, batches=False)
+            instead = " in place of --calibration.packages" if split and other.calibration.packages is None else ""
             on_device = room.device is not None and not planned.memory.on_host
             taken = planned.memory.device_bytes if on_device else planned.memory.host_bytes
-            return f"{text}{more} ({bytes_text(taken)})"
+            return f"{text}{more and ' '}{more}{instead} ({bytes_text(taken)})"
     return f"{bytes_text(most)} or more of it, or a smaller pipeline"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
         from obsdiff.memory import freed_at_once
         from obsdiff.models.offload import offload
         from obsdiff.pruning.folder import load_pipeline
-        from obsdiff.ranks import joined_processes, rank
+        from obsdiff.ranks import from_all, joined_processes, rank
 
         check_places(options)  # cheap mistakes before costly loading
         check_options(
@@ -62,9 +64,14 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(full_plan(planned))
                 return
             options = planned.options
-        # before anything is loaded: these are for what memory hardly holds
-        streamed, scarce = options.calibration.streamed, options.calibration.streamed or options.weights_on_disk
-        with joined_processes(device) as device, freed_at_once(scarce, large=not streamed):
+            if planned.chosen and started_first():
+                print(f"chosen to fit: {planned.chosen}", file=sys.stderr)
+        with ExitStack() as stack:
+            device = stack.enter_context(joined_processes(device))
+            options = from_all(options)[0]  # each planned beside what it holds itself
+            # before anything is loaded: these are for what memory hardly holds
+            streamed, scarce = options.calibration.streamed, options.calibration.streamed or options.weights_on_disk
+            stack.enter_context(freed_at_once(scarce, large=not streamed))
             pipe = load_pipeline(
                 options.pipeline,
                 dtype=options.dtype,

@@ -41,6 +41,7 @@ def full_plan(planned: Planned) -> str:
         f"calibration: {planned.prompts} prompts x {planned.steps} steps in batches of {batches.prompts}, {how}; "
         f"evaluation: 2 x {options.evaluation.num_images} images in batches of "
         f"{batches.images}",
+        *([f"chosen to fit: {planned.chosen}"] if planned.chosen else []),
         "weights: " + ", ".join(f"{name} {bytes_text(size)}" for name, size in planned.shapes.weights.items()),
         "",
         *moment_table(memory),

@@ -28,7 +28,8 @@ class CalibrationOptions:
         packages: Calibration passes; later layers are measured with earlier ones pruned. Default: 4 for obs-diff as
             published, unless statistics are kept or an allocation needs one calibration; 1 for the others.
         streamed: Go through the denoiser stage by stage: its calls are recorded once, and each stage is measured on
-            what the pruned ones before it make of them. Holds the statistics of one stage, and the recorded calls.
+            what the pruned ones before it make of them. Holds the statistics of one stage, and the recorded calls;
+            chosen where device_memory or host_memory does not hold more, and nobody said how many packages.
         calls_on_disk: What a stage answers to the recorded calls waits for the next one on the output's disk, in a file
             without a name, in place of the host's memory; chosen where host_memory does not hold it. Needs streamed.
         tokens: Tokens drawn of each sequence at each call; default: all.
@@ -236,7 +237,8 @@ class PruneOptions(PruningOptions):
         overwrite: Replace an earlier run in the output folder.
         prune_again: Allow a pipeline that is pruned already.
         device_memory: What a cuda device may hold, such as 24GB, 24GiB or bytes: batch sizes (up to those that are
-            given) and calibration.packages (where nobody says) are chosen to fit, and what cannot fit is refused.
+            given) and, where nobody says, calibration.streamed, or calibration.packages for what has no stages, are
+            chosen to fit, and what cannot fit is refused.
         host_memory: The same for the host's memory, and for runs on the cpu.
         offload: Let weights rest in host memory, and have on the device one block at a time, for pipelines that are
             larger than it; needs calibration.streamed.

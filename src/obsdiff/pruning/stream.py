@@ -71,14 +71,23 @@ def stream(
     wanted = {needs} if isinstance(needs, str) else set(needs)
     if wanted & PASSES:
         raise UserError(f"{', '.join(sorted(wanted & PASSES))} are measured on the whole denoiser, not stage by stage")
-    if subject.graph.repeats:
-        raise UserError(f"this {subject.family.denoiser} runs a block more than once in a call; calibrate in packages")
+    check_repeats(subject)
     settings = replace(settings, weighting=named_weighting(subject, prompts, weighting, call, seed))
     observer = observer_for(wanted)
     check_precision(wanted, device_of(subject.denoiser))
     fingerprint = fingerprint_of(subject, prompts, settings) | rounding(observer)
     told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, call)
     return Stream(subject, told, settings, fingerprint, observer, quiet)
+
+
+def check_repeats(subject: Subject) -> None:
+    """Refuse a denoiser that is not gone through stage by stage.
+
+    Raises:
+        UserError: A block runs more than once in a call.
+    """
+    if subject.graph.repeats:
+        raise UserError(f"this {subject.family.denoiser} runs a block more than once in a call; calibrate in packages")
 
 
 @dataclass(kw_only=True)
