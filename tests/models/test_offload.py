@@ -14,6 +14,7 @@ from obsdiff.allocation.fitting import CONTEXT_BYTES, RUN_BYTES, open_unloaded, 
 from obsdiff.allocation.shapes import bytes_at_hand, component_bytes
 from obsdiff.allocation.stage import prune_stage
 from obsdiff.cli.main import main
+from obsdiff.export.memory_report import full_plan
 from obsdiff.memory import resident_memory_bytes
 from obsdiff.models import offload as offloading
 from obsdiff.models.denoisers import device_of
@@ -268,6 +269,24 @@ def test_the_plan_has_the_weights_on_the_host(pipe_folder):
     assert any("to move blocks to the device and back is not counted" in note for note in away.notes)
 
 
+def test_a_plan_without_statistics_has_no_calls_and_replaced_weights_on_the_host(pipe_folder):
+    asked = PruneOptions(
+        pipeline=str(pipe_folder), output="-", pattern="unstructured:0.5", method="magnitude", offload=True,
+        calibration=CalibrationOptions(streamed=True), evaluation=EvaluationOptions(num_images=0),
+    )  # fmt: skip
+    planned = plan_from_configs(asked, "cuda")
+    memory = planned.memory
+    assert (memory.batches.recorded, memory.batches.on_disk, memory.kept_bytes) == (0, 0, 0)
+    solving = [moment for moment in memory.moments if moment.name.startswith("solving")]
+    assert all(moment.device["changed weights"] == 0 for moment in solving)
+    *_, last = solving
+    weights = sum(site.weights for site in planned.shapes.sites)
+    assert 4 * weights // 2 < last.host["changed weights"] < 4 * weights and last.host["masks"] > 0
+    assert len(memory.batches.packages) > 1  # as it prunes: block after block
+    text = full_plan(planned)
+    assert "calibration: none; " in text and "recorded calls" not in text and "solves and dense" not in text
+
+
 def test_it_is_named_where_nothing_else_fits(pipe_folder):
     asked = PruneOptions(
         pipeline=str(pipe_folder), output="-", pattern="unstructured:0.5", allocation="uniform", dtype="bfloat16",
@@ -331,6 +350,21 @@ def test_with_fewer_stages(prompts, emptied):
         (["--device", "cuda", "--dry_run", "true"], "add --calibration.streamed true"),
         (["--device", "cpu", "--calibration.streamed", "true"], "this run is on the cpu; leave it out"),
         (["--device", "cuda", "--calibration.streamed", "true", "--reconstruction.steps", "2"], "or --offload"),
+        (
+            [
+                "--device",
+                "cuda",
+                "--method",
+                "magnitude",
+                "--calibration.streamed",
+                "true",
+                "--dry_run",
+                "true",
+                "--calibration.calls_on_disk",
+                "true",
+            ],
+            "method magnitude measures nothing, so there are no calls; leave out --calibration.calls_on_disk",
+        ),
     ],
 )
 def test_bad_requests(pipe_folder, tmp_path, capsys, more, message):

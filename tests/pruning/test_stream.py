@@ -251,6 +251,10 @@ def test_the_whole_way(pipe_folder, tmp_path, capsys):
         (["--statistics", str(tmp_path / "s")], "a statistics folder cannot hold"),
         (["--calibration.packages", "2"], "leave out --calibration.packages"),
         (["--allocation", "measured"], "leave out --calibration.streamed, or give its plan.yaml"),
+        (
+            ["--method", "magnitude"],
+            "magnitude measures nothing, so there are no calls; leave out --calibration.stream",
+        ),
         (["--calibration.streamed", "false", "--calibration.calls_on_disk", "true"], "is of a streamed calibration's"),
     ):
         with pytest.raises(SystemExit):

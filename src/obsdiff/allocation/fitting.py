@@ -122,7 +122,7 @@ class _Work:
         """With these batches and so many packages."""
         stored, settings = self.statistics is not None, self.options.calibration
         held = on_disk = 0
-        if settings.streamed:
+        if settings.streamed and self.solving.measured:
             away = settings.calls_on_disk
             held, on_disk = self.recorded + (0 if away else self.answers), self.all_answers if away else 0
         if stored or not self.plan.entries:
@@ -216,7 +216,7 @@ def _planned(
     check_offload(options)
     check_options(options, statistics, None if options.sensitivity is None else Path(options.sensitivity))
     graph = subject.graph
-    if settings.streamed:
+    if settings.streamed and needs_for(options, statistics):
         check_repeats(subject)
     plan = first_plan(graph, options)
     stored = statistics is not None

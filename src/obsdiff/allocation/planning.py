@@ -17,7 +17,7 @@ from obsdiff.obs.pattern import NM, Depth, Hybrid, Request, of_layers, of_units,
 from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.oneshot import check_solving, needed
-from obsdiff.pruning.options import Limits, PruningOptions, ScanOptions
+from obsdiff.pruning.options import Limits, PruneOptions, PruningOptions, ScanOptions
 from obsdiff.pruning.plan import Plan, make_plan, parted
 from obsdiff.pruning.planfile import parse_plan, read_plan
 from obsdiff.pruning.statistics import INDEX
@@ -118,6 +118,11 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
             "--calibration.calls_on_disk is of a streamed calibration's calls; leave it out, or add "
             "--calibration.streamed true"
         )
+    if streamed and pattern is not None and not needs_for(options, statistics):
+        offload = isinstance(options, PruneOptions) and options.offload  # which goes by stages all the same
+        told = (("streamed", not offload), ("calls_on_disk", options.calibration.calls_on_disk))
+        if unused := " and ".join(f"--calibration.{name}" for name, wrong in told if wrong):
+            raise UserError(f"method {options.method} measures nothing, so there are no calls; leave out {unused}")
     if pattern is None and (statistics is not None or sensitivity is not None):
         name = "statistics" if statistics is not None else "sensitivity"
         raise UserError(f"{pattern_of(options)} alone keeps no {name}; leave out --{name}, or add a pattern")

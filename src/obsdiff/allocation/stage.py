@@ -109,7 +109,7 @@ def needs_prompts(options: PruningOptions, statistics: Path | None) -> bool:
 
 def keeps_solves(options: PruningOptions, statistics: Path | None) -> bool:
     """Whether layers are kept as they are solved: what they are solved from is there still when a run begins again."""
-    return options.calibration.streamed or statistics is not None
+    return statistics is not None or (options.calibration.streamed and measures(options, statistics))
 
 
 @dataclass(frozen=True)

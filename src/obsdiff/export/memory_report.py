@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from obsdiff.allocation.fitting import CONTEXT_BYTES, Planned
+from obsdiff.allocation.stage import measures
 from obsdiff.numbers import bytes_text
 from obsdiff.peaks import Peaks, host_parts
 from obsdiff.progress import duration
@@ -35,11 +37,13 @@ def full_plan(planned: Planned) -> str:
     options = planned.options
     passes = len(batches.packages)
     how = "stage by stage" if batches.recorded else f"{passes} pass{'es' if passes > 1 else ''}"
+    calibration = f"{planned.prompts} prompts x {planned.steps} steps in batches of {batches.prompts}, {how}"
+    if not measures(options, None if options.statistics is None else Path(options.statistics)):
+        calibration = "none"
     lines = [
         f"{options.pipeline}: {options.plan or options.pattern} by {options.method}, planned without weights",
         "",
-        f"calibration: {planned.prompts} prompts x {planned.steps} steps in batches of {batches.prompts}, {how}; "
-        f"evaluation: 2 x {options.evaluation.num_images} images in batches of "
+        f"calibration: {calibration}; evaluation: 2 x {options.evaluation.num_images} images in batches of "
         f"{batches.images}",
         *([f"chosen to fit: {planned.chosen}"] if planned.chosen else []),
         "weights: " + ", ".join(f"{name} {bytes_text(size)}" for name, size in planned.shapes.weights.items()),

@@ -206,8 +206,8 @@ def _moments(
     for number, names in enumerate(batches.packages, 1):
         sites = [by_name[name] for name in names]
         held = sum(statistics_bytes(site, solving) for site in sites) if solving.measured else 0
-        so_far = weights | {"changed weights": changed}
-        masked = host | {"masks": masks}
+        here, beside = _placed(changed, offloaded)
+        so_far, masked = weights | here, host | {"masks": masks} | beside
         if solving.measured and not solving.reused:
             what = f"calibrating, {'stage' if batches.recorded else 'pass'} {number} of {len(batches.packages)}"
             calling = shapes.observed * min(batches.prompts, prompts)
@@ -231,9 +231,9 @@ def _moments(
         for together in _together(sites):
             own = sum(statistics_bytes(site, solving) for site in together) if solving.measured else 0
             work = _work(together, solving, shapes.element)
-            there = own if solving.stored else held
-            parts = weights | {"changed weights": changed, "Hessians": there, "solving": work}
-            yield Moment(f"solving {together[0].name}", parts, host | {"masks": masks})
+            parts = {"Hessians": own if solving.stored else held, "solving": work}
+            here, beside = _placed(changed, offloaded)
+            yield Moment(f"solving {together[0].name}", weights | here | parts, host | {"masks": masks} | beside)
             held -= own if solving.once and not solving.stored else 0
             for site in together:
                 new, mask = changed_bytes(site, shapes.element)
@@ -246,6 +246,13 @@ def _moments(
     all_masks = sum(changed_bytes(site, shapes.element)[1] for site in shapes.sites)
     written = whole if shapes.on_disk else weights
     yield Moment("writing", written, process | {"masks": all_masks, "images": 2 * drawn} | fetched)
+
+
+def _placed(changed: int, offloaded: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights that are new beside dense ones as a part of what the device and the host hold: where weights rest on the
+    host, those that are replaced stay there, too."""
+    device, host = (0, changed) if offloaded else (changed, 0)
+    return {"changed weights": device}, {"changed weights": host} if host else {}
 
 
 def _drawing(shapes: Shapes, batch: int) -> dict[str, int]:
