@@ -65,7 +65,11 @@ def test_recorded_calls_go_to_the_disk_where_the_host_does_not_hold_them(options
     assert "calls meanwhile" not in full_plan(held) and "calls wait" not in short_plan(held)
     assert f"recorded calls wait on the disk: {bytes_text(away.memory.batches.on_disk)}" in short_plan(away)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    shared = plan_from_configs(replace(options, calibration=replace(calibration, calls_on_disk=True)), "cpu").memory
+    together = plan_from_configs(replace(options, calibration=replace(calibration, calls_on_disk=True)), "cpu")
+    assert "note: memory is that of each process, what lies on the disk of all" in full_plan(together)
+    shared = together.memory
+    pruned = sum(site.weights for site in together.shapes.sites)
+    assert shared.kept_bytes - away.memory.kept_bytes == 3 * (4 * pruned + -(-pruned // 8))
     assert shared.batches.on_disk == away.memory.batches.on_disk  # all processes write
     assert shared.batches.recorded == pytest.approx(away.memory.batches.recorded / 4, rel=0.01)
 

@@ -13,7 +13,10 @@ from obsdiff.export import places, run
 from obsdiff.export.places import check_places, finite
 from obsdiff.export.run import prune_run
 from obsdiff.export.summary import prune_summary
+from obsdiff.models.subject import subject_of
+from obsdiff.obs.pattern import parse_pattern
 from obsdiff.pruning.options import CalibrationOptions, EvaluationOptions, PruneOptions
+from obsdiff.pruning.plan import make_plan
 
 
 def options(tmp_path, **more):
@@ -120,6 +123,16 @@ def test_a_stream_needs_room_for_its_solves_and_the_dense_weights_too(pipe, tmp_
         prune_run(pipe, options(tmp_path, calibration=streamed), quiet=True)
     with pytest.raises(pytest.fail.Exception, match="pruned"):
         prune_run(pipe, options(tmp_path), quiet=True)
+
+
+def test_room_for_what_each_process_puts_away_is_asked_for(pipe, monkeypatch):
+    subject = subject_of(pipe)
+    plan = make_plan(subject.graph, parse_pattern("unstructured:0.5"))
+    alone = run._kept_meanwhile(subject, plan, True)
+    monkeypatch.setattr(run, "world_size", lambda: 3)
+    layers = [subject.graph.weight(layer).numel() for layer in plan.layers(subject.graph)]
+    assert run._kept_meanwhile(subject, plan, True) - alone == 2 * sum(4 * n + -(-n // 8) for n in layers)
+    assert run._kept_meanwhile(subject, plan, False) == 0
 
 
 def test_prompts_that_cannot_be_measured_are_refused_before_any_work(pipe, tmp_path, monkeypatch):

@@ -162,6 +162,24 @@ def test_a_store_holds_all_statistics_on_disk():
     assert not [m for m in reused.moments if m.name.startswith("calibrating")]
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_each_process_has_on_the_disk_counts_as_often(on_disk):
+    """Solves are written once; dense weights that they replace, weights that rest and masks by every process."""
+    solving = Solving("obs", True, True, centred=True, once=False, stored=True)
+
+    def planned(processes):
+        given = {"prompts": 10, "images": 16, "on_host": True, "processes": processes}
+        shapes = replace(SHAPES, on_disk=on_disk)
+        return memory_plan(shapes, solving, Batches(2, 8, (("a", "b", "c"),)), **given)
+
+    weights, one, four = 3 * 50 * 100, planned(1), planned(4)
+    assert four.kept_bytes == weights * 5 + 4 * (weights // 8 + (0 if on_disk else 4 * weights))
+    assert one.kept_bytes == weights * 5 + weights // 8 + (0 if on_disk else 4 * weights)
+    assert one.resting_bytes == (61_000 + 4 * weights if on_disk else 0)
+    assert four.resting_bytes == 4 * one.resting_bytes
+    assert four.host_bytes == one.host_bytes and four.store_bytes == one.store_bytes
+
+
 def test_a_scan_holds_all_levels_of_a_stage():
     scan = Scan(4, 12, 32, (5_000, 10_000), 800)
     planned = plan(scan=scan, solving=Solving("obs", True, True, centred=True, once=False))

@@ -139,6 +139,7 @@ class _Work:
             images=self.options.evaluation.num_images,
             on_host=self.on_host,
             scan=self.scan,
+            processes=started_processes(),
         )
 
     def calibrating(self, **changes: Any) -> _Work:

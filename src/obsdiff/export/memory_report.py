@@ -59,7 +59,7 @@ def full_plan(planned: Planned) -> str:
     lines.append(f"disk: output {bytes_text(memory.output_bytes)}{store}{kept}{calls}{rest}")
     lines.append(f"time: {_time(planned)}")
     if started_processes() > 1:
-        lines.append("note: memory is that of each process")
+        lines.append("note: memory is that of each process, what lies on the disk of all")
     lines += [f"note: {note}" for note in planned.notes]
     return "\n".join(lines)
 

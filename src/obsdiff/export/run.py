@@ -45,7 +45,7 @@ from obsdiff.paths import unfinished_solves, unfinished_stages
 from obsdiff.pruning.finished import remove_finished
 from obsdiff.pruning.folder import write_pipeline
 from obsdiff.pruning.manifest import FILE
-from obsdiff.pruning.memory_plan import kept_bytes
+from obsdiff.pruning.memory_plan import meanwhile_bytes
 from obsdiff.pruning.options import PruneOptions
 from obsdiff.pruning.plan import Plan
 from obsdiff.pruning.report import PruneReport
@@ -157,12 +157,9 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
 
 
 def _kept_meanwhile(subject: Subject, plan: Plan, keeps: bool) -> int:
-    """Bytes on the disk before the output is written: of solves that are kept with the dense weights, or of pruned ones
-    that rest beside these, in each process."""
-    weights = map(subject.graph.weight, plan.layers(subject.graph))
-    if shelf_of(subject.denoiser) is None:
-        return sum(kept_bytes(w.numel(), w.element_size()) for w in weights) if keeps else 0
-    return sum((kept_bytes(w.numel(), 0) if keeps else 0) + world_size() * w.nbytes for w in weights)
+    """Bytes that come to the disk before the output is written."""
+    weights, resting = map(subject.graph.weight, plan.layers(subject.graph)), shelf_of(subject.denoiser) is not None
+    return sum(sum(meanwhile_bytes(w.numel(), w.element_size(), keeps, resting, world_size())) for w in weights)
 
 
 def _plan(subject: Subject, options: PruneOptions, flops: int) -> Planned | str:

@@ -30,8 +30,9 @@ class MemoryPlan(Peaks):
     Attributes:
         batches: As chosen.
         store_bytes: Of a statistics folder; 0 without.
-        kept_bytes: Of what lies on the disk until the output is written (:func:`kept_bytes`); 0 if nothing does.
-        resting_bytes: Of weights that rest on the disk, pruned ones beside dense ones, of each process; 0 if none do.
+        kept_bytes: Of kept solves and what they replace, until the output is written (:func:`meanwhile_bytes`), of all
+            processes; 0 if none are kept.
+        resting_bytes: Of weights that rest on the disk, pruned ones beside dense ones, of all processes; 0 if none do.
         output_bytes: Of the folder that is written.
     """
 
@@ -119,10 +120,23 @@ def changed_bytes(site: SiteShape, element: int) -> tuple[int, int]:
     return (stays + site.producers) * element, -(-stays // 8) if site.masked else 0
 
 
-def kept_bytes(weights: int, element: int) -> int:
-    """What a prune that keeps its solves has on the disk before its output: of each weight the result (float32, and a
-    byte of its mask), the dense one of ``element`` bytes, and the mask's bit that the report reads."""
-    return weights * (FLOAT + BOOL + element) + -(-weights // 8)
+def meanwhile_bytes(weights: int, element: int, keeps: bool, resting: bool, processes: int = 1) -> tuple[int, int]:
+    """What a prune has on the disk before its output, of all processes.
+
+    Args:
+        weights: Entries that are pruned.
+        element: Bytes of one.
+        keeps: Whether solves are kept: of each weight the result (float32, and a byte of its mask), once, and in a file
+            of each process the mask's bit that the report reads and, unless it rests there, the dense one.
+        resting: Whether weights rest on that disk.
+        processes: That prune together.
+
+    Returns:
+        What goes with the solves; and the new weights beside the dense ones that rest there, in a file of each process.
+    """
+    replaced = 0 if resting else weights * element
+    kept = weights * (FLOAT + BOOL) + processes * (-(-weights // 8) + replaced)
+    return kept if keeps else 0, processes * weights * element if resting else 0
 
 
 def _keeps(solving: Solving, batches: Batches) -> bool:
@@ -155,6 +169,7 @@ def memory_plan(
     images: int,
     on_host: bool,
     scan: Scan | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """What a prune needs at each of its moments.
 
@@ -166,22 +181,21 @@ def memory_plan(
         images: Of the evaluation, by each of two pipelines.
         on_host: Whether it runs on the CPU.
         scan: The scan of a measured allocation, if there is one.
+        processes: That share the work, and one disk; memory is that of each.
     """
     measured = [site for site in shapes.sites if solving.measured]
     store = sum(statistics_bytes(site, solving) for site in measured) if solving.stored else 0
     moments = tuple(_moments(shapes, solving, batches, prompts, images, on_host, scan))
-    left = [changed_bytes(site, shapes.element) for site in shapes.sites]
-    changed, masks = sum(weights for weights, _ in left), sum(mask for _, mask in left)
-    whole = sum(shapes.weights.values())
+    masks = sum(changed_bytes(site, shapes.element)[1] for site in shapes.sites)
+    whole, pruned = sum(shapes.weights.values()), sum(site.weights for site in shapes.sites)
+    kept, new = meanwhile_bytes(pruned, shapes.element, _keeps(solving, batches), shapes.on_disk, processes)
     return MemoryPlan(
         moments=moments,
         on_host=on_host,
         batches=batches,
         store_bytes=store,
-        kept_bytes=kept_bytes(sum(site.weights for site in shapes.sites), 0 if shapes.on_disk else shapes.element)
-        if _keeps(solving, batches)
-        else 0,
-        resting_bytes=whole + changed if shapes.on_disk else 0,
+        kept_bytes=kept,
+        resting_bytes=processes * whole + new if shapes.on_disk else 0,
         output_bytes=whole + masks,
     )
 
