@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 
 from obsdiff.cli.main import main
 
@@ -48,6 +49,13 @@ def test_a_dry_run_plans_for_a_device_that_is_elsewhere(capsys, tmp_path, weight
     assert "device memory:" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks about a device that is not there")
+def test_nothing_says_what_a_device_elsewhere_multiplies(capsys, tmp_path, weightless):
+    args = ["--pipeline", str(weightless), "--output", str(tmp_path / "o"), "--dry_run", "true", "--device", "cuda"]
+    main(["prune", *args, "--allocation", "uniform", "--calibration.precision", "tf32"])
+    assert "device memory:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -57,6 +65,7 @@ def test_a_dry_run_plans_for_a_device_that_is_elsewhere(capsys, tmp_path, weight
         (["--pattern", "structured:0.3", "--method", "wanda"], "cannot prune heads and neurons"),
         (["--pattern", "3:4:5"], "pattern"),
         (["--include", "[nothing*]"], "matches none"),
+        (["--device", "cpu", "--calibration.precision", "tf32"], "this CPU has no products in tf32; use precision"),
     ],
     ids=str,
 )

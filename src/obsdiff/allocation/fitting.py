@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from obsdiff.allocation.planning import allocates, calibrates_once, check_options, first_plan, needs_for, packages_for
+from obsdiff.allocation.planning import (
+    allocates,
+    calibrates_once,
+    check_options,
+    check_products,
+    first_plan,
+    needs_for,
+    packages_for,
+)
 from obsdiff.allocation.request import check_offload
 from obsdiff.allocation.shapes import (
     bytes_at_hand,
@@ -216,6 +224,9 @@ def _planned(
     settings, statistics = options.calibration, None if options.statistics is None else Path(options.statistics)
     check_offload(options)
     check_options(options, statistics, None if options.sensitivity is None else Path(options.sensitivity))
+    here = torch.device(device).type == "cpu" or torch.cuda.is_available()  # the device is this machine's
+    if here:
+        check_products(options, statistics, torch.device(device))
     graph = subject.graph
     if settings.streamed and needs_for(options, statistics):
         check_repeats(subject)
@@ -241,7 +252,7 @@ def _planned(
     whole = _why_whole(work)
     memory, chosen = _fit(work, room, whole)
     spent = None
-    if torch.device(device).type == "cpu" or torch.cuda.is_available():
+    if here:
         scanned, levels = (0.0, 1) if scan is None else (scan.calls, scan.levels)
         images = options.evaluation.num_images
         flops = (flops or denoiser_flops(subject, call)) * calls.rows

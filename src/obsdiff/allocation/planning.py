@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from obsdiff.allocation.effort import passes_needed, triples_of
 from obsdiff.allocation.request import check_values
 from obsdiff.allocation.units import make_units
@@ -14,6 +16,7 @@ from obsdiff.errors import UserError
 from obsdiff.models.graph import Graph
 from obsdiff.obs.observers import PASSES
 from obsdiff.obs.pattern import NM, Depth, Hybrid, Request, of_layers, of_units, parse_request
+from obsdiff.obs.precision import check_precision
 from obsdiff.pruning.defaults import pattern_by
 from obsdiff.pruning.layers import SolveOptions
 from obsdiff.pruning.oneshot import check_solving, needed
@@ -155,6 +158,16 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
         raise UserError("sensitivity and scan options belong to --allocation measured")
     if options.limits != Limits() and not allocates(options):
         raise UserError("floors, ceilings and shared values need --allocation measured or owl, or a --budget")
+
+
+def check_products(options: PruningOptions, statistics: Path | None, device: torch.device) -> None:
+    """Refuse a calibration in a precision that the device does not have; what is kept is read anywhere.
+
+    Raises:
+        UserError: Naming those that it has.
+    """
+    if statistics is None or not (statistics / INDEX).exists():
+        check_precision(needs_for(options, statistics), device)
 
 
 def first_plan(graph: Graph, options: PruningOptions) -> Plan:

@@ -14,6 +14,7 @@ from obsdiff.allocation.number import choose_number, number_note
 from obsdiff.allocation.planning import (
     allocates,
     check_options,
+    check_products,
     depth_of,
     first_plan,
     needs_for,
@@ -33,7 +34,6 @@ from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.subject import Subject, subject_of
 from obsdiff.obs.observers import PASSES
 from obsdiff.obs.pattern import Depth
-from obsdiff.obs.precision import check_precision
 from obsdiff.obs.timesteps import MEASURED
 from obsdiff.pruning.alphas import calls_for, named_weighting
 from obsdiff.pruning.calibrate import calibrate
@@ -85,16 +85,6 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
     if not prune_again:
         refuse_pruned(subject.graph, info_of(subject.pipe).manifest)
     return subject, plan
-
-
-def check_products(subject: Subject, options: PruningOptions, statistics: Path | None) -> None:
-    """Refuse a calibration in a precision that the device does not have; what is kept is read anywhere.
-
-    Raises:
-        UserError: Naming those that it has.
-    """
-    if statistics is None or not (statistics / INDEX).exists():
-        check_precision(needs_for(options, statistics), device_of(subject.denoiser))
 
 
 def measures(options: PruningOptions, statistics: Path | None) -> bool:
@@ -173,7 +163,7 @@ def prune_stage(
 
 def _stage(pipe: Any, options: PruningOptions, prompts: Sequence[str], way: _Way) -> PruneReport:
     subject, plan = prepare(pipe, options, way.prune_again)
-    check_products(subject, options, way.folders.statistics)
+    check_products(options, way.folders.statistics, device_of(subject.denoiser))
     options, weighing = _weighted(subject, options, prompts, way.folders.statistics)
     depth, quiet, reconstruction = depth_of(options), way.quiet, way.folders.reconstruction
 

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from obsdiff.allocation.announce import announce
 from obsdiff.allocation.fitting import Planned, plan_loaded
-from obsdiff.allocation.planning import check_options
+from obsdiff.allocation.planning import check_options, check_products
 from obsdiff.allocation.request import check_offload
 from obsdiff.allocation.stage import (
     Folders,
     calibration_prompts,
-    check_products,
     keeps_solves,
     prepare,
     prune_stage,
@@ -36,6 +35,7 @@ from obsdiff.export.places import check_places, finite, pipeline_bytes, write_or
 from obsdiff.export.report import draw_samples, render_markdown, steps_taken
 from obsdiff.files import check_space, write_json, write_text
 from obsdiff.memory import peak_memory_bytes, within_memory
+from obsdiff.models.denoisers import device_of
 from obsdiff.models.graph import Graph
 from obsdiff.models.info import call_arguments, info_of
 from obsdiff.models.offload import is_offloaded, shelf_of
@@ -94,7 +94,7 @@ def prune_run(pipe: Any, options: PruneOptions, quiet: bool = False) -> dict[str
     if options.weights_on_disk and shelf_of(subject.denoiser) is None:
         raise UserError('weights_on_disk is of a pipeline whose weights rest there; call obsdiff.offload(pipe, "cpu", '
                         "folder) before")  # fmt: skip
-    check_products(subject, options, statistics)
+    check_products(options, statistics, device_of(subject.denoiser))
     keeps = keeps_solves(options, statistics)
     meanwhile = _kept_meanwhile(subject, plan, keeps)
     check_space(Path(options.output), pipeline_bytes(pipe) + meanwhile)
