@@ -198,6 +198,7 @@ def test_a_prune_goes_on_with_smaller_batches(pipe_folder, tmp_path, monkeypatch
         main([*arguments, "--output", str(tmp_path / "none")])
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("obsdiff prune: ")]
     assert ended.value.code == 2 and "in batches of 2; --calibration.streamed true holds" in line
+    assert "on a cpu --weights_on_disk true one block of them" in line
     assert not (tmp_path / "none").exists()
 
 

@@ -49,7 +49,7 @@ from obsdiff.pruning.stream import Stream, stream
 
 LESS = (
     "--calibration.streamed true holds the Hessians of one stage, --calibration.calls_on_disk true its answers on the "
-    "disk, --dtype bfloat16 half the weights"
+    "disk, --dtype bfloat16 half the weights, and on a cpu --weights_on_disk true one block of them"
 )
 
 
