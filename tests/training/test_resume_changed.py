@@ -1,6 +1,7 @@
 """Going on from a checkpoint with other settings, and kept things whose content changed under the same name."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,3 +174,15 @@ def test_an_option_that_came_since_is_no_difference():
     assert request_in({"request": {**earlier, "content": {"vae": "x"}}})["content"] == {"vae": "x"}
     asked = request_of("some-pipeline", PruningOptions(calibration=CalibrationOptions(num_prompts=7, precision="tf32")))
     assert request_in({"request": earlier}) != asked
+
+
+def test_where_calls_wait_is_no_difference(tmp_path):
+    """The result is the same to the bit; batches change the order of sums."""
+    calibration = CalibrationOptions(streamed=True)
+    request = request_of("some-pipeline", PruningOptions(calibration=calibration))
+    away = request_of("some-pipeline", PruningOptions(calibration=replace(calibration, calls_on_disk=True)))
+    assert away == request
+    earlier = {**request, "calibration": {**request["calibration"], "calls_on_disk": True}}  # as it was kept once
+    assert request_in({"request": earlier}) == request
+    batches = request_of("some-pipeline", PruningOptions(calibration=replace(calibration, batch_size=2)))
+    assert batches != request

@@ -169,7 +169,14 @@ def store_of(options: PruningOptions, output: Path) -> Path | None:
 
 def request_of(pipeline: str, options: PruningOptions) -> dict[str, Any]:
     """What a run's pruning is remembered by, JSON-able, besides the content of what it was done to."""
-    return {"pipeline": pipeline, **asdict(settled(options))}
+    return _same_result({"pipeline": pipeline, **asdict(settled(options))})
+
+
+def _same_result(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request without what changes no bit of the result: where the calls of a streamed calibration wait. (Batches
+    change the order of sums.)"""
+    calibration = {k: v for k, v in request["calibration"].items() if k != "calls_on_disk"}
+    return {**request, "calibration": calibration}
 
 
 def request_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +189,7 @@ def request_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
         return {**usual, **found, **both}
 
     found = manifest.get("request")
-    return filled(found, asdict(PruningOptions())) if found else {}
+    return _same_result(filled(found, asdict(PruningOptions()))) if found else {}
 
 
 def _as_given(given: Path | None, pipeline: str, device: str, check: Callable[[Subject], None] | None) -> Start:
