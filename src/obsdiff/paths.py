@@ -56,6 +56,11 @@ def unfinished_solves(output: str) -> Path:
     return _beside(output, "solved")
 
 
+def unfinished_recording(folder: Path) -> Path:
+    """The same for what a recording of trajectories has drawn."""
+    return _beside(str(folder), "recording")
+
+
 def _beside(output: str, what: str) -> Path:
     target = Path(os.path.realpath(output))
     return target.with_name(f".{target.name}.{what}")

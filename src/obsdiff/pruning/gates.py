@@ -41,7 +41,7 @@ from obsdiff.models.subject import Subject
 from obsdiff.progress import track
 from obsdiff.pruning.fingerprint import Settings
 from obsdiff.pruning.gradients import accumulated
-from obsdiff.pruning.record import Recorder
+from obsdiff.pruning.recorder import Recorder
 from obsdiff.pruning.statistics import LearnedGates
 from obsdiff.pruning.trajectories import noise_seeds, run_trajectories, seen_calls
 from obsdiff.ranks import world_size

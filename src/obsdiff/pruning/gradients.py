@@ -41,7 +41,7 @@ from obsdiff.models.subject import Subject
 from obsdiff.obs.observers import GRADIENTS
 from obsdiff.progress import track
 from obsdiff.pruning.fingerprint import Settings
-from obsdiff.pruning.record import Recorder
+from obsdiff.pruning.recorder import Recorder
 from obsdiff.pruning.statistics import LossGradients
 from obsdiff.pruning.trajectories import noise_seeds, run_trajectories, seen_calls
 from obsdiff.ranks import world_size

@@ -18,7 +18,7 @@ from obsdiff.ranks import rank, wait_for_all
 class KeptParts:
     """One file of tensors for each part, whole or not there; those of another key are removed.
 
-    Every process reads what was there at the start, and the first one writes.
+    Every process reads what was there at the start, and the first one writes, or each its own.
 
     Args:
         folder: Where.
@@ -30,13 +30,17 @@ class KeptParts:
     def __init__(self, folder: Path, index: str, key: str, parts: Sequence[str]) -> None:
         self.key = key
         self._files = {name: folder / f"{number:03d}.safetensors" for number, name in enumerate(parts)}
-        self._said = {name: said for name, file in self._files.items() if (said := self._said_in(file)) is not None}
+        self.look_again()
         wait_for_all()  # before the first one writes
         if rank() == 0:
             if not self._said:
                 remove_folder(folder, index)
             write_json(folder / index, {"key": key, FILES: [index, *(file.name for file in self._files.values())]})
         wait_for_all()  # before another one puts something there, too
+
+    def look_again(self) -> None:
+        """Count what was written since, by any process, as there."""
+        self._said = {name: said for name, file in self._files.items() if (said := self._said_in(file)) is not None}
 
     def __contains__(self, name: str) -> bool:
         """Whether a part was there at the start."""
@@ -47,17 +51,23 @@ class KeptParts:
         return len(self._said)
 
     def read(self, name: str) -> tuple[Mapping[str, str], dict[str, Tensor]]:
-        """What was said of a part that was there, and its tensors."""
+        """What was said of a part that was there, and its tensors, mapped: memory takes what is looked at."""
         with safe_open(self._files[name], framework="pt") as file:
             return self._said[name], {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> None:
+    def write(self, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, str], own: bool = False) -> None:
         """Keep a part that is finished.
+
+        Args:
+            name: The part.
+            tensors: What it is.
+            said: What is to be known of it.
+            own: It is this process's alone; else all have it, and the first one writes.
 
         Raises:
             UserError: It cannot be written.
         """
-        if rank() > 0:
+        if rank() > 0 and not own:
             return
         there = {key: _alone(tensor.detach().cpu().contiguous()) for key, tensor in tensors.items()}
         with whole_file(self._files[name]) as temporary:
