@@ -22,7 +22,9 @@ from obsdiff.pruning.record import (
     open_trajectories,
     record_trajectories,
     recording_request,
+    remove_shards,
 )
+from obsdiff.ranks import from_all, rank, world_size
 
 
 class TrajectoryDataset(Dataset[dict[str, Any]]):
@@ -50,8 +52,8 @@ class TrajectoryDataModule(RecoveryData):
     """Batches of ``latents`` (b, ...), ``time`` (b,), ``embeds`` (by name, (b, ...), negative ones included), and the
     dense denoiser's ``answer`` (b, ...) to them, with guidance also the ``negative_answer``.
 
-    The trajectories are recorded once, by the first process of all, and kept in ``folder``, which all processes and
-    other runs read: of one with the same settings nothing is recorded again.
+    The trajectories are recorded once, by all processes together, and kept in ``folder``, which all processes and other
+    runs read: of one with the same settings nothing is recorded again.
 
     Args:
         pipeline: The dense pipeline: an embedded name, a folder, or a hub id.
@@ -98,16 +100,23 @@ class TrajectoryDataModule(RecoveryData):
         self.trajectories: Trajectories | None = None
 
     def prepare_data(self) -> None:
+        """Record, if one process does it: of several, Lightning calls this on the first alone."""
+        if world_size() == 1:
+            self._record()
+
+    def _record(self) -> None:
         """Record, unless it was done before or nothing is trained."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         pipe = load_pipeline(self.pipeline)
         if not told_nothing(pipe, self.named) and self.named is None:
             raise UserError(f"give data.prompts: {self.pipeline} draws what it is told")
-        if (self.folder / INDEX).exists():
+        if from_all((self.folder / INDEX).exists())[0]:  # what the first one sees
             check_recording(
                 self.folder, recording_request(pipe, self.prompts, self.steps, self.guidance_scale, self.seed)
             )
+            if rank() == 0:
+                remove_shards(self.folder)  # of a run that was killed when it had just finished
             return
         if self.trainer is not None:
             pipe.to(self.trainer.strategy.root_device)
@@ -123,8 +132,10 @@ class TrajectoryDataModule(RecoveryData):
         )
 
     def setup(self, stage: str) -> None:
-        """Open the recording, for training only."""
+        """Open the recording, for training only; several processes make it first."""
         if stage == "fit":
+            if world_size() > 1:
+                self._record()
             self.trajectories = open_trajectories(self.folder)
             check_enough(len(TrajectoryDataset(self.trajectories)), self.batch_size, str(self.folder))
 
