@@ -114,7 +114,7 @@ def test_every_family_takes_a_step_without_weights(name, tmp_path):
 SIZES = Sizes(
     process=1_000_000, whole=700, dense=500, others=200, student=400, training=450, teacher=300, masked=100,
     converted=300, anew=350, average=50, step=3_000, moments=900, gradients=450, encoding=80, recording=60, images=40,
-    drawing=70, recorded=30,
+    drawing=70, recorded=30, shard=20,
 )  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def test_each_moment_holds_what_is_there_then():
     before = Moment("solving x", {"weights": 700}, {"process": 1_000_000})
     found = list(moments_of(SIZES, [before], released=True, on_host=False))
     assert sum(at(found, "recording").device.values()) == 700 + 30
+    assert at(found, "recording").host == {"process": 1_000_000, "recording": 2 * 20}
     assert at(found, "solving x").host == {"process": 1_000_000, "recording": 60}
     assert sum(at(found, "opening both pipelines").device.values()) == 500 + 400 + 200
     assert sum(at(found, "training").device.values()) == 450 + 300 + 5 * 100 + 50 + 3_000

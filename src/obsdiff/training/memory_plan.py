@@ -31,6 +31,7 @@ class Sizes:
         gradients: Those of a step, which stay until the next one's backward pass.
         encoding: The autoencoder's activations of a batch of images; 0 where trajectories are trained on.
         recording: Recorded trajectories.
+        shard: Those of a batch that is recorded.
         images: Of the evaluation, as it is kept.
         drawing: Activations of a batch of it.
         recorded: Activations of a batch that is recorded; 0: nothing is.
@@ -52,6 +53,7 @@ class Sizes:
     gradients: int = 0
     encoding: int = 0
     recording: int = 0
+    shard: int = 0
     images: int = 0
     drawing: int = 0
     recorded: int = 0
@@ -69,7 +71,7 @@ def moments_of(sizes: Sizes, pruning: Sequence[Moment], released: bool, on_host:
     process = {"process": sizes.process}
     if sizes.recorded:
         held = {"weights": sizes.whole, "activations": sizes.recorded}
-        yield Moment("recording", held, process | {"recording": 2 * sizes.recording})  # its batches, and as one
+        yield Moment("recording", held, process | {"recording": 2 * sizes.shard})  # its calls, and as one
     host = process | {"recording": sizes.recording}
     for moment in pruning:
         yield Moment(moment.name, moment.device, {**moment.host, "recording": sizes.recording})

@@ -146,6 +146,7 @@ def plan_recovery(settings: Settings) -> RecoveryPlan:
     result = sum(loaded[name] for name in student.components)
     rounded = settings.precision in TRUE or module.trained.frozen_dtype not in (None, "float32")
     prompts, drawn = len(getattr(data, "prompts", ())), module.evaluation
+    recording = _recording(dense, data, calls, told, prompts) if _records(data) else 0
     recorded = _records(data) and not (data.folder / INDEX).exists()
     sizes = Sizes(
         process=max(resident_memory_bytes(), 0) + RUN_BYTES,
@@ -163,7 +164,8 @@ def plan_recovery(settings: Settings) -> RecoveryPlan:
         moments=step.kept,
         gradients=step.gradients,
         encoding=encoding,
-        recording=_recording(dense, data, calls, told, prompts) if _records(data) else 0,
+        recording=recording,
+        shard=recording * min(data.record_batch_size, prompts) // max(prompts, 1) if recorded else 0,
         images=DRAWN_SETS * drawn.num_images * calls.image,
         drawing=min(drawn.batch_size, drawn.num_images) * max(calls.call, calls.decode, calls.text),
         recorded=min(data.record_batch_size, prompts) * max(calls.call, calls.text) if recorded else 0,
