@@ -5,6 +5,8 @@ import errno
 import gc
 import os
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -104,6 +106,32 @@ def test_a_full_disk_is_told_and_nothing_changes(tmp_path, prompts, monkeypatch)
         obsdiff.prune(pipe, "unstructured:0.5", statistics=statistics, solved=tmp_path / "solved")
     assert len(put) == 4
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.transformer.state_dict().items())
+
+
+def test_what_was_put_away_before_a_disk_was_full_can_be_read(tmp_path):
+    """A disk that really takes no more: what it refused must not wait in a buffer, and fail what is read next."""
+    code = """
+import resource, sys
+from pathlib import Path
+import torch
+from obsdiff.errors import UserError
+from obsdiff.spill import Spill
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+spill = Spill(Path(sys.argv[1]))
+first, empty = spill.put(torch.arange(1000.0)), spill.put(torch.empty(0, 3))
+try:
+    spill.put(torch.arange(1800.0))
+    raise AssertionError("it was written")
+except UserError as error:
+    print(error)
+assert torch.equal(spill.take(first), torch.arange(1000.0)) and spill.take(empty).shape == (0, 3)
+assert torch.equal(spill.take(spill.put(torch.arange(1200.0))), torch.arange(1200.0))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"cannot write {tmp_path}: File too large; choose another place or free some space\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_masks_are_held_in_bits():

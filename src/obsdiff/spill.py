@@ -42,7 +42,8 @@ class Spill:
         self._folder = folder
         with clear_failures(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed with this object
+            # without a buffer: what a full disk does not take would wait there, and fail whatever is read next
+            self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115  # closed with this object
         weakref.finalize(self, self._file.close)
         self._end = 0
         self._free: dict[int, list[int]] = {}  # places by their bytes
@@ -60,8 +61,9 @@ class Spill:
         with clear_failures(self._folder):
             offset = self._place(content.nbytes)
             self._file.seek(offset)
-            self._file.write(content.data)
-            self._file.flush()  # a full disk is told here
+            left = content.data
+            while left.nbytes:  # the system may take less at once, and tells a full disk with the next part
+                left = left[self._file.write(left) :]
         self._end = max(self._end, offset + content.nbytes)
         return Spilled(offset, like)
 
@@ -84,8 +86,11 @@ class Spill:
         like = spilled.like
         value = torch.empty(like.shape, dtype=like.dtype)  # aligned as others are: a product may round by that, too
         self._file.seek(spilled.offset)
-        if (count := self._file.readinto(value.reshape(-1).view(torch.uint8).numpy().data)) != like.nbytes:
-            raise OSError(f"{count} of {like.nbytes} bytes could be read")
+        left = value.reshape(-1).view(torch.uint8).numpy().data
+        while left.nbytes and (count := self._file.readinto(left)):
+            left = left[count:]
+        if left.nbytes:
+            raise OSError(f"{like.nbytes - left.nbytes} of {like.nbytes} bytes could be read")
         if not like.is_contiguous():
             value = torch.empty_like(like, device="cpu").copy_(value)  # else what reads it may round otherwise
         value = value.to(device)
