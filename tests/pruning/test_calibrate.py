@@ -115,7 +115,7 @@ def test_halves_of_the_prompts_merge_to_the_whole(pipe, prompts):
     from obsdiff.pruning import calibrate as module
 
     rest = module.Settings(module.call_arguments(pipe))
-    store.prompts_done = 3
+    assert store.prompts_done == 3
     subject = subject_of(pipe)
     module._measure(subject, (*subject.graph.vectors, *subject.graph.sites), conditioning, rest, store, None, True)
     for name in whole:

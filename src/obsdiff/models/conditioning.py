@@ -69,6 +69,22 @@ class Conditioning:
             len(range(*part.indices(len(self)))),
         )
 
+    def rows(self, numbers: list[int]) -> Conditioning:
+        """The prompts of these numbers."""
+        return Conditioning(
+            {
+                name: value[numbers]
+                if isinstance(value, Tensor)
+                else [value[n] for n in numbers]
+                if _by_row(value)
+                else value
+                for name, value in self.embeds.items()
+            },
+            None if self.text_mask is None else self.text_mask[numbers],
+            self.negative_text_mask,
+            len(numbers),
+        )
+
     def arguments(self, device: Any) -> dict[str, Any]:
         """The pipeline's call arguments for all prompts, tensors on ``device``."""
         return {name: _on(value, device) for name, value in self.embeds.items()} or {"batch_size": len(self)}

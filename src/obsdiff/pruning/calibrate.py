@@ -32,16 +32,15 @@ from obsdiff.pruning.gates import check_gateable, gated_groups, learned_gates
 from obsdiff.pruning.gradients import check_differentiable, layers_of, loss_gradients
 from obsdiff.pruning.statistics import (
     INDEX,
-    UNFINISHED,
     Statistics,
     check_fingerprint,
     check_serves,
     check_store,
     open_statistics,
-    remove_unfinished,
     save_statistics,
 )
 from obsdiff.pruning.trajectories import check_call, counted_calls, noise_seeds, run_trajectories
+from obsdiff.pruning.unfinished import Unfinished, own_unfinished, remove_unfinished, to_go_on_from
 from obsdiff.ranks import from_all, own_share, rank, wait_for_all, world_size
 
 SAVE_EVERY_S = 300.0
@@ -76,7 +75,8 @@ def calibrate(
         batch_size: Prompts per pipeline call.
         seed: Noise seed.
         store: Folder to keep the statistics in. A finished store of the same settings is opened instead of measured
-            again, an unfinished one (kept beside it, with ``.unfinished`` added to the name) is continued.
+            again, an unfinished one (kept beside it, with ``.unfinished`` added to the name) is continued, also what
+            another number of processes has left.
         sites: Only these sites (names of their first layers); None: all.
         needs: What the statistics are for: "gram" serves every method that goes by layer inputs, "diagonal" (of H)
             only those that need no more (wanda, dsnot), at a fraction of time and memory; beside "gram" one of
@@ -148,7 +148,7 @@ class _Request:
 def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -> Statistics:
     """Layer inputs, added to the empty ``statistics`` or found in the store."""
     subject, chosen, store, fingerprint = request.subject, request.sites, request.store, statistics.fingerprint
-    partial_store, device = None, device_of(subject.denoiser)
+    unfinished, device = None, device_of(subject.denoiser)
     if store is not None:
         check_store(store)
         if (store / INDEX).exists():
@@ -156,13 +156,16 @@ def _inputs(request: _Request, statistics: Statistics, needs: Collection[str]) -
             check_fingerprint(found.fingerprint, fingerprint, store)
             check_serves(found, needs, "what is asked for")
             return found
-        part = "" if world_size() == 1 else f"-{rank()}-of-{world_size()}"
-        partial_store = store.with_name(store.name + UNFINISHED + part)
-        statistics = _continue_partial(partial_store, statistics, chosen, device) or statistics
+        unfinished = Unfinished(own_unfinished(store))
+        check_store(unfinished.folder)
+        for folder in to_go_on_from(store, fingerprint, request.quiet):
+            statistics = _with_sums_of(folder, statistics, chosen, device)
+            if folder != unfinished.folder:
+                unfinished.merged.append(folder)
     check_precision(needs, device)
     prompts, settings = request.prompts, request.settings
     told = prompts if isinstance(prompts, Conditioning) else encode_prompts(subject.pipe, prompts, settings.call)
-    _measure(subject, chosen, told, settings, statistics, partial_store, request.quiet or rank() > 0)
+    _measure(subject, chosen, told, settings, statistics, unfinished, request.quiet or rank() > 0)
     add_up_processes(statistics, chosen)
     check_measured(chosen, statistics)
     if store is None:
@@ -189,13 +192,30 @@ def check_settings(settings: Settings, prompts: Sequence[str] | Conditioning) ->
     check_seed("seed", settings.seed)
 
 
-def _continue_partial(
-    folder: Path, wanted: Statistics, sites: Sequence[Site], device: torch.device
-) -> Statistics | None:
+def _with_sums_of(folder: Path, statistics: Statistics, sites: Sequence[Site], device: torch.device) -> Statistics:
+    """``statistics`` with those of a calibration that was cut off, if they fit."""
+    if not statistics.prompts:
+        found = _continue_partial(folder, statistics, sites, device)
+        return replace(found, sites={site.name: found.sites[site.name] for site in sites})  # others would stay partial
+    found = _partial(folder, statistics, sites)
+    for site in sites:  # one by one, so that memory holds one of theirs
+        statistics.sites[site.name].merge(found.site(site.name, device))
+    times = {key: max(spent, found.time_s[key]) for key, spent in statistics.time_s.items()}  # at the same time
+    return replace(statistics, prompts=sorted({*statistics.prompts, *found.prompts}), time_s=times)
+
+
+def _continue_partial(folder: Path, wanted: Statistics, sites: Sequence[Site], device: torch.device) -> Statistics:
     """The sums of a calibration that was cut off, if they fit."""
-    check_store(folder)
-    if not (folder / INDEX).exists():
-        return None
+    found = _partial(folder, wanted, sites)
+    return replace(found, sites={name: found.site(name, device) for name in found}, folder=None, index={})
+
+
+def _partial(folder: Path, wanted: Statistics, sites: Sequence[Site]) -> Statistics:
+    """What a calibration that was cut off has kept, not read yet.
+
+    Raises:
+        UserError: It does not fit.
+    """
     found = open_statistics(folder)
     check_fingerprint(found.fingerprint, wanted.fingerprint, folder)
     if found.observer != wanted.observer:
@@ -205,7 +225,7 @@ def _continue_partial(
         raise UserError(
             f"{folder} was begun without {len(missing)} of the layers, such as {missing[0]}; delete it to measure all"
         )
-    return replace(found, sites={name: found.site(name, device) for name in found}, folder=None, index={})
+    return found
 
 
 def _measure(
@@ -214,17 +234,19 @@ def _measure(
     conditioning: Conditioning,
     settings: Settings,
     statistics: Statistics,
-    partial_store: Path | None,
+    unfinished: Unfinished | None,
     quiet: bool,
 ) -> None:
-    """Run this process's share of the trajectories, as far as they are not in ``statistics`` yet, and add them."""
+    """Run this process's share of the trajectories that are in no process's ``statistics`` yet, and add them."""
     started = saved = time.perf_counter()
     before = dict(statistics.time_s)
-    share = own_share(len(conditioning), settings.batch_size)
-    first = share.start + statistics.prompts_done
-    left = slice(first, share.stop)
-    seeds = noise_seeds(settings.seed, len(conditioning))[left]
-    rest, pipe = conditioning[left], subject.pipe
+    there = list(statistics.prompts)
+    done = set().union(*from_all(there))  # also: nobody reads what others have left any more
+    waiting = [number for number in range(len(conditioning)) if number not in done]
+    left = waiting[own_share(len(waiting), settings.batch_size)]
+    every = noise_seeds(settings.seed, len(conditioning))
+    seeds = [every[number] for number in left]
+    rest, pipe = conditioning.rows(left), subject.pipe
     with (
         kept_meanwhile(),
         eval_mode(pipe),
@@ -243,17 +265,18 @@ def _measure(
         for part, latents in track(batches, -(-len(rest) // settings.batch_size), "calibrating", quiet):
             if not bool(torch.isfinite(latents).all()):
                 raise UserError(
-                    f"calibration gave non-finite latents at prompts {first + part.start} to {first + part.stop - 1}; "
+                    f"calibration gave non-finite latents at prompts {left[part][0]} to {left[part][-1]}; "
                     "the pipeline itself fails there, try another dtype"
                 )
-            statistics.prompts_done = left.start - share.start + part.stop
+            statistics.prompts = sorted(there + left[: part.stop])
             now = time.perf_counter()
             statistics.time_s = {
                 "calibrate": before["calibrate"] + now - started,
                 "forward_only": before["forward_only"] + collector.forward_s,
             }
-            if partial_store is not None and now - saved > SAVE_EVERY_S and part.stop < len(rest):
-                save_statistics(statistics, partial_store)
+            if unfinished is not None and now - saved > SAVE_EVERY_S and part.stop < len(rest):
+                save_statistics(statistics, unfinished.folder)
+                unfinished.saved()
                 saved = time.perf_counter()
 
 
@@ -263,8 +286,8 @@ def add_up_processes(statistics: Statistics, sites: Sequence[Site]) -> None:
         return
     for site in sites:
         statistics.sites[site.name].add_up()
-    everyone = from_all((statistics.prompts_done, statistics.time_s))
-    statistics.prompts_done = sum(done for done, _ in everyone)
+    everyone = from_all((statistics.prompts, statistics.time_s))
+    statistics.prompts = sorted(number for prompts, _ in everyone for number in prompts)
     statistics.time_s = {key: max(times[key] for _, times in everyone) for key in statistics.time_s}
 
 

@@ -6,7 +6,6 @@ written whole or not at all, and read site by site, so that memory holds one Hes
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import re
@@ -21,12 +20,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from obsdiff.errors import MALFORMED, UserError, brief
-from obsdiff.files import check_folder, check_writable, read_json, remove_folder, whole_folder, write_json
+from obsdiff.files import check_folder, check_writable, read_json, whole_folder, write_json
 from obsdiff.models.content import model_hash as model_hash  # part of what this module offers
 from obsdiff.obs.observers import GATES, OBSERVERS, PASSES, Observer, gradient_for
 
 INDEX = "statistics.json"
-UNFINISHED = ".unfinished"  # added to a store's name for what a calibration has so far
 FORMAT = 3
 READABLE = (2, FORMAT)  # 2 keeps whole matrices
 
@@ -88,7 +86,7 @@ class Statistics:
         fingerprint: Everything that the numbers depend on, JSON-able.
         sites: Statistics by site name, in memory; or
         folder: the store they are read from, one at a time.
-        prompts_done: Prompts that are in the sums.
+        prompts: Numbers of the prompts that are in the sums, rising.
         time_s: Seconds spent: "calibrate" in all, "forward_only" in the denoiser itself.
         observer: What was accumulated at each site, a name of :data:`obsdiff.obs.observers.OBSERVERS`.
         gradients: Of the denoising loss, if they were asked for; a store does not keep them.
@@ -98,7 +96,7 @@ class Statistics:
     fingerprint: dict[str, Any]
     sites: dict[str, Observer] = field(default_factory=dict)
     folder: Path | None = None
-    prompts_done: int = 0
+    prompts: Sequence[int] = ()
     time_s: dict[str, float] = field(default_factory=dict)
     index: dict[str, Any] = field(default_factory=dict)
     observer: str = "gram"
@@ -109,6 +107,11 @@ class Statistics:
     def inputs(self) -> bool:
         """Whether it holds anything of layer inputs."""
         return bool(self.sites or self.index)
+
+    @property
+    def prompts_done(self) -> int:
+        """Prompts that are in the sums."""
+        return len(self.prompts)
 
     @property
     def slopes(self) -> Mapping[str, Tensor] | None:
@@ -245,6 +248,7 @@ def save_statistics(statistics: Statistics, folder: Path) -> None:
                 "fingerprint": statistics.fingerprint,
                 "observer": statistics.observer,
                 "prompts_done": statistics.prompts_done,
+                "prompts": _spans(statistics.prompts),
                 "time_s": statistics.time_s,
                 "sites": index,
             },
@@ -262,13 +266,6 @@ def check_store(folder: Path) -> None:
         return
     check_folder(folder, INDEX, "a statistics store", replace=True)
     check_writable(folder)
-
-
-def remove_unfinished(store: Path) -> None:
-    """Remove what calibrations left on the way to a store that is finished now."""
-    for folder in store.parent.glob(f"{glob.escape(store.name + UNFINISHED)}*"):
-        if re.fullmatch(r"(-\d+-of-\d+)?", folder.name.removeprefix(store.name + UNFINISHED)):
-            remove_folder(folder, INDEX)
 
 
 def open_statistics(folder: Path) -> Statistics:
@@ -289,7 +286,8 @@ def open_statistics(folder: Path) -> Statistics:
         statistics = Statistics(
             dict(content["fingerprint"]),
             folder=folder,
-            prompts_done=int(content["prompts_done"]),
+            # stores of earlier versions tell only how many
+            prompts=[n for a, b in content.get("prompts", [(0, int(content["prompts_done"]))]) for n in range(a, b)],
             time_s=dict(content["time_s"]),
             index=dict(content["sites"]),
             observer=content.get("observer", "gram"),  # stores of earlier versions hold that
@@ -326,6 +324,17 @@ def _read_site(store: Statistics, name: str, device: torch.device | str) -> Obse
         if isinstance(error, UserError):
             raise
         raise UserError(damaged) from error
+
+
+def _spans(numbers: Sequence[int]) -> list[list[int]]:
+    """Rising numbers as spans, each the first one and the one after the last."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number:
+            spans[-1][1] += 1
+        else:
+            spans.append([number, number + 1])
+    return spans
 
 
 def _short(value: object) -> str:

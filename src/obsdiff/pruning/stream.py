@@ -192,7 +192,7 @@ class Stream:
                     if replay.run(call) is None:
                         collector.leave_call()
                     call.forget(graph.stages, self._passing)
-        statistics.prompts_done = len(self._told)
+        statistics.prompts = range(self._share.start, self._share.start + len(self._told))
         statistics.time_s = {"calibrate": time.perf_counter() - started, "forward_only": collector.forward_s}
         add_up_processes(statistics, chosen)
         check_measured(chosen, statistics)
