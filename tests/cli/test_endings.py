@@ -110,6 +110,27 @@ def test_what_constructors_refuse_is_the_users_to_mend():
         raise KeyError("a defect")
 
 
+def test_a_process_that_torchrun_ends_says_why_it_failed_itself(capsys):
+    """What fails first lets go of the others, torchrun sees one of these end, and ends the first one as it tidies up."""
+    gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:4229")
+    lost = "another process of this run has ended (its own line says why, unless it was killed); all is kept"
+    for error, code, message in ((UserError("why"), 2, "why"), (gone, 1, lost)):
+        for signalled in (False, True):
+            with pytest.raises(SystemExit) as stopped, clear_errors("obsdiff x") as session:
+                session.kept = lambda: "all is kept"
+                try:
+                    raise error
+                finally:
+                    if signalled:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        time.sleep(5)
+            assert stopped.value.code == code and capsys.readouterr().err == f"obsdiff x: {message}\n"
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    wrapped = ValueError("of Lightning")
+    wrapped.__cause__ = gone
+    assert ending(capsys, wrapped, lambda: "all is kept") == (1, lost)
+
+
 TRAIN = ["train", "fit", "--config", str(ROOT / "configs/recover/finetune.yaml"), "--model.output"]
 
 

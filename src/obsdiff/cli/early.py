@@ -200,11 +200,14 @@ def _prompts(source: str | None, option: str) -> str | None:
     return str(path) if source.startswith("~") else source
 
 
-def kept(*folders: str | None, output: str | None = None) -> str:
-    """What an interrupted run has kept in folders that were named for it."""
+def kept(*folders: str | None, output: str | None = None, solved: Path | None = None) -> str:
+    """What an interrupted run has kept in folders that were named for it, and of what it solves."""
     full = [folder for folder in folders if folder is not None and _holds_something(Path(folder))]
+    measured = "measured"
+    if solved is not None and any(solved.glob("*.safetensors")):  # it holds more than its index
+        measured, full = "measured and solved" if full else "solved", [*full, str(solved)]
     nothing = f"nothing was written to {output}" if output is not None and not _holds_something(Path(output)) else ""
-    there = f"what was measured is kept in {' and '.join(full)}, the same command goes on from there" if full else ""
+    there = f"what was {measured} is kept in {' and '.join(full)}, the same command goes on from there" if full else ""
     return "; ".join(part for part in (nothing, there) if part)
 
 

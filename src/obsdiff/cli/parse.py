@@ -106,8 +106,14 @@ def check_config_files(args: Sequence[str]) -> None:
 def fail(program: str, message: str, code: int = 2) -> NoReturn:
     """Print one line and leave with an exit code."""
     shown = message.encode("utf-8", "backslashreplace").decode()  # names of files may hold bytes that are no text
-    print(f"{program}: {shown}", file=sys.stderr)
+    print(f"{program}: {shown}\n", end="", file=sys.stderr)  # at once: other processes may write to it, too
     sys.exit(code)
+
+
+LOST = "another process of this run has ended (its own line says why, unless it was killed)"
+_LOST = re.compile(
+    r"gloo/transport/.*(?:Connection|Broken pipe)|ncclRemoteError|TCPStore.*(?:closed|reset|Broken pipe)", re.DOTALL
+)
 
 
 @dataclass
@@ -128,7 +134,8 @@ class Terminated(KeyboardInterrupt):
 @contextmanager
 def clear_errors(program: str) -> Iterator[Session]:
     """Turn what the user can mend into one line and exit code 2, and Ctrl-C (or SIGTERM) into one line and exit code
-    130 (143). Anything else is a defect and keeps its traceback.
+    130 (143). A process that its run's other processes cannot be reached from any more ends with one line, too (and
+    code 1). Anything else is a defect and keeps its traceback.
 
     A :class:`UserError` counts wherever it was raised: in a constructor that a parser called, in a worker process.
     """
@@ -141,15 +148,18 @@ def clear_errors(program: str) -> Iterator[Session]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated) and isinstance(stop.__context__, Exception):
+                _fail_with(program, stop.__context__, session)  # torchrun does not wait until what failed has said so
             _interrupted(program, stop, session)
         except SystemExit as stop:
             if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning leaves so, with 1
                 _interrupted(program, stop.__context__, session)
             raise
         except Exception as error:
-            if (message := _mendable(error)) is None:
-                raise
-            fail(program, message)
+            if signal.getsignal(signal.SIGTERM) is _stop:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is said first
+            _fail_with(program, error, session)
+            raise
 
 
 @contextmanager
@@ -213,10 +223,35 @@ def _of_traceback(text: str) -> str:
 
 
 def _interrupted(program: str, stop: BaseException, session: Session) -> NoReturn:
-    kept = session.kept() if session.kept is not None else ""
     terminated = isinstance(stop, Terminated)
     what = "terminated" if terminated else "interrupted"
-    fail(program, f"{what}; {kept}" if kept else what, 143 if terminated else 130)
+    fail(program, _with_kept(what, session), 143 if terminated else 130)
+
+
+def _with_kept(message: str, session: Session) -> str:
+    kept = session.kept() if session.kept is not None else ""
+    return f"{message}; {kept}" if kept else message
+
+
+def _fail_with(program: str, error: Exception, session: Session) -> None:
+    """Leave with one line, if ``error`` is worth one."""
+    if (message := _mendable(error)) is not None:
+        fail(program, message)
+    if _of_lost_process(error):
+        fail(program, _with_kept(LOST, session), 1)
+
+
+def _of_lost_process(error: BaseException | None) -> bool:
+    """Whether ``error`` is what the ways between processes, gloo's or NCCL's, say where one of them is gone."""
+    while error is not None:  # torch and Lightning may have wrapped it
+        if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _stop(*_: object) -> None:
+    raise Terminated
 
 
 @contextmanager
@@ -226,10 +261,7 @@ def _raised_on_sigterm() -> Iterator[None]:
         yield
         return
 
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         yield
     finally:

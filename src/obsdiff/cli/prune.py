@@ -11,7 +11,7 @@ from pathlib import Path
 from obsdiff.cli.early import check_on_cpu, checked_prune, kept
 from obsdiff.cli.parse import clear_errors, parse_options
 from obsdiff.errors import UserError
-from obsdiff.paths import unfinished_stages
+from obsdiff.paths import unfinished_solves, unfinished_stages
 from obsdiff.pruning.options import PruneOptions
 
 PROGRAM = "obsdiff prune"
@@ -24,7 +24,10 @@ def main(args: Sequence[str] | None = None) -> None:
     with clear_errors(PROGRAM) as session:
         options = checked_prune(parse_options(PruneOptions, PROGRAM, args, example=EXAMPLE))
         stages = str(unfinished_stages(options.output))
-        session.kept = partial(kept, options.statistics, options.sensitivity, stages, output=options.output)
+        solved = unfinished_solves(options.output)
+        session.kept = partial(
+            kept, options.statistics, options.sensitivity, stages, output=options.output, solved=solved
+        )
 
         from obsdiff.devices import choose_device
 
