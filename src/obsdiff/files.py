@@ -86,6 +86,11 @@ def whole_folder(target: Path, index: str, *, replace: bool = False) -> Iterator
                 _publish(path)
             _swap_in(temporary, target, index, replace)
             _flush(target.parent)
+        except UserError as error:
+            if str(temporary) not in str(error):
+                raise
+            # a file inside could not be written, and the name that it had is nobody's any more
+            raise UserError(str(error).replace(str(temporary), str(target))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -111,7 +111,7 @@ def test_what_constructors_refuse_is_the_users_to_mend():
 
 
 def test_a_process_that_torchrun_ends_says_why_it_failed_itself(capsys):
-    """What fails first lets go of the others, torchrun sees one of these end, and ends the first one as it tidies up."""
+    """What fails first lets go of the others; torchrun sees one of these end, and ends the first as it tidies up."""
     gone = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:4229")
     lost = "another process of this run has ended (its own line says why, unless it was killed); all is kept"
     for error, code, message in ((UserError("why"), 2, "why"), (gone, 1, lost)):
