@@ -9,7 +9,7 @@ import torch
 
 import obsdiff
 from obsdiff.allocation.fitting import plan_loaded
-from obsdiff.allocation.stage import prune_stage
+from obsdiff.allocation.stage import prepare, prune_stage
 from obsdiff.cli.main import main
 from obsdiff.embedded.digits import digit_prompts
 from obsdiff.evaluation.flops import denoiser_flops
@@ -226,8 +226,10 @@ def test_bad_requests(pipe, prompts):
 
 def test_a_stage_that_runs_twice_is_refused(pipe, prompts):
     pipe.transformer.transformer_blocks[1] = pipe.transformer.transformer_blocks[0]
-    with pytest.raises(obsdiff.UserError, match="runs a block more than once in a call; calibrate in packages"):
-        stream(pipe, prompts)
+    asked = PruningOptions(pattern="2:4", calibration=CalibrationOptions(streamed=True))
+    for way in (lambda: stream(pipe, prompts), lambda: prepare(pipe, asked)):  # the latter is before images are drawn
+        with pytest.raises(obsdiff.UserError, match="runs a block more than once in a call; calibrate in packages"):
+            way()
 
 
 def test_the_whole_way(pipe_folder, tmp_path, capsys):
@@ -256,6 +258,10 @@ def test_the_whole_way(pipe_folder, tmp_path, capsys):
             "magnitude measures nothing, so there are no calls; leave out --calibration.stream",
         ),
         (["--calibration.streamed", "false", "--calibration.calls_on_disk", "true"], "is of a streamed calibration's"),
+        (
+            ["--calibration.streamed", "false", "--calibration.packages", "2", "--method", "magnitude"],
+            "magnitude measures nothing, so there are no passes; use --calibration.packages 1",
+        ),
     ):
         with pytest.raises(SystemExit):
             main([*arguments[:4], str(tmp_path / "no"), *arguments[5:], *more])

@@ -121,7 +121,12 @@ def check_options(options: PruningOptions, statistics: Path | None = None, sensi
             "--calibration.calls_on_disk is of a streamed calibration's calls; leave it out, or add "
             "--calibration.streamed true"
         )
-    if streamed and pattern is not None and not needs_for(options, statistics):
+    unmeasured = pattern is not None and not needs_for(options, statistics)
+    if unmeasured and packages > 1:
+        raise UserError(
+            f"method {options.method} measures nothing, so there are no passes; use --calibration.packages 1"
+        )
+    if unmeasured and streamed:
         offload = isinstance(options, PruneOptions) and options.offload  # which goes by stages all the same
         told = (("streamed", not offload), ("calls_on_disk", options.calibration.calls_on_disk))
         if unused := " and ".join(f"--calibration.{name}" for name, wrong in told if wrong):

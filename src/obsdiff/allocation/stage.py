@@ -45,7 +45,7 @@ from obsdiff.pruning.planfile import fitted_plan
 from obsdiff.pruning.report import PruneReport
 from obsdiff.pruning.shorten import prune_shorter, stages_to_remove
 from obsdiff.pruning.statistics import INDEX, Statistics, open_statistics
-from obsdiff.pruning.stream import Stream, stream
+from obsdiff.pruning.stream import Stream, check_repeats, stream
 
 LESS = (
     "--calibration.streamed true holds the Hessians of one stage, --calibration.calls_on_disk true its answers on the "
@@ -73,9 +73,12 @@ def prepare(pipe: Any, options: PruningOptions, prune_again: bool = False) -> tu
     """The pipeline resolved, and the plan before anything is measured.
 
     Raises:
-        UserError: The plan does not fit, a layer would not be pruned truly, or the pipeline is pruned already.
+        UserError: The plan does not fit, a layer would not be pruned truly, the pipeline is pruned already, or it is
+            not gone through stage by stage.
     """
     subject = subject_of(pipe)
+    if options.calibration.streamed:
+        check_repeats(subject)
     if (depth := depth_of(options)) is not None:
         stages_to_remove(subject, depth, options.spare_blocks)
     plan = first_plan(subject.graph, options)
