@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -240,9 +241,9 @@ def test_an_interrupted_calibration_continues_on_the_device_that_is_asked_for(pi
     from obsdiff.pruning import calibrate as module
 
     obsdiff.calibrate(pipe, prompts[:2], steps=1, store=tmp_path / "store")
-    wanted = open_statistics(tmp_path / "store")
+    wanted, sites = replace(open_statistics(tmp_path / "store"), prompts=()), subject_of(pipe).graph.sites
     for device in ("cpu", "meta"):
-        found = module._continue_partial(tmp_path / "store", wanted, [], torch.device(device))
+        found = module._with_sums_of(tmp_path / "store", wanted, sites, torch.device(device))
         tensors = [tensor for site in found.sites.values() for tensor in (site.centre, *site.comoment)]
         assert tensors and {tensor.device.type for tensor in tensors} == {device}
 

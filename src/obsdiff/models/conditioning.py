@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -62,27 +63,18 @@ class Conditioning:
 
     def __getitem__(self, part: slice) -> Conditioning:
         """Some of the prompts."""
-        return Conditioning(
-            {name: value[part] if _by_row(value) else value for name, value in self.embeds.items()},
-            None if self.text_mask is None else self.text_mask[part],
-            self.negative_text_mask,
-            len(range(*part.indices(len(self)))),
-        )
+        return self._of(itemgetter(part), len(range(*part.indices(len(self)))))
 
     def rows(self, numbers: list[int]) -> Conditioning:
         """The prompts of these numbers."""
+        return self._of(lambda v: v[numbers] if isinstance(v, Tensor) else [v[n] for n in numbers], len(numbers))
+
+    def _of(self, rows: Callable[[Any], Any], count: int) -> Conditioning:
         return Conditioning(
-            {
-                name: value[numbers]
-                if isinstance(value, Tensor)
-                else [value[n] for n in numbers]
-                if _by_row(value)
-                else value
-                for name, value in self.embeds.items()
-            },
-            None if self.text_mask is None else self.text_mask[numbers],
+            {name: rows(value) if _by_row(value) else value for name, value in self.embeds.items()},
+            None if self.text_mask is None else rows(self.text_mask),
             self.negative_text_mask,
-            len(numbers),
+            count,
         )
 
     def arguments(self, device: Any) -> dict[str, Any]:

@@ -194,20 +194,13 @@ def check_settings(settings: Settings, prompts: Sequence[str] | Conditioning) ->
 
 def _with_sums_of(folder: Path, statistics: Statistics, sites: Sequence[Site], device: torch.device) -> Statistics:
     """``statistics`` with those of a calibration that was cut off, if they fit."""
-    if not statistics.prompts:
-        found = _continue_partial(folder, statistics, sites, device)
-        return replace(found, sites={site.name: found.sites[site.name] for site in sites})  # others would stay partial
     found = _partial(folder, statistics, sites)
+    if not statistics.prompts:  # the asked sites alone: others would stay partial
+        return replace(found, sites={s.name: found.site(s.name, device) for s in sites}, folder=None, index={})
     for site in sites:  # one by one, so that memory holds one of theirs
         statistics.sites[site.name].merge(found.site(site.name, device))
     times = {key: max(spent, found.time_s[key]) for key, spent in statistics.time_s.items()}  # at the same time
     return replace(statistics, prompts=sorted({*statistics.prompts, *found.prompts}), time_s=times)
-
-
-def _continue_partial(folder: Path, wanted: Statistics, sites: Sequence[Site], device: torch.device) -> Statistics:
-    """The sums of a calibration that was cut off, if they fit."""
-    found = _partial(folder, wanted, sites)
-    return replace(found, sites={name: found.site(name, device) for name in found}, folder=None, index={})
 
 
 def _partial(folder: Path, wanted: Statistics, sites: Sequence[Site]) -> Statistics:
